@@ -1,0 +1,129 @@
+"""The seam between the roles and the transports: pushes on the prefill side, a sink on the other.
+
+Bytes flow one way, prefill to decode. A grant's chunks, its finish and its abort travel on one
+ordered connection per pair of workers, so nothing can overtake anything. A transport says with
+``fence`` whether the receiver can refuse late bytes: ``receiver_checked`` (tcp: it copies each
+frame itself) or ``one_sided`` (shm: the sender writes into the granted pages). Both run the same
+state machine; what differs is when a page of an aborted grant is proven quiet
+(``facts``: a timeout is never proof).
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from protocol.errors import TransferError
+from protocol.ids import AttemptRef, BlockId, Generation, WorkerRef
+from protocol.kv import Grant, KVEndpoint, KVLayout
+
+Fence = Literal["receiver_checked", "one_sided"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVMemory:
+    """One rank's KV blocks as plain memory, layer-major (``protocol.kv``).
+
+    ``address`` is valid while ``owner`` lives. ``share`` is a file descriptor that another process
+    on this host can map to reach the same bytes, or None where there is none.
+    """
+
+    layout: KVLayout
+    num_blocks: int
+    address: int
+    owner: object
+    share: int | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_blocks * self.layout.block_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Committed:
+    """Every byte of the grant has arrived and matched, and prefill has said that it is done."""
+
+    ref: AttemptRef
+    generation: Generation
+    payload: bytes  # what prefill gave to ``Push.finish``
+    bytes_received: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferFailed:
+    """The grant cannot complete. Its pages stay quarantined until ``Quiet`` for the same grant."""
+
+    ref: AttemptRef
+    generation: Generation
+    error: TransferError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quiet:
+    """Proof that no byte can be written for this grant any more: its pages may be reused."""
+
+    ref: AttemptRef
+    generation: Generation
+
+
+SinkEvent = Committed | TransferFailed | Quiet
+
+
+class KVSink(Protocol):
+    """The decode side of all transports of one rank."""
+
+    @property
+    def endpoint(self) -> KVEndpoint: ...
+
+    def expect(self, grant: Grant) -> None:
+        """Accept chunks for ``grant`` from now on. Thread-safe, returns at once."""
+        ...
+
+    def abort(self, grant: Grant) -> None:
+        """Accept nothing more for ``grant``; ``Quiet`` follows when that is proven.
+
+        After ``Committed`` there is nothing to abort and no event follows.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+class Push(Protocol):
+    """One grant being filled. Calls come from one thread, the prefill worker's engine thread."""
+
+    def send(self, layers: range, first_block: int, source_blocks: Sequence[BlockId]) -> None:
+        """Queue the given layers of grant blocks ``first_block ...``; returns at once.
+
+        ``source_blocks`` must stay unchanged until ``finish`` or ``abort`` has completed.
+
+        Raises:
+            TransferError: the connection is down or the peer has aborted the grant.
+        """
+        ...
+
+    def finish(self, payload: bytes, on_done: Callable[[TransferError | None], None]) -> None:
+        """Queue the end. ``on_done`` is called once, from a transport thread, when the source
+        blocks are no longer read: with None when the peer has committed."""
+        ...
+
+    def abort(self, reason: str, on_done: Callable[[], None]) -> None:
+        """Send nothing more and tell the peer. ``on_done``: the source blocks are free."""
+        ...
+
+
+class KVSource(Protocol):
+    """The prefill side: opens a push over the best transport that both ends have."""
+
+    def open(self, grant: Grant) -> Push:
+        """
+        Raises:
+            LayoutMismatch: the two ends' layouts differ.
+            TransferError: no transport reaches the decode rank.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+OnSinkEvent = Callable[[SinkEvent], None]  # called from transport threads; must not block
+MakeSink = Callable[[KVMemory, WorkerRef, OnSinkEvent], KVSink]

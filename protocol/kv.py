@@ -1,0 +1,70 @@
+"""The shape of KV cache on a rank, and a decode rank's promise to hold some of it.
+
+Memory of a rank is layer-major: all blocks of layer 0, then all of layer 1, and so on. A block of
+one layer is ``layer_block_bytes`` contiguous bytes, whatever the attention kind puts inside. Two
+ranks can exchange blocks when their layouts are equal; their number of blocks may differ.
+"""
+
+import hashlib
+from typing import Literal
+
+import msgspec
+
+from protocol.ids import AttemptRef, BlockId, Generation, WorkerRef
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
+    """What one block of this model holds on one rank."""
+
+    kind: Literal["gqa", "mla"]
+    dtype: str
+    num_layers: int
+    block_tokens: int
+    kv_heads: int  # 1 for mla
+    key_width: int  # elements per token and head; for mla the latent and the roped part, 512 + 64
+    value_width: int  # 0 for mla: values are read from the latent
+
+    @property
+    def layer_block_bytes(self) -> int:
+        width = self.kv_heads * (self.key_width + self.value_width)
+        return self.block_tokens * width * DTYPE_BYTES[self.dtype]
+
+    @property
+    def block_bytes(self) -> int:
+        return self.num_layers * self.layer_block_bytes
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_tokens)
+
+    def digest(self) -> str:
+        return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:16]
+
+
+class KVEndpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a decode rank accepts KV, one address per transport that it listens on.
+
+    ``addresses`` maps a transport's name ("shm", "tcp") to an address that only this transport
+    reads. ``host_id`` is equal on two ends exactly when they share a kernel, so shm can work.
+    """
+
+    host_id: str
+    num_blocks: int
+    addresses: dict[str, str]
+
+
+class Grant(msgspec.Struct, frozen=True, kw_only=True):
+    """A decode rank's promise of blocks for one attempt, until committed, cancelled or expired.
+
+    ``block_ids[i]`` is for tokens ``i * block_tokens ...`` of the prompt. ``generation`` is unique
+    within the decode incarnation and is in every message about the grant.
+    """
+
+    ref: AttemptRef
+    decode: WorkerRef
+    generation: Generation
+    block_ids: tuple[BlockId, ...]
+    layout_digest: str
+    endpoint: KVEndpoint
+    lease_s: float

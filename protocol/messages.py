@@ -1,0 +1,195 @@
+"""What processes say to one another over the bus, one struct a message.
+
+Every message about a request carries its attempt and the incarnation of the worker it is meant
+for or comes from; a receiver drops what is not current, counts it, and never acts on it. Times
+are durations: each process has its own monotonic clock.
+
+    gateway  -> decode     Reserve, Cancel, GatewayAlive
+    decode   -> gateway    Granted, Rejected, StepTokens, RequestFailed
+    gateway  -> prefill    Prefill, Cancel, GatewayAlive
+    prefill  -> gateway    PrefillDone, RequestFailed
+    worker   -> scheduler  Announce, Heartbeat, Withdraw
+    scheduler-> worker     Welcome, Refused, UnknownWorker
+    gateway  -> scheduler  WatchCluster
+    scheduler-> gateway    ClusterSnapshot, PrefixUpdate
+
+The KV bytes, and what prefill and decode say about them, go over ``kvtransfer`` connections.
+"""
+
+from typing import Literal
+
+import msgspec
+
+from protocol.ids import AttemptRef, GatewayId, WorkerRef
+from protocol.kv import Grant
+from protocol.requests import GenerateRequest, TokenLogprobs
+from protocol.workers import (
+    FingerprintDifference,
+    PrefixEvents,
+    WorkerInfo,
+    WorkerLoad,
+    WorkerState,
+)
+
+FinishReason = Literal["stop", "length"]
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of all bus messages; the tag on the wire is the class name."""
+
+
+class ErrorReport(msgspec.Struct, frozen=True, kw_only=True):
+    """A ``ServingError`` on the wire: ``protocol.reports`` turns one into the other."""
+
+    code: str
+    message: str
+    stage: str  # queue, reserve, prefill, transfer, decode
+    retry_after_s: float | None = None
+
+
+class Reserve(Message):
+    """Ask a decode rank for blocks. Answered by ``Granted`` or ``Rejected``, the same twice."""
+
+    request: GenerateRequest
+    remaining_s: float
+
+
+class Granted(Message):
+    grant: Grant
+
+
+class Rejected(Message):
+    ref: AttemptRef
+    worker: WorkerRef
+    error: ErrorReport
+
+
+class Prefill(Message):
+    """Compute the prompt's KV, push it into the grant's blocks, and sample the first token."""
+
+    request: GenerateRequest
+    grant: Grant
+    remaining_s: float
+
+
+class PrefillTimes(msgspec.Struct, frozen=True, array_like=True):
+    """Seconds at the prefill worker. ``transfer_exposed_s`` is what was left after compute."""
+
+    queue_s: float
+    compute_s: float
+    transfer_exposed_s: float
+
+
+class PrefillDone(Message):
+    """The first token, committed output from here on. ``cached_tokens`` were not computed anew.
+
+    ``finish_reason`` is set when the first token already ends the request: the decode rank then
+    frees the grant by itself, and sends nothing.
+    """
+
+    ref: AttemptRef
+    worker: WorkerRef
+    token_id: int
+    logprobs: TokenLogprobs | None
+    finish_reason: FinishReason | None
+    cached_tokens: int
+    times: PrefillTimes
+
+
+class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
+    """New tokens of one request. ``offset`` is the index of the first among its output tokens."""
+
+    ref: AttemptRef
+    offset: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None
+    finish_reason: FinishReason | None
+
+
+class StepTokens(Message):
+    """All tokens that one engine step made for one gateway: one frame a step."""
+
+    worker: WorkerRef
+    step: int
+    deltas: tuple[TokenDelta, ...]
+
+
+class RequestFailed(Message):
+    """The attempt has ended at this worker, which holds nothing of it any more."""
+
+    ref: AttemptRef
+    worker: WorkerRef
+    error: ErrorReport
+
+
+class Cancel(Message):
+    """Stop work on the attempt and free what it holds. Unknown attempts are remembered, so a
+    ``Reserve`` or ``Prefill`` that arrives later is answered as cancelled."""
+
+    ref: AttemptRef
+
+
+class GatewayAlive(Message):
+    """Sent every ``GATEWAY_ALIVE_S``; workers cancel the requests of a gateway that falls silent."""
+
+    gateway_id: GatewayId
+
+
+class Announce(Message):
+    info: WorkerInfo
+    load: WorkerLoad
+
+
+class Welcome(Message):
+    lease_s: float
+    heartbeat_s: float
+
+
+class Refused(Message):
+    """The worker may not serve in this cluster; ``differences`` says why, part by part."""
+
+    reason: str
+    differences: tuple[FingerprintDifference, ...]
+
+
+class UnknownWorker(Message):
+    """A heartbeat came from a worker that the scheduler does not know: announce again."""
+
+
+class Heartbeat(Message):
+    worker: WorkerRef
+    load: WorkerLoad
+    prefix: PrefixEvents | None = None
+
+
+class Withdraw(Message):
+    worker: WorkerRef
+    reason: str
+
+
+class WatchCluster(Message):
+    gateway_id: GatewayId
+
+
+class ClusterSnapshot(Message):
+    """The whole membership, sent on every change and with fresh loads at each heartbeat tick."""
+
+    version: int
+    workers: tuple[WorkerState, ...]
+
+
+class PrefixUpdate(Message):
+    worker: WorkerRef
+    events: PrefixEvents
+
+
+ToDecode = Reserve | Cancel | GatewayAlive
+FromDecode = Granted | Rejected | StepTokens | RequestFailed
+ToPrefill = Prefill | Cancel | GatewayAlive
+FromPrefill = PrefillDone | RequestFailed
+FromWorker = FromDecode | FromPrefill
+ToScheduler = Announce | Heartbeat | Withdraw | WatchCluster
+FromScheduler = Welcome | Refused | UnknownWorker | ClusterSnapshot | PrefixUpdate
+
+GATEWAY_ALIVE_S = 2.0
+GATEWAY_SILENT_S = 10.0

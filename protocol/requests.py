@@ -1,0 +1,66 @@
+"""What a client asked for, tokenised and validated: the unit of work of every worker."""
+
+import msgspec
+
+from protocol.ids import AttemptRef, RequestId
+
+DEFAULT_NAMESPACE = "default"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How the next token is chosen. Ranges are the gateway's to check; workers trust them.
+
+    ``temperature`` 0 means greedy. ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and penalties at their
+    defaults are off. Randomness is Philox(``seed``, ``choice``, token index), so a request
+    continues identically on another worker.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    seed: int = 0
+    choice: int = 0  # the k-th of n choices: same seed, other random stream
+    logprobs: int | None = None  # alternatives to report per token; 0 reports the chosen one only
+
+
+class StopConditions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """When a worker ends a request by itself. Stop strings are the gateway's business."""
+
+    max_tokens: int
+    min_tokens: int = 0  # before this many, stop tokens are masked out of the logits
+    stop_token_ids: tuple[int, ...] = ()  # end of sequence included, unless it is to be ignored
+
+
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """One choice of one HTTP request; ``n`` choices are ``n`` of these with a common prompt."""
+
+    request_id: RequestId
+    attempt: int
+    model: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    stop: StopConditions
+    namespace: str = DEFAULT_NAMESPACE  # prefix cache hits never cross namespaces
+
+    @property
+    def ref(self) -> AttemptRef:
+        return AttemptRef(self.request_id, self.attempt)
+
+    @property
+    def max_total_tokens(self) -> int:
+        return len(self.prompt_token_ids) + self.stop.max_tokens
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Natural-log probabilities before temperature and truncation, after penalties and bias.
+
+    ``top`` holds (token id, logprob), most likely first.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()

@@ -1,0 +1,81 @@
+"""Who serves: what a worker says of itself when it joins, and what it reports while it lives."""
+
+from typing import Literal
+
+import msgspec
+
+from protocol.ids import WorkerId, WorkerRef
+from protocol.kv import KVLayout
+
+Role = Literal["prefill", "decode"]
+
+
+class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What does not change during one life of a worker process.
+
+    A decode worker of N ranks is N of these with one ``group_id``; a request is placed on a rank.
+    ``fingerprint`` names everything that must be equal for two workers to serve one model
+    together (protocol, model, config, weights, tokenizer, layout, numerics), part by part, so
+    that a refusal can say which part differs.
+    """
+
+    ref: WorkerRef
+    role: Role
+    group_id: str
+    rank: int
+    world_size: int
+    epoch: int  # the group's: ranks that report different epochs are not one group
+    address: str  # of the worker's bus listener
+    model: str
+    max_model_len: int  # tokens, prompt and output together
+    layout: KVLayout
+    num_blocks: int
+    fingerprint: dict[str, str]
+    pid: int
+    host: str
+
+
+class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker's own account, a moment ago. A hint: the worker still decides what it admits."""
+
+    draining: bool = False
+    queued_requests: int = 0
+    running_requests: int = 0
+    queued_tokens: int = 0  # prefill: prompt tokens that wait or are being computed
+    free_blocks: int = 0  # decode: what a reservation could take now, evictable blocks included
+    total_blocks: int = 0
+    cached_blocks: int = 0
+    quarantined_blocks: int = 0
+    step_seconds: float = 0.0  # smoothed duration of one engine step
+    tokens_per_second: float = 0.0
+    prefix_hit_tokens: int = 0  # cumulative
+    prompt_tokens: int = 0  # cumulative
+    generated_tokens: int = 0  # cumulative
+
+
+class PrefixEvents(msgspec.Struct, frozen=True, kw_only=True):
+    """Changes of a prefill worker's prefix cache since its previous report.
+
+    Hashes are the first 8 bytes of block hashes (``protocol.prefix``): enough to place by, and
+    never trusted for a hit. ``sequence`` counts reports; a reader that misses one starts over
+    from a report with ``snapshot`` set.
+    """
+
+    sequence: int
+    stored: tuple[bytes, ...] = ()
+    removed: tuple[bytes, ...] = ()
+    snapshot: bool = False
+
+
+class WorkerState(msgspec.Struct, frozen=True, kw_only=True):
+    """One line of the cluster view."""
+
+    info: WorkerInfo
+    load: WorkerLoad
+
+
+class FingerprintDifference(msgspec.Struct, frozen=True, array_like=True):
+    part: str
+    yours: str
+    ours: str
+    ours_from: WorkerId
