@@ -9,9 +9,13 @@ from typing import NewType
 
 import msgspec
 
-RequestId = NewType("RequestId", str)  # made by the gateway, one per generated choice; never the client's
+RequestId = NewType(
+    "RequestId", str
+)  # made by the gateway, one per generated choice; never the client's
 GatewayId = NewType("GatewayId", str)  # one per gateway process
-WorkerId = NewType("WorkerId", str)  # "prefill-0", "decode-0/3": stable across restarts of the process
+WorkerId = NewType(
+    "WorkerId", str
+)  # "prefill-0", "decode-0/3": stable across restarts of the process
 BlockId = NewType("BlockId", int)  # index into one rank's block pool; means nothing elsewhere
 Incarnation = NewType("Incarnation", int)  # 63 random bits, new at every process start
 Generation = NewType("Generation", int)  # counts the grants of one decode incarnation

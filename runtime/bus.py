@@ -1,0 +1,226 @@
+"""The bus: typed messages between processes over ZeroMQ, one frame a message.
+
+A ``Listener`` (ROUTER) answers many ``Connection``s (DEALER). A connection is one life of one
+socket pair: it never reconnects behind its user's back, so whoever holds a lost connection knows
+that the peer may have forgotten everything. Frames that are not messages of the expected family
+are dropped and counted; the sender is not told.
+"""
+
+import hmac
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any, Generic, TypeVar
+from urllib.parse import urlsplit
+
+import anyio
+import msgspec
+import zmq
+import zmq.asyncio
+from zmq.auth.asyncio import AsyncioAuthenticator
+from zmq.utils.monitor import recv_monitor_message
+
+from protocol.codec import MAX_FRAME_BYTES, Decoder, encode
+from protocol.errors import ConfigError, ProtocolError, WorkerLost
+from runtime.keys import ClusterKey, require_key_unless_loopback
+from runtime.log import get_log
+
+log = get_log(__name__)
+
+M = TypeVar("M")
+QUEUE_FRAMES = 10_000  # per peer; a peer this far behind blocks its sender
+HEARTBEAT_MS = 2_000  # ZeroMQ's own ping, so that a vanished host is noticed without traffic
+HEARTBEAT_TIMEOUT_MS = 10_000
+CONNECT_TIMEOUT_S = 5.0
+_MONITORED = (
+    zmq.EVENT_HANDSHAKE_SUCCEEDED
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CLOSED
+)
+
+
+def _socket(kind: int) -> zmq.asyncio.Socket:
+    socket = zmq.asyncio.Context.instance().socket(kind)
+    socket.set(zmq.LINGER, 200)
+    socket.set(zmq.SNDHWM, QUEUE_FRAMES)
+    socket.set(zmq.RCVHWM, QUEUE_FRAMES)
+    socket.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
+    socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+    socket.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+    return socket
+
+
+class Listener(Generic[M]):
+    """The answering end. Iterate it for ``(peer, message)``; ``peer`` is only good for ``send``."""
+
+    def __init__(self, socket: zmq.asyncio.Socket, address: str, decoder: Decoder[M]) -> None:
+        self._socket = socket
+        self._decoder = decoder
+        self.address = address  # with the real port, to be told to others
+        self.malformed_frames = 0
+        self.undeliverable_frames = 0
+
+    @classmethod
+    @asynccontextmanager
+    async def bind(
+        cls, address: str, decoder: Decoder[M], *, key: ClusterKey | None = None
+    ) -> "AsyncGenerator[Listener[M]]":
+        """Listen on ``tcp://host:port``; port 0 takes a free one.
+
+        Raises:
+            ConfigError: the port is taken, or the host is not loopback and there is no key.
+        """
+        host, port = _host_and_port(address)
+        require_key_unless_loopback(host, key, what="the bus")
+        socket = _socket(zmq.ROUTER)
+        socket.set(zmq.ROUTER_MANDATORY, 1)
+        authenticator = None
+        try:
+            if key is not None:
+                authenticator = _authenticate(socket, key)
+            try:
+                socket.bind(f"tcp://{host}:{port or '*'}")
+            except zmq.ZMQError as error:
+                raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+            bound: bytes = socket.get(zmq.LAST_ENDPOINT)
+            yield cls(socket, bound.rstrip(b"\0").decode(), decoder)
+        finally:
+            socket.close()
+            if authenticator is not None:
+                authenticator.stop()
+
+    def __aiter__(self) -> AsyncIterator[tuple[bytes, M]]:
+        return self
+
+    async def __anext__(self) -> tuple[bytes, M]:
+        while True:
+            frames = await self._socket.recv_multipart()
+            try:
+                peer, frame = frames
+                return peer, self._decoder.decode(frame)
+            except (ProtocolError, ValueError):
+                self.malformed_frames += 1
+
+    async def send(self, peer: bytes, message: msgspec.Struct) -> None:
+        """Hand the message to ``peer``'s queue; dropped and counted when the peer is gone."""
+        try:
+            await self._socket.send_multipart((peer, encode(message)))
+        except zmq.ZMQError:
+            self.undeliverable_frames += 1
+
+
+class Connection(Generic[M]):
+    """The asking end. Iterate it, in one task, for messages; iteration ends with the connection."""
+
+    def __init__(self, socket: zmq.asyncio.Socket, address: str, decoder: Decoder[M]) -> None:
+        self._socket = socket
+        self._decoder = decoder
+        self._receiving: anyio.CancelScope | None = None
+        self.address = address
+        self.lost = anyio.Event()
+        self.malformed_frames = 0
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls,
+        address: str,
+        decoder: Decoder[M],
+        *,
+        key: ClusterKey | None = None,
+        timeout_s: float = CONNECT_TIMEOUT_S,
+    ) -> "AsyncGenerator[Connection[M]]":
+        """Connect, and wait until the peer has answered.
+
+        Raises:
+            WorkerLost: nobody listens there, or they do not hold our key.
+        """
+        socket = _socket(zmq.DEALER)
+        socket.set(zmq.RECONNECT_IVL, -1)
+        if key is not None:
+            socket.curve_publickey = key.public
+            socket.curve_secretkey = key.secret
+            socket.curve_serverkey = key.public
+        monitor: Any = socket.get_monitor_socket(_MONITORED)
+        try:
+            socket.connect(address)
+            event = None
+            with anyio.move_on_after(timeout_s):
+                event = (await recv_monitor_message(monitor))["event"]
+            if event != zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                raise WorkerLost(f"cannot connect to {address}")
+            connection = cls(socket, address, decoder)
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(connection._watch, monitor)
+                try:
+                    yield connection
+                finally:
+                    tasks.cancel_scope.cancel()
+        finally:
+            socket.disable_monitor()
+            monitor.close()
+            socket.close()
+
+    async def _watch(self, monitor: Any) -> None:  # noqa: ANN401  pyzmq does not name its type
+        while (await recv_monitor_message(monitor))["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+            pass
+        self.lost.set()
+        if self._receiving is not None:
+            self._receiving.cancel()
+
+    async def send(self, message: msgspec.Struct) -> None:
+        """Queue the message. On a lost connection it goes nowhere: watch ``lost``."""
+        if not self.lost.is_set():
+            await self._socket.send(encode(message))
+
+    def __aiter__(self) -> AsyncIterator[M]:
+        return self
+
+    async def __anext__(self) -> M:
+        while True:
+            frame = await self._next_frame()
+            try:
+                return self._decoder.decode(frame)
+            except ProtocolError:
+                self.malformed_frames += 1
+
+    async def _next_frame(self) -> bytes:
+        if not self.lost.is_set():
+            with anyio.CancelScope() as self._receiving:
+                frame: bytes = await self._socket.recv()
+                return frame
+        # What had arrived before the loss is still in the queue.
+        try:
+            return await self._socket.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            raise StopAsyncIteration from None
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    parts = urlsplit(address)
+    if parts.scheme != "tcp" or parts.hostname is None or parts.port is None:
+        raise ConfigError(f"a bus address looks like tcp://127.0.0.1:8100, not {address!r}")
+    return parts.hostname, parts.port
+
+
+def _authenticate(socket: zmq.asyncio.Socket, key: ClusterKey) -> AsyncioAuthenticator:
+    """Accept only peers whose public key is the cluster's own."""
+    authenticator = AsyncioAuthenticator(zmq.asyncio.Context.instance())
+    authenticator.start()
+    authenticator.configure_curve_callback("*", _OnlyThisKey(key.public))
+    socket.curve_server = True
+    socket.curve_publickey = key.public
+    socket.curve_secretkey = key.secret
+    return authenticator
+
+
+class _OnlyThisKey:
+    """pyzmq's credentials provider: the Z85 key of the peer decides."""
+
+    def __init__(self, public: bytes) -> None:
+        self._public = public
+
+    def callback(self, _domain: str, peer_key: bytes) -> bool:
+        return hmac.compare_digest(peer_key, self._public)
