@@ -28,7 +28,7 @@ class Decoder(Generic[M]):
         ProtocolError: the bytes are not a message of the family; nothing was half-read.
     """
 
-    def __init__(self, family: Any) -> None:  # noqa: ANN401  a union is not a type to the checker
+    def __init__(self, family: Any) -> None:  # a union is no type to the checker
         self._decoder: msgspec.msgpack.Decoder[M] = msgspec.msgpack.Decoder(family)
 
     def decode(self, frame: bytes) -> M:

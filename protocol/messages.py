@@ -47,24 +47,24 @@ class ErrorReport(msgspec.Struct, frozen=True, kw_only=True):
     retry_after_s: float | None = None
 
 
-class Reserve(Message):
+class Reserve(Message, frozen=True, kw_only=True):
     """Ask a decode rank for blocks. Answered by ``Granted`` or ``Rejected``, the same twice."""
 
     request: GenerateRequest
     remaining_s: float
 
 
-class Granted(Message):
+class Granted(Message, frozen=True, kw_only=True):
     grant: Grant
 
 
-class Rejected(Message):
+class Rejected(Message, frozen=True, kw_only=True):
     ref: AttemptRef
     worker: WorkerRef
     error: ErrorReport
 
 
-class Prefill(Message):
+class Prefill(Message, frozen=True, kw_only=True):
     """Compute the prompt's KV, push it into the grant's blocks, and sample the first token."""
 
     request: GenerateRequest
@@ -80,7 +80,7 @@ class PrefillTimes(msgspec.Struct, frozen=True, array_like=True):
     transfer_exposed_s: float
 
 
-class PrefillDone(Message):
+class PrefillDone(Message, frozen=True, kw_only=True):
     """The first token, committed output from here on. ``cached_tokens`` were not computed anew.
 
     ``finish_reason`` is set when the first token already ends the request: the decode rank then
@@ -106,7 +106,7 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     finish_reason: FinishReason | None
 
 
-class StepTokens(Message):
+class StepTokens(Message, frozen=True, kw_only=True):
     """All tokens that one engine step made for one gateway: one frame a step."""
 
     worker: WorkerRef
@@ -114,7 +114,7 @@ class StepTokens(Message):
     deltas: tuple[TokenDelta, ...]
 
 
-class RequestFailed(Message):
+class RequestFailed(Message, frozen=True, kw_only=True):
     """The attempt has ended at this worker, which holds nothing of it any more."""
 
     ref: AttemptRef
@@ -122,63 +122,64 @@ class RequestFailed(Message):
     error: ErrorReport
 
 
-class Cancel(Message):
+class Cancel(Message, frozen=True, kw_only=True):
     """Stop work on the attempt and free what it holds. Unknown attempts are remembered, so a
-    ``Reserve`` or ``Prefill`` that arrives later is answered as cancelled."""
+    ``Reserve`` or ``Prefill`` that arrives later is answered as cancelled.
+    """
 
     ref: AttemptRef
 
 
-class GatewayAlive(Message):
-    """Sent every ``GATEWAY_ALIVE_S``; workers cancel the requests of a gateway that falls silent."""
+class GatewayAlive(Message, frozen=True, kw_only=True):
+    """Sent every ``GATEWAY_ALIVE_S``: workers cancel what a silent gateway has left behind."""
 
     gateway_id: GatewayId
 
 
-class Announce(Message):
+class Announce(Message, frozen=True, kw_only=True):
     info: WorkerInfo
     load: WorkerLoad
 
 
-class Welcome(Message):
+class Welcome(Message, frozen=True, kw_only=True):
     lease_s: float
     heartbeat_s: float
 
 
-class Refused(Message):
+class Refused(Message, frozen=True, kw_only=True):
     """The worker may not serve in this cluster; ``differences`` says why, part by part."""
 
     reason: str
     differences: tuple[FingerprintDifference, ...]
 
 
-class UnknownWorker(Message):
+class UnknownWorker(Message, frozen=True, kw_only=True):
     """A heartbeat came from a worker that the scheduler does not know: announce again."""
 
 
-class Heartbeat(Message):
+class Heartbeat(Message, frozen=True, kw_only=True):
     worker: WorkerRef
     load: WorkerLoad
     prefix: PrefixEvents | None = None
 
 
-class Withdraw(Message):
+class Withdraw(Message, frozen=True, kw_only=True):
     worker: WorkerRef
     reason: str
 
 
-class WatchCluster(Message):
+class WatchCluster(Message, frozen=True, kw_only=True):
     gateway_id: GatewayId
 
 
-class ClusterSnapshot(Message):
+class ClusterSnapshot(Message, frozen=True, kw_only=True):
     """The whole membership, sent on every change and with fresh loads at each heartbeat tick."""
 
     version: int
     workers: tuple[WorkerState, ...]
 
 
-class PrefixUpdate(Message):
+class PrefixUpdate(Message, frozen=True, kw_only=True):
     worker: WorkerRef
     events: PrefixEvents
 
@@ -193,3 +194,13 @@ FromScheduler = Welcome | Refused | UnknownWorker | ClusterSnapshot | PrefixUpda
 
 GATEWAY_ALIVE_S = 2.0
 GATEWAY_SILENT_S = 10.0
+
+
+class HandOff(msgspec.Struct, frozen=True, kw_only=True):
+    """What prefill tells decode when it commits a grant: the payload of ``Push.finish``.
+
+    With ``finish_reason`` set there is nothing to decode, and the grant is freed at once.
+    """
+
+    token_id: int
+    finish_reason: FinishReason | None

@@ -84,8 +84,8 @@ class Listener(Generic[M]):
                 socket.bind(f"tcp://{host}:{port or '*'}")
             except zmq.ZMQError as error:
                 raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-            bound: bytes = socket.get(zmq.LAST_ENDPOINT)
-            yield cls(socket, bound.rstrip(b"\0").decode(), decoder)
+            bound = str(socket.getsockopt_string(zmq.LAST_ENDPOINT)).rstrip("\0")
+            yield cls(socket, bound, decoder)
         finally:
             socket.close()
             if authenticator is not None:
@@ -163,7 +163,7 @@ class Connection(Generic[M]):
             monitor.close()
             socket.close()
 
-    async def _watch(self, monitor: Any) -> None:  # noqa: ANN401  pyzmq does not name its type
+    async def _watch(self, monitor: Any) -> None:  # pyzmq does not name its type
         while (await recv_monitor_message(monitor))["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             pass
         self.lost.set()
