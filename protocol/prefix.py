@@ -6,9 +6,15 @@ model fingerprint and agree on every token up to the block's end (design, decisi
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 HINT_BYTES = 8
+
+
+def fingerprint_digest(parts: Mapping[str, str]) -> str:
+    """The model fingerprint that ``block_hashes`` takes, from ``WorkerInfo.fingerprint``."""
+    lines = "\n".join(f"{part}={parts[part]}" for part in sorted(parts))
+    return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def block_hashes(
