@@ -152,12 +152,16 @@ class Connection(Generic[M]):
             if event != zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 raise WorkerLost(f"cannot connect to {address}")
             connection = cls(socket, address, decoder)
+            failure: Exception | None = None
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(connection._watch, monitor)
                 try:
                     yield connection
-                finally:
-                    tasks.cancel_scope.cancel()
+                except Exception as error:  # noqa: BLE001  the user's own, raised again below
+                    failure = error
+                tasks.cancel_scope.cancel()
+            if failure is not None:  # outside the task group, which would wrap it
+                raise failure
         finally:
             socket.disable_monitor()
             monitor.close()
