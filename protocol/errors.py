@@ -128,6 +128,7 @@ class ProtocolError(ServingError):
 
 class EngineError(ServingError):
     code = "engine_error"
+    retryable = True
 
 
 def _leaves(cls: type[ServingError]) -> list[type[ServingError]]:

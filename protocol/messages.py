@@ -73,11 +73,10 @@ class Prefill(Message, frozen=True, kw_only=True):
 
 
 class PrefillTimes(msgspec.Struct, frozen=True, array_like=True):
-    """Seconds at the prefill worker. ``transfer_exposed_s`` is what was left after compute."""
+    """Seconds at the prefill worker: until the first chunk started, and from then on."""
 
     queue_s: float
     compute_s: float
-    transfer_exposed_s: float
 
 
 class PrefillDone(Message, frozen=True, kw_only=True):

@@ -1,0 +1,374 @@
+"""The engine thread of a prefill worker: schedule, compute while pushing, hand off.
+
+Everything here belongs to one thread; other threads only post work to its inbox. A request ends
+here exactly once: its push is over (committed, failed or aborted) and its blocks are released.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import msgspec
+from torch import Tensor
+
+from engine.kvcache.block_pool import BlockPool
+from engine.kvcache.prefix_index import PrefixIndex
+from engine.model_runner import ModelRunner
+from engine.sampling.sampler import Sampled, Sampler
+from engine.sampling.stopping import finish_reason
+from kvtransfer.interface import KVSource, Push
+from prefill.prefix_feed import PrefixFeed
+from prefill.scheduler import Chunk, PrefillScheduler, PrefillStep
+from protocol.codec import encode
+from protocol.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    Draining,
+    EngineError,
+    InvalidRequest,
+    ServingError,
+    TransferError,
+)
+from protocol.ids import AttemptRef, WorkerRef
+from protocol.messages import (
+    GATEWAY_SILENT_S,
+    Cancel,
+    GatewayAlive,
+    HandOff,
+    Prefill,
+    PrefillDone,
+    PrefillTimes,
+    RequestFailed,
+    ToPrefill,
+)
+from protocol.reports import report_of
+from protocol.requests import GenerateRequest
+from protocol.workers import WorkerLoad
+from runtime.clients import Clients
+from runtime.log import get_log
+from runtime.mailbox import Inbox, Outbox
+from runtime.worker_process import Beat, ToPeer
+
+log = get_log(__name__)
+
+IDLE_WAIT_S = 0.5
+SWEEP_S = 1.0
+STEP_SMOOTHING = 0.2
+MAX_TOMBSTONES = 4096
+
+
+@dataclass(slots=True, kw_only=True)
+class _Held:
+    """One request between ``Prefill`` and the end of its push."""
+
+    request: GenerateRequest
+    push: Push
+    arrived_at: float
+    started_at: float | None = None
+    failed: TransferError | None = None
+
+
+class PrefillLoop:
+    def __init__(
+        self,
+        *,
+        worker: WorkerRef,
+        scheduler: PrefillScheduler,
+        runner: ModelRunner,
+        sampler: Sampler,
+        source: KVSource,
+        outbox: Outbox[ToPeer],
+        pool: BlockPool,
+        prefix_index: PrefixIndex,
+        prefix_feed: PrefixFeed,
+        layers_per_push: int,
+        vocab_size: int,
+    ) -> None:
+        self._worker = worker
+        self._scheduler = scheduler
+        self._runner = runner
+        self._sampler = sampler
+        self._source = source
+        self._outbox = outbox
+        self._pool = pool
+        self._prefix_index = prefix_index
+        self._prefix_feed = prefix_feed
+        self._layers_per_push = layers_per_push
+        self._vocab_size = vocab_size
+        self._inbox: Inbox[Callable[[], None]] = Inbox()
+        self._clients = Clients(silent_s=GATEWAY_SILENT_S)
+        self._held: dict[AttemptRef, _Held] = {}
+        self._cancelled: dict[AttemptRef, None] = {}
+        self._stopped = threading.Event()
+        self._draining = False
+        self._sweep = Beat(SWEEP_S)
+        self._step_seconds = 0.0
+        self._tokens_per_second = 0.0
+        self.load = WorkerLoad()
+
+    # From any thread -----------------------------------------------------------------------------
+
+    def post(self, peer: bytes, message: ToPrefill) -> None:
+        self._inbox.put(lambda: self._hear(peer, message))
+
+    def drain(self) -> None:
+        def start_draining() -> None:
+            self._draining = True
+
+        self._inbox.put(start_draining)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._inbox.put(lambda: None)
+
+    # On the engine thread ------------------------------------------------------------------------
+
+    def run(self) -> None:
+        try:
+            while not self._stopped.is_set():
+                self._turn()
+                if self._draining and not self._held:
+                    return
+        finally:
+            self._source.close()
+
+    def _turn(self) -> None:
+        for work in self._inbox.drain():
+            work()
+        now = time.monotonic()
+        if self._sweep.due(now):
+            self._let_go(now)
+        step = self._scheduler.schedule()
+        if step.chunks:
+            self._compute(step, now)
+        self._account()
+        if not step.chunks:
+            self._inbox.wait(IDLE_WAIT_S)
+
+    def _hear(self, peer: bytes, message: ToPrefill) -> None:
+        now = time.monotonic()
+        self._clients.heard(peer, now)
+        match message:
+            case Prefill():
+                self._accept(peer, message, now)
+            case Cancel(ref=ref):
+                self._cancel(ref)
+            case GatewayAlive():
+                pass
+
+    def _accept(self, peer: bytes, message: Prefill, now: float) -> None:
+        request = message.request
+        if request.ref in self._held:
+            return  # told twice; the answer is on its way
+        try:
+            self._check(request)
+            push = self._source.open(message.grant)
+            try:
+                self._scheduler.add(request, now, now + message.remaining_s)
+            except ServingError as error:
+                push.abort(str(error), lambda: None)
+                raise
+        except ServingError as error:
+            self._answer(peer, self._failure(request.ref, error, stage="prefill"))
+            return
+        self._clients.own(peer, request.ref)
+        self._held[request.ref] = _Held(request=request, push=push, arrived_at=now)
+
+    def _check(self, request: GenerateRequest) -> None:
+        if self._draining:
+            raise Draining("this prefill worker is draining", retry_after_s=1.0)
+        if request.ref in self._cancelled:
+            raise Cancelled("the request was cancelled before its prefill")
+        if not request.prompt_token_ids:
+            raise InvalidRequest("the prompt is empty: it needs at least one token", param="prompt")
+        if not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < (
+            self._vocab_size
+        ):
+            raise InvalidRequest(
+                f"a prompt token id is outside 0..{self._vocab_size - 1}", param="prompt"
+            )
+
+    # One step ------------------------------------------------------------------------------------
+
+    def _compute(self, step: PrefillStep, now: float) -> None:
+        for chunk in step.chunks:
+            held = self._held[chunk.ref]
+            held.started_at = held.started_at or now
+        try:
+            sampled = self._forward(step)
+        except ServingError as error:
+            self._fail_step(step, error)
+            return
+        except Exception as error:  # noqa: BLE001  a fault in a request must not end the worker
+            log.exception("prefill step failed", requests=len(step.chunks))
+            self._fail_step(step, EngineError(f"computing failed: {type(error).__name__}"))
+            return
+        self._scheduler.complete(step)
+        self._hand_off(step, sampled)
+        seconds = time.monotonic() - now
+        self._step_seconds += STEP_SMOOTHING * (seconds - self._step_seconds)
+        rate = step.num_tokens / seconds
+        self._tokens_per_second += STEP_SMOOTHING * (rate - self._tokens_per_second)
+
+    def _forward(self, step: PrefillStep) -> Sampled:
+        final = [chunk.ref for chunk in step.chunks if chunk.final]
+        logits_RV = self._run(step.chunks)
+        for ref in final:
+            self._sampler.admit(self._held[ref].request)
+        try:
+            return self._sampler.sample(logits_RV, final)
+        finally:
+            for ref in final:
+                self._sampler.retire(ref)
+
+    def _run(self, chunks: tuple[Chunk, ...]) -> Tensor:
+        """Compute the chunks, pushing each group of layers while the next one computes."""
+        batch = self._runner.batch_from(
+            token_ids=[token for chunk in chunks for token in chunk.token_ids],
+            positions=[p for chunk in chunks for p in range(chunk.start, chunk.stop)],
+            slot_mapping=[
+                slot
+                for chunk in chunks
+                for slot in chunk.table.slot_mapping(chunk.start, chunk.stop)
+            ],
+            block_tables=[chunk.table.blocks for chunk in chunks],
+            query_lens=[chunk.stop - chunk.start for chunk in chunks],
+            context_lens=[chunk.context_len for chunk in chunks],
+            wants_logits=[chunk.final for chunk in chunks],
+        )
+        num_layers = self._runner.layout.num_layers
+        pushed = 0
+
+        def after_layer(layer: int) -> None:
+            nonlocal pushed
+            done = layer + 1
+            if done - pushed < self._layers_per_push and done < num_layers:
+                return
+            layers, pushed = range(pushed, done), done
+            for chunk in chunks:
+                self._push(chunk, layers)
+
+        return self._runner.run(batch, after_layer)
+
+    def _push(self, chunk: Chunk, layers: range) -> None:
+        held = self._held[chunk.ref]
+        if held.failed is None and chunk.source_blocks:
+            try:
+                held.push.send(layers, chunk.first_block, chunk.source_blocks)
+            except TransferError as error:
+                held.failed = error
+
+    def _hand_off(self, step: PrefillStep, sampled: Sampled) -> None:
+        row = 0
+        now = time.monotonic()
+        for chunk in step.chunks:
+            held = self._held[chunk.ref]
+            if held.failed is not None:
+                self._fail(chunk.ref, held.failed, stage="transfer")
+            elif chunk.final and chunk.ref in sampled.errors:
+                self._fail(chunk.ref, sampled.errors[chunk.ref], stage="prefill")
+            elif chunk.final:
+                self._finish(chunk.ref, held, sampled, row, now)
+            row += chunk.final
+
+    def _finish(
+        self, ref: AttemptRef, held: _Held, sampled: Sampled, row: int, now: float
+    ) -> None:
+        token_id = sampled.token_ids[row]
+        reason = finish_reason(held.request.stop, token_id, 1)
+        hand_off = HandOff(token_id=token_id, finish_reason=reason)
+        held.push.finish(
+            encode(hand_off), lambda error: self._inbox.put(lambda: self._push_ended(ref, error))
+        )
+        started = held.started_at or now
+        self._tell_owner(
+            ref,
+            PrefillDone(
+                ref=ref,
+                worker=self._worker,
+                token_id=token_id,
+                logprobs=sampled.logprobs[row],
+                finish_reason=reason,
+                cached_tokens=self._scheduler.cached_tokens(ref),
+                times=PrefillTimes(queue_s=started - held.arrived_at, compute_s=now - started),
+            ),
+        )
+
+    # Ends ----------------------------------------------------------------------------------------
+
+    def _push_ended(self, ref: AttemptRef, error: TransferError | None) -> None:
+        if error is not None and ref in self._held:
+            self._tell_owner(ref, self._failure(ref, error, stage="transfer"))
+        self._release(ref)
+
+    def _fail_step(self, step: PrefillStep, error: ServingError) -> None:
+        for chunk in step.chunks:
+            self._fail(chunk.ref, error, stage="prefill", trusted=False)
+        self._scheduler.complete(step)
+
+    def _fail(
+        self, ref: AttemptRef, error: ServingError, *, stage: str, trusted: bool = True
+    ) -> None:
+        self._tell_owner(ref, self._failure(ref, error, stage=stage))
+        self._abort(ref, str(error), trusted=trusted)
+
+    def _cancel(self, ref: AttemptRef) -> None:
+        if ref not in self._held:
+            self._cancelled[ref] = None  # its Prefill may still be on the way
+            if len(self._cancelled) > MAX_TOMBSTONES:
+                del self._cancelled[next(iter(self._cancelled))]
+            return
+        self._abort(ref, "cancelled")
+
+    def _abort(self, ref: AttemptRef, reason: str, *, trusted: bool = True) -> None:
+        """Compute no more for ``ref``; its blocks are released once the transport lets them go."""
+        if trusted:
+            self._scheduler.cancel(ref)
+        else:
+            self._scheduler.reject(ref)
+        self._held[ref].push.abort(
+            reason, lambda: self._inbox.put(lambda: self._release(ref))
+        )
+
+    def _release(self, ref: AttemptRef) -> None:
+        if self._held.pop(ref, None) is not None:
+            self._scheduler.release(ref)
+            self._clients.disown(ref)
+
+    def _let_go(self, now: float) -> None:
+        for ref in self._clients.remove_silent(now):
+            self._cancel(ref)
+        for ref in self._scheduler.expire(now):
+            error = DeadlineExceeded("no time was left to compute the prompt", stage="prefill")
+            self._fail(ref, error, stage="prefill")
+        events = self._prefix_index.take_events()
+        if events is not None:
+            self._prefix_feed.publish(events.stored, events.removed)
+
+    def _failure(self, ref: AttemptRef, error: ServingError, *, stage: str) -> RequestFailed:
+        return RequestFailed(ref=ref, worker=self._worker, error=report_of(error, stage=stage))
+
+    def _tell_owner(self, ref: AttemptRef, message: msgspec.Struct) -> None:
+        peer = self._clients.owner(ref)
+        if peer is not None:
+            self._answer(peer, message)
+
+    def _answer(self, peer: bytes, message: msgspec.Struct) -> None:
+        self._outbox.put([(peer, message)])
+
+    def _account(self) -> None:
+        books = self._scheduler.books()
+        self.load = WorkerLoad(
+            draining=self._draining,
+            queued_requests=books.waiting,
+            running_requests=books.computing,
+            queued_tokens=books.queued_tokens,
+            free_blocks=self._pool.num_available,
+            total_blocks=self._pool.num_blocks,
+            cached_blocks=self._pool.num_cached,
+            step_seconds=self._step_seconds,
+            tokens_per_second=self._tokens_per_second,
+            prefix_hit_tokens=books.prefix_hit_tokens,
+            prompt_tokens=books.prompt_tokens,
+        )
