@@ -1,0 +1,253 @@
+"""Attempts in flight: what the workers have said of each, and the task that waits for it.
+
+The readers of ``server.worker_links`` write and the request's own task reads, on one event loop.
+Tokens of an attempt come out in order and once: whatever is from another attempt, another worker
+or another place in the output is refused here, and counted by whoever brought it.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Collection
+from typing import Literal
+
+from protocol.errors import DeadlineExceeded, ServingError, WorkerLost
+from protocol.ids import RequestId, WorkerId, WorkerRef
+from protocol.kv import Grant
+from protocol.messages import (
+    ErrorReport,
+    Granted,
+    PrefillDone,
+    Rejected,
+    RequestFailed,
+    TokenDelta,
+)
+from protocol.reports import error_of
+from protocol.requests import GenerateRequest
+from runtime.clock import Clock
+from server.cluster_view import Pair
+from server.policies import Demand, Work
+
+Stage = Literal["queue", "reserve", "prefill", "decode"]
+SWEEP_S = 0.05
+
+
+class Attempt:
+    """One attempt. At most one task may wait on it, and only inside ``changed`` and its callers."""
+
+    __slots__ = (
+        "_deltas",
+        "_next_offset",
+        "_waiter",
+        "answer_by",
+        "avoid",
+        "deadline",
+        "decode",
+        "demand",
+        "failure",
+        "finished",
+        "first",
+        "grant",
+        "prefill",
+        "ref",
+        "rejection",
+        "request",
+        "stage",
+        "within",
+        "work",
+    )
+
+    def __init__(
+        self,
+        request: GenerateRequest,
+        *,
+        deadline: float,
+        avoid: Collection[WorkerId] = (),
+        within: Pair | None = None,
+    ) -> None:
+        self.request = request
+        self.avoid = avoid  # workers that have failed the request before
+        self.within = within  # the only workers to use, if set
+        self.demand: Demand | None = None  # how placement sees it, once that has been worked out
+        self.work: dict[WorkerRef, Work] = {}  # what it has put on whom, until they are done
+        self.ref = request.ref
+        self.deadline = deadline
+        self.answer_by = deadline  # the worker that is being asked must have answered by then
+        self.stage: Stage = "queue"
+        self.decode: WorkerRef | None = None
+        self.prefill: WorkerRef | None = None
+        self.grant: Grant | None = None
+        self.rejection: ErrorReport | None = None
+        self.first: PrefillDone | None = None
+        self.finished = False  # the workers have ended it by themselves: nothing is left to cancel
+        self.failure: ServingError | None = None
+        self._deltas: deque[TokenDelta] = deque()
+        self._next_offset = 1  # of decode's tokens; token 0 is prefill's
+        self._waiter: asyncio.Future[None] | None = None
+
+    # -- for the readers ---------------------------------------------------------------------
+
+    def hear(self, message: Granted | Rejected | PrefillDone | RequestFailed) -> bool:
+        """Take in what a worker says; False if it is stale or from the wrong worker."""
+        match message:
+            case Granted(grant=grant):
+                current = grant.ref == self.ref and grant.decode == self.decode
+                if not current or self.grant is not None:
+                    return False
+                self.grant, self.answer_by = grant, self.deadline
+            case Rejected(ref=ref, worker=worker, error=error):
+                current = ref == self.ref and worker == self.decode
+                if not current or self.grant is not None:
+                    return False
+                self.rejection = error
+                self.stage, self.decode, self.answer_by = "queue", None, self.deadline
+            case PrefillDone(ref=ref, worker=worker):
+                if ref != self.ref or worker != self.prefill or self.first is not None:
+                    return False
+                self.first = message
+                self.stage = "decode"
+                self.finished = message.finish_reason is not None
+            case RequestFailed(ref=ref, worker=worker, error=error):
+                if ref != self.ref or worker not in (self.prefill, self.decode):
+                    return False
+                self.fail(error_of(error))
+        self.wake()
+        return True
+
+    def take(self, delta: TokenDelta, worker: WorkerRef) -> bool:
+        """Queue decode's next tokens; False if they are stale. A gap fails the attempt."""
+        if delta.ref.attempt != self.ref.attempt or worker != self.decode:
+            return False
+        if delta.offset != self._next_offset:
+            if delta.offset > self._next_offset:
+                self.fail(WorkerLost("tokens were lost between worker and gateway", stage="decode"))
+            return False
+        self._next_offset += len(delta.token_ids)
+        self._deltas.append(delta)
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+        return True
+
+    def worker_lost(self, worker: WorkerRef) -> None:
+        """Fail, unless what was wanted of ``worker`` has been done."""
+        if worker == self.decode or (worker == self.prefill and self.first is None):
+            self.fail(WorkerLost(f"{worker.worker_id} was lost", stage=self.stage))
+
+    def fail(self, error: ServingError) -> None:
+        """End the attempt; the first failure counts. Tokens that came before are still read."""
+        if self.failure is None:
+            self.failure = error
+        self.wake()
+
+    def wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def expire(self, now: float) -> None:
+        if now >= self.deadline:
+            message = f"the request's time ran out in stage {self.stage}"
+            self.fail(DeadlineExceeded(message, stage=self.stage))
+        elif now >= self.answer_by:
+            name = self.decode.worker_id if self.decode else "the worker"
+            self.fail(WorkerLost(f"{name} does not answer", stage=self.stage))
+
+    # -- for the request's task ----------------------------------------------------------------
+
+    def asks_decode(self, rank: WorkerRef, *, answer_by: float) -> None:
+        self.stage, self.decode, self.rejection = "reserve", rank, None
+        self.answer_by = min(answer_by, self.deadline)
+
+    def asks_prefill(self, worker: WorkerRef) -> None:
+        self.stage, self.prefill = "prefill", worker
+
+    @property
+    def workers(self) -> list[WorkerRef]:
+        """Those that may hold something of the attempt."""
+        return [worker for worker in (self.prefill, self.decode) if worker is not None]
+
+    async def changed(self) -> None:
+        """Wait for news; return at once if there has been a failure."""
+        if self.failure is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+
+    async def reservation(self) -> Grant | ErrorReport:
+        """The decode rank's answer.
+
+        Raises:
+            ServingError: the attempt has failed meanwhile.
+        """
+        while self.grant is None and self.rejection is None:
+            self.raise_failure()
+            await self.changed()
+        answer = self.grant or self.rejection
+        assert answer is not None
+        return answer
+
+    async def first_token(self) -> PrefillDone:
+        while self.first is None:
+            self.raise_failure()
+            await self.changed()
+        return self.first
+
+    async def next_tokens(self) -> TokenDelta:
+        """What has come since the last call, as one delta."""
+        while not self._deltas:
+            self.raise_failure()
+            await self.changed()
+        if len(self._deltas) == 1:
+            news = self._deltas.popleft()
+        else:
+            news = _join(self._deltas)
+            self._deltas.clear()
+        self.finished = news.finish_reason is not None
+        return news
+
+    def raise_failure(self) -> None:
+        if self.failure is not None:
+            raise self.failure
+
+
+class Attempts:
+    """The attempts of this gateway that are in flight, one a request."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self.by_request: dict[RequestId, Attempt] = {}
+
+    def open(self, attempt: Attempt) -> Attempt:
+        self.by_request[attempt.ref.request_id] = attempt
+        return attempt
+
+    def close(self, attempt: Attempt) -> None:
+        self.by_request.pop(attempt.ref.request_id, None)
+
+    def worker_lost(self, worker: WorkerRef) -> None:
+        for attempt in list(self.by_request.values()):
+            attempt.worker_lost(worker)
+
+    async def expire_forever(self) -> None:
+        """Fail attempts whose time is over, so that no wait needs a timer of its own."""
+        while True:
+            await self._clock.sleep(SWEEP_S)
+            now = self._clock.now()
+            for attempt in list(self.by_request.values()):
+                if now >= attempt.answer_by:
+                    attempt.expire(now)
+
+
+def _join(deltas: deque[TokenDelta]) -> TokenDelta:
+    first, last = deltas[0], deltas[-1]
+    logprobs = None
+    if first.logprobs is not None:
+        logprobs = tuple(entry for delta in deltas for entry in delta.logprobs or ())
+    return TokenDelta(
+        first.ref,
+        first.offset,
+        tuple(token for delta in deltas for token in delta.token_ids),
+        logprobs,
+        last.finish_reason,
+    )

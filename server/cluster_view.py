@@ -1,0 +1,127 @@
+"""Who can serve: the members of the cluster, seen as prefill workers and whole decode groups.
+
+Pure, and a hint: whoever acts on a view that is out of date is corrected by the worker itself. A
+decode group counts only when all of its ranks are members and agree on the epoch, because a
+rank cannot step alone.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from protocol.ids import WorkerRef
+from protocol.workers import WorkerState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeGroup:
+    """The ranks of one decode worker that are members now, in rank order."""
+
+    group_id: str
+    epoch: int
+    world_size: int
+    ranks: tuple[WorkerState, ...]
+
+    @property
+    def complete(self) -> bool:
+        return [state.info.rank for state in self.ranks] == list(range(self.world_size))
+
+    @property
+    def serving(self) -> bool:
+        """Complete, and none of its ranks is on its way out."""
+        return self.complete and not any(state.load.draining for state in self.ranks)
+
+    @property
+    def refs(self) -> tuple[WorkerRef, ...]:
+        return tuple(state.info.ref for state in self.ranks)
+
+    @property
+    def model(self) -> str:
+        return self.ranks[0].info.model
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """A prefill worker and the ranks of a decode group that could serve a request together."""
+
+    model: str
+    prefill: WorkerRef
+    decode: tuple[WorkerRef, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterView:
+    """``prefill`` and ``decode`` take new work; ``groups`` are all decode groups, whole or not."""
+
+    prefill: tuple[WorkerState, ...] = ()
+    decode: tuple[WorkerState, ...] = ()
+    groups: tuple[DecodeGroup, ...] = ()
+
+    def models(self) -> list[str]:
+        """Names of all models that some member is there for, whether or not it can be served."""
+        models = {state.info.model for state in self.prefill}
+        return sorted(models | {group.model for group in self.groups})
+
+    def pairs(self) -> list[Pair]:
+        return [
+            Pair(model=group.model, prefill=worker.info.ref, decode=group.refs)
+            for worker in self.prefill
+            for group in self.groups
+            if group.serving and group.model == worker.info.model
+        ]
+
+    def lack(self, model: str) -> str | None:
+        """Why nothing can be served for ``model``, in words for an operator; None if it can."""
+        if not any(state.info.model == model for state in self.prefill):
+            return "no prefill worker"
+        groups = [group for group in self.groups if group.model == model]
+        if any(group.serving for group in groups):
+            return None
+        if not groups:
+            return "no decode worker"
+        if any(group.complete for group in groups):
+            return "no decode worker: draining"
+        nearest = max(groups, key=lambda group: len(group.ranks) / group.world_size)
+        missing = nearest.world_size - len(nearest.ranks)
+        return (
+            f"no decode worker: waiting for {missing} of {nearest.world_size} ranks"
+            f" of {nearest.group_id}"
+        )
+
+
+def view_of(workers: Iterable[WorkerState]) -> ClusterView:
+    """The view of a membership. Ranks of one group at different epochs are different groups."""
+    prefill: list[WorkerState] = []
+    ranks: dict[tuple[str, int, int], list[WorkerState]] = {}
+    for state in workers:
+        info = state.info
+        if info.role == "prefill":
+            if not state.load.draining:
+                prefill.append(state)
+        else:
+            ranks.setdefault((info.group_id, info.epoch, info.world_size), []).append(state)
+    groups = tuple(
+        DecodeGroup(
+            group_id=group_id,
+            epoch=epoch,
+            world_size=world_size,
+            ranks=tuple(sorted(members, key=lambda state: state.info.rank)),
+        )
+        for (group_id, epoch, world_size), members in sorted(ranks.items())
+    )
+    return ClusterView(
+        prefill=tuple(prefill),
+        decode=tuple(rank for group in groups if group.serving for rank in group.ranks),
+        groups=groups,
+    )
+
+
+def keep_missing(
+    known: Iterable[WorkerState], reported: Iterable[WorkerState]
+) -> tuple[WorkerState, ...]:
+    """``reported``, and whoever of ``known`` it lacks.
+
+    A scheduler that has just started knows nobody yet, which does not mean that nobody is there.
+    """
+    told = tuple(reported)
+    ids = {state.info.ref.worker_id for state in told}
+    return (*told, *(state for state in known if state.info.ref.worker_id not in ids))

@@ -1,0 +1,178 @@
+"""The scheduler: keeps the membership, and tells every gateway about it.
+
+It is not on any request's path. Workers and gateways that lose it go on with what they know, and
+find it or its successor again; so it keeps nothing that they would not tell it anew.
+"""
+
+from typing import NoReturn
+
+import anyio
+
+from protocol.codec import Decoder
+from protocol.ids import WorkerRef
+from protocol.messages import (
+    GATEWAY_SILENT_S,
+    Announce,
+    ClusterSnapshot,
+    Heartbeat,
+    Message,
+    PrefixUpdate,
+    Refused,
+    ToScheduler,
+    UnknownWorker,
+    WatchCluster,
+    Welcome,
+    Withdraw,
+)
+from runtime.bus import Listener
+from runtime.clock import Clock
+from runtime.keys import ClusterKey
+from runtime.log import get_log
+from server.membership import Beat, Membership
+from server.prefix_directory import PrefixDirectory
+
+log = get_log(__name__)
+
+FAMILY: Decoder[ToScheduler] = Decoder(ToScheduler)
+LEASE_S = 10.0
+HEARTBEAT_S = 1.0
+
+
+class Scheduler:
+    def __init__(
+        self,
+        listener: Listener[ToScheduler],
+        *,
+        clock: Clock,
+        lease_s: float = LEASE_S,
+        heartbeat_s: float = HEARTBEAT_S,
+    ) -> None:
+        self._listener = listener
+        self._clock = clock
+        self._welcome = Welcome(lease_s=lease_s, heartbeat_s=heartbeat_s)
+        self._membership = Membership(lease_s=lease_s)
+        self._prefixes = PrefixDirectory()
+        self._watchers: dict[bytes, float] = {}  # gateway's peer -> when it was last heard
+        self._version = 0
+        self._loads_changed = False
+        self.stale_messages = 0
+
+    async def run(self) -> NoReturn:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._tick_forever)
+            async for peer, message in self._listener:
+                await self.hear(peer, message)
+        raise AssertionError("a listener never ends by itself")
+
+    async def hear(self, peer: bytes, message: ToScheduler) -> None:
+        match message:
+            case Announce():
+                await self._announce(peer, message)
+            case Heartbeat():
+                await self._heartbeat(peer, message)
+            case Withdraw(worker=worker, reason=reason):
+                if self._membership.withdraw(worker):
+                    log.info("worker withdrew", worker=worker.worker_id, reason=reason)
+                    await self._membership_changed([worker])
+                else:
+                    self.stale_messages += 1
+            case WatchCluster():
+                await self._watch(peer)
+
+    async def tick(self) -> None:
+        """Once a heartbeat: end leases, forget silent gateways, pass on fresh loads."""
+        now = self._clock.now()
+        silent = [p for p, heard in self._watchers.items() if now - heard > GATEWAY_SILENT_S]
+        for peer in silent:
+            del self._watchers[peer]
+        gone = self._membership.expire(now)
+        for worker in gone:
+            log.warning("worker lost its lease", worker=worker.worker_id)
+        if gone:
+            await self._membership_changed(gone)
+        elif self._loads_changed:
+            await self._broadcast_snapshot()
+
+    async def _tick_forever(self) -> NoReturn:
+        while True:
+            await self._clock.sleep(self._welcome.heartbeat_s)
+            await self.tick()
+
+    async def _announce(self, peer: bytes, message: Announce) -> None:
+        info = message.info
+        replaced = [
+            state.info.ref
+            for state in self._membership.states()
+            if state.info.ref.worker_id == info.ref.worker_id and state.info.ref != info.ref
+        ]
+        differences = self._membership.announce(info, message.load, self._clock.now())
+        if differences:
+            reason = f"it does not serve the same {info.model} as {differences[0].ours_from}"
+            parts = [difference.part for difference in differences]
+            log.warning("worker refused", worker=info.ref.worker_id, differences=parts)
+            await self._listener.send(peer, Refused(reason=reason, differences=differences))
+            return
+        log.info("worker joined", worker=info.ref.worker_id, role=info.role, epoch=info.epoch)
+        await self._listener.send(peer, self._welcome)
+        await self._membership_changed(replaced)
+
+    async def _heartbeat(self, peer: bytes, message: Heartbeat) -> None:
+        beat = self._membership.heartbeat(message.worker, message.load, self._clock.now())
+        if beat is Beat.STALE:
+            self.stale_messages += 1
+        elif beat is Beat.UNKNOWN:
+            await self._listener.send(peer, UnknownWorker())
+        else:
+            self._loads_changed = True
+            if message.prefix is not None:
+                if self._prefixes.apply(message.worker, message.prefix):
+                    await self._broadcast(
+                        PrefixUpdate(worker=message.worker, events=message.prefix)
+                    )
+                else:  # a report was lost: an announcement comes with a whole one
+                    await self._listener.send(peer, UnknownWorker())
+
+    async def _watch(self, peer: bytes) -> None:
+        newcomer = peer not in self._watchers
+        self._watchers[peer] = self._clock.now()
+        if newcomer:
+            await self._listener.send(peer, self._snapshot())
+            for worker in self._prefixes.workers():
+                events = self._prefixes.snapshot(worker)
+                if events is not None:
+                    await self._listener.send(peer, PrefixUpdate(worker=worker, events=events))
+
+    async def _membership_changed(self, gone: list[WorkerRef]) -> None:
+        for worker in gone:
+            self._prefixes.forget(worker)
+        self._version += 1
+        await self._broadcast_snapshot()
+
+    async def _broadcast_snapshot(self) -> None:
+        self._loads_changed = False
+        await self._broadcast(self._snapshot())
+
+    async def _broadcast(self, message: Message) -> None:
+        for peer in list(self._watchers):
+            await self._listener.send(peer, message)
+
+    def _snapshot(self) -> ClusterSnapshot:
+        return ClusterSnapshot(version=self._version, workers=self._membership.states())
+
+
+async def run_scheduler(
+    address: str,
+    *,
+    clock: Clock,
+    key: ClusterKey | None = None,
+    lease_s: float = LEASE_S,
+    heartbeat_s: float = HEARTBEAT_S,
+) -> NoReturn:
+    """Be the scheduler at ``address`` until cancelled.
+
+    Raises:
+        ConfigError: the port is taken, or the host is not loopback and there is no key.
+    """
+    async with Listener.bind(address, FAMILY, key=key) as listener:
+        log.info("scheduler listening", address=listener.address)
+        await Scheduler(listener, clock=clock, lease_s=lease_s, heartbeat_s=heartbeat_s).run()
