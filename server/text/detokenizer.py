@@ -1,0 +1,93 @@
+"""Token ids to text, one token at a time, never half a character.
+
+Invariant: the pieces that ``push`` and ``finish`` return, joined, are what the tokenizer's own
+``decode`` gives for all the ids at once, wherever the sequence was cut.
+"""
+
+import codecs
+from typing import Protocol
+
+from server.text.tokenizer import TextTokenizer
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_new_utf8_decoder = codecs.getincrementaldecoder("utf-8")
+
+
+class Detokenizer(Protocol):
+    def push(self, token_id: int) -> str:
+        """The characters that are complete now; empty while one is still being spelt."""
+        ...
+
+    def finish(self) -> str:
+        """What is left; bytes that never became a character are replacement characters."""
+        ...
+
+
+def detokenizer(tokenizer: TextTokenizer, *, skip_special_tokens: bool = True) -> Detokenizer:
+    """A fresh one for one choice of one request."""
+    skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+    if tokenizer.piece_style == "byte_level":
+        return _ByteLevel(tokenizer, skipped)
+    return _ByteFallback(tokenizer, skipped)
+
+
+class _ByteLevel:
+    """Every token is bytes; the text is their concatenation read as UTF-8."""
+
+    __slots__ = ("_decode", "_piece", "_skipped")
+
+    def __init__(self, tokenizer: TextTokenizer, skipped: frozenset[int]) -> None:
+        self._piece = tokenizer.piece
+        self._skipped = skipped
+        self._decode = _new_utf8_decoder(errors="replace").decode
+
+    def push(self, token_id: int) -> str:
+        if token_id in self._skipped:
+            return ""
+        return self._decode(self._piece(token_id))
+
+    def finish(self) -> str:
+        return self._decode(b"", True)
+
+
+class _ByteFallback:
+    """Tokens are text; characters outside the vocabulary are spelt as a run of byte tokens.
+
+    A run is text only when all of it is UTF-8, so it is held until it has ended.
+    """
+
+    __slots__ = ("_at_start", "_run", "_skipped", "_strips", "_tokenizer")
+
+    def __init__(self, tokenizer: TextTokenizer, skipped: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = skipped
+        self._run = b""
+        self._strips = tokenizer.strips_leading_space
+        self._at_start = True
+
+    def push(self, token_id: int) -> str:
+        if token_id in self._skipped:
+            return ""
+        if self._tokenizer.is_byte_piece(token_id):
+            self._run += self._tokenizer.piece(token_id)
+            return ""
+        return self._without_leading_space(
+            self._end_run() + self._tokenizer.piece(token_id).decode()
+        )
+
+    def finish(self) -> str:
+        return self._without_leading_space(self._end_run())
+
+    def _end_run(self) -> str:
+        run, self._run = self._run, b""
+        try:
+            return run.decode()
+        except UnicodeDecodeError:
+            return _REPLACEMENT * len(run)
+
+    def _without_leading_space(self, text: str) -> str:
+        if self._at_start and text:
+            self._at_start = False
+            if self._strips:
+                return text.removeprefix(" ")
+        return text
