@@ -1,0 +1,189 @@
+"""From a checkpoint on disk to a model that runs on one rank.
+
+A checkpoint is a folder with ``config.json`` and safetensors, or a GGUF file. Everything is
+checked before anything large is allocated; what is loaded is only what this rank needs.
+"""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from engine.collectives import ExpertGroup
+from engine.config import ModelConfig, split_dense
+from engine.config_files import config_from_folder, config_from_gguf
+from engine.experts.placement import place_evenly
+from engine.layers.linear import Numerics
+from engine.models.decoder import Decoder, check_weights
+from engine.models.parts import Setting
+from engine.models.registry import READ_LAYER
+from engine.weights.checkpoint import Checkpoint
+from engine.weights.gguf import GgufFile
+from engine.weights.reader import WeightReader
+from engine.weights.source import TensorSource
+from protocol.codec import WIRE_VERSION
+from protocol.errors import ConfigError
+from protocol.kv import KVLayout
+
+DtypeChoice = Literal["auto", "float32", "bfloat16"]
+Progress = Callable[[int, int], None]  # bytes loaded, bytes in all; at most once a tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    model: Decoder
+    config: ModelConfig
+    layout: KVLayout
+    dtype: torch.dtype
+    fingerprint: Mapping[str, str]  # as ``protocol.workers.WorkerInfo`` describes it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Opened:
+    config: ModelConfig
+    source: TensorSource
+    weights_digest: str
+    tokenizer_digest: str
+
+
+def load(
+    path: Path,
+    *,
+    device: torch.device,
+    dtype: DtypeChoice,
+    numerics: Numerics,
+    group: ExpertGroup,
+    split_dense_experts: int = 0,
+    block_tokens: int = 16,
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """The model at ``path`` with this rank's experts, those of an even placement over ``group``.
+
+    Raises:
+        ConfigError: a file is missing or corrupt, a tensor is missing or misshapen, or the model
+            is not supported; nothing was allocated on the device.
+    """
+    opened = _open(path)
+    try:
+        config = opened.config
+        if split_dense_experts:
+            config = split_dense(config, split_dense_experts)
+        experts = config.num_routed_experts
+        setting = Setting(
+            config=config,
+            numerics=numerics,
+            group=group,
+            placement=place_evenly(experts, group.world_size) if experts else None,
+        )
+        chosen = resolve_dtype(dtype, device)
+        model = _load_checked(opened.source, setting, device, DTYPES[chosen], progress)
+    finally:
+        opened.source.close()
+    layout = config.layout(dtype=chosen, block_tokens=block_tokens)
+    fingerprint = {
+        "protocol": str(WIRE_VERSION),
+        "config": opened.config.digest(),  # prefill runs dense what decode may split
+        "weights": opened.weights_digest,
+        "tokenizer": opened.tokenizer_digest,
+        "layout": layout.digest(),
+        "dtype": chosen,
+    }
+    return LoadedModel(
+        model=model,
+        config=config,
+        layout=layout,
+        dtype=DTYPES[chosen],
+        fingerprint=fingerprint,
+    )
+
+
+def read_config(path: Path) -> ModelConfig:
+    """Only the sizes and switches of the model at ``path``; headers are read, weights are not.
+
+    Raises:
+        ConfigError: as ``load``.
+    """
+    opened = _open(path)
+    opened.source.close()
+    return opened.config
+
+
+def resolve_dtype(choice: DtypeChoice, device: torch.device) -> Literal["float32", "bfloat16"]:
+    """``auto`` is bfloat16 where matrix products in it are done by hardware, else float32."""
+    if choice != "auto":
+        return choice
+    if device.type != "cpu":
+        return "bfloat16"
+    capabilities = torch.cpu.get_capabilities()
+    fast = capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")
+    return "bfloat16" if fast else "float32"
+
+
+def _open(path: Path) -> _Opened:
+    if path.is_dir():
+        config = config_from_folder(path)
+        checkpoint = Checkpoint(path)
+        return _Opened(
+            config=config,
+            source=checkpoint,
+            weights_digest=checkpoint.digest(),
+            tokenizer_digest=_digest_tokenizer(path),
+        )
+    if not path.exists():
+        raise ConfigError(f"{path}: there is no such model folder or GGUF file")
+    if path.suffix != ".gguf":
+        raise ConfigError(f"{path}: must be a folder with config.json, or a .gguf file")
+    file = GgufFile(path)
+    config = config_from_gguf(path, file.metadata)
+    return _Opened(
+        config=replace(config, tied_embeddings=file.shape("lm_head.weight") is None),
+        source=file,
+        weights_digest=file.digest(),
+        tokenizer_digest=file.tokenizer_digest,
+    )
+
+
+def _load_checked(
+    source: TensorSource,
+    setting: Setting,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress | None,
+) -> Decoder:
+    """Walk the model twice: on ``meta`` to check it and count bytes, then for good."""
+    total = 0
+    done = 0
+
+    def count(num_bytes: int) -> None:
+        nonlocal total
+        total += num_bytes
+
+    def report(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        if progress is not None:
+            progress(done, total)
+
+    read_layer = READ_LAYER[setting.config.architecture]
+    meta = torch.device("meta")
+    check_weights(
+        WeightReader(source, device=meta, dtype=dtype, on_bytes=count), setting, read_layer
+    )
+    weights = WeightReader(source, device=device, dtype=dtype, on_bytes=report)
+    return Decoder(weights, setting, read_layer)
+
+
+def _digest_tokenizer(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for name in TOKENIZER_FILES:
+        path = folder / name
+        digest.update(name.encode())
+        if path.exists():
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,84 @@
+"""Grouped-query attention with rotary positions (Llama, Mixtral, Qwen3-MoE).
+
+Query, key and value projections are one product, and queries and keys are rotated together.
+
+Shape suffixes: N tokens   D hidden   H query heads   G KV heads   W head width   J H + G heads
+S H + 2 G heads   P S * W projection rows   O H * W
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.attention.gqa import gqa_attention
+from engine.batch import ForwardBatch
+from engine.config import GqaConfig
+from engine.kvcache.storage import LayerCache
+from engine.layers.linear import Linear
+from engine.layers.norm import rms_norm
+from engine.layers.rope import Rotation
+from engine.models.parts import Setting
+from engine.weights.reader import WeightReader
+
+
+class GroupedQueryAttention:
+    def __init__(self, weights: "GroupedQueryWeights", config: GqaConfig, setting: Setting) -> None:
+        self._heads, self._kv_heads = config.num_heads, config.num_kv_heads
+        self._width = config.head_width
+        self._scale = config.head_width**-0.5
+        self._epsilon = setting.config.norm_epsilon
+        self._project = Linear(weights.projection_PD, numerics=setting.numerics)
+        self._output = Linear(weights.output_DO, numerics=setting.numerics)
+        self._query_norm_W = weights.query_norm_W
+        self._key_norm_W = weights.key_norm_W
+
+    def __call__(
+        self, x_ND: Tensor, rotation: Rotation, cache: LayerCache, batch: ForwardBatch
+    ) -> Tensor:
+        heads, rotated = self._heads, self._heads + self._kv_heads
+        qkv_NSW = self._project(x_ND).view(-1, rotated + self._kv_heads, self._width)
+        if self._query_norm_W is None or self._key_norm_W is None:
+            qk_NJW = rotation.apply(qkv_NSW[:, :rotated])
+            q_NHW, k_NGW = qk_NJW[:, :heads], qk_NJW[:, heads:]
+        else:
+            q_NHW = rms_norm(qkv_NSW[:, :heads], self._query_norm_W, self._epsilon)
+            k_NGW = rms_norm(qkv_NSW[:, heads:rotated], self._key_norm_W, self._epsilon)
+            q_NHW, k_NGW = rotation.apply(q_NHW), rotation.apply(k_NGW)
+        out_NHW = gqa_attention(
+            q_NHW,
+            k_NGW,
+            qkv_NSW[:, rotated:],
+            cache=cache,
+            batch=batch,
+            scale=self._scale,
+        )
+        return self._output(out_NHW.flatten(1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupedQueryWeights:
+    projection_PD: Tensor  # queries, then keys, then values
+    output_DO: Tensor
+    query_norm_W: Tensor | None
+    key_norm_W: Tensor | None
+
+    def build(self, setting: Setting) -> GroupedQueryAttention:
+        config = setting.config.attention
+        assert isinstance(config, GqaConfig)
+        return GroupedQueryAttention(self, config, setting)
+
+
+def read_grouped_query(weights: WeightReader, setting: Setting, prefix: str) -> GroupedQueryWeights:
+    """The tensors under ``prefix``, such as ``model.layers.0.self_attn``."""
+    config, hidden = setting.config.attention, setting.config.hidden_width
+    assert isinstance(config, GqaConfig)
+    width = config.head_width
+    queries, keys = config.num_heads * width, config.num_kv_heads * width
+    return GroupedQueryWeights(
+        projection_PD=weights.take_rows(
+            [f"{prefix}.{kind}_proj.weight" for kind in "qkv"], [queries, keys, keys], hidden
+        ),
+        output_DO=weights.take(f"{prefix}.o_proj.weight", hidden, queries),
+        query_norm_W=weights.take(f"{prefix}.q_norm.weight", width) if config.qk_norm else None,
+        key_norm_W=weights.take(f"{prefix}.k_norm.weight", width) if config.qk_norm else None,
+    )

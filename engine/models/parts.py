@@ -1,0 +1,67 @@
+"""The interfaces between a decoder and the two halves of its layers.
+
+A layer's tensors are read first, as plain data that can also be on the ``meta`` device, and built
+into something that computes afterwards: so a checkpoint is checked whole before it is loaded.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from engine.batch import ForwardBatch
+from engine.collectives import ExpertGroup
+from engine.config import ModelConfig
+from engine.experts.placement import ExpertPlacement
+from engine.kvcache.storage import LayerCache
+from engine.layers.linear import Numerics
+from engine.layers.rope import Rotation
+from engine.weights.reader import WeightReader
+
+# Shape suffixes: N tokens of this step   D hidden
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What a model is built for: its sizes, and this rank's place among the experts' ranks."""
+
+    config: ModelConfig
+    numerics: Numerics
+    group: ExpertGroup
+    placement: ExpertPlacement | None  # None: the model has no expert slots
+
+
+class Attention(Protocol):
+    def __call__(
+        self, x_ND: Tensor, rotation: Rotation, cache: LayerCache, batch: ForwardBatch
+    ) -> Tensor:
+        """(N, D) to add to the residual; afterwards the cache holds these tokens' KV."""
+        ...
+
+
+class FeedForward(Protocol):
+    def __call__(self, x_ND: Tensor) -> Tensor:
+        """(N, D) to add to the residual. Sparse ones are collective: all ranks call, N may be 0."""
+        ...
+
+
+class AttentionWeights(Protocol):
+    def build(self, setting: Setting) -> Attention: ...
+
+
+class FeedForwardWeights(Protocol):
+    def build(self, setting: Setting) -> FeedForward: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerWeights:
+    attention_norm_D: Tensor
+    attention: AttentionWeights
+    feed_forward_norm_D: Tensor
+    feed_forward: FeedForwardWeights
+
+
+class ReadLayer(Protocol):
+    """What an architecture is: how the tensors of one of its layers are named and used."""
+
+    def __call__(self, weights: WeightReader, setting: Setting, layer: int) -> LayerWeights: ...
