@@ -103,7 +103,8 @@ class Push(Protocol):
 
     def finish(self, payload: bytes, on_done: Callable[[TransferError | None], None]) -> None:
         """Queue the end. ``on_done`` is called once, from a transport thread, when the source
-        blocks are no longer read: with None when the peer has committed."""
+        blocks are no longer read: with None when the peer has committed.
+        """
         ...
 
     def abort(self, reason: str, on_done: Callable[[], None]) -> None:

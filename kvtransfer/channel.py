@@ -1,0 +1,315 @@
+"""The prefill side of one connection to one decode rank, run by a thread of its own.
+
+That thread connects, sends, copies (on shm) and listens; nobody else writes the decode rank's
+pages. So when it answers DRAINED, or closes the socket, it has stopped writing: that is the whole
+proof. The engine's thread only puts commands into a queue and never waits.
+"""
+
+import contextlib
+import os
+import select
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from kvtransfer.frames import (
+    FROM_SINK,
+    HEADER_BYTES,
+    Frame,
+    Kind,
+    Seal,
+    check_tag,
+    control,
+    decode,
+)
+from kvtransfer.limits import TransferLimits
+from kvtransfer.outlet import Outlet, send_all
+from kvtransfer.plan import Chunk, chunks
+from kvtransfer.reports import decode_error, encode_attempt, encode_error
+from protocol.errors import ProtocolError, TransferError, TransferTimeout
+from protocol.ids import BlockId, Generation
+from protocol.kv import Grant, KVLayout
+
+OnFinished = Callable[[TransferError | None], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """A connection that is up."""
+
+    sock: socket.socket
+    outlet: Outlet
+    incoming: Seal
+    outgoing: Seal
+
+
+class Dial(Protocol):
+    def __call__(self) -> Line:
+        """
+        Raises:
+            TransferError: the decode rank cannot be reached, or has declined.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    chunk: Chunk
+    source_blocks: tuple[BlockId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    payload: bytes
+    on_done: OnFinished
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    reason: str
+    on_done: Callable[[], None]
+
+
+Command = Send | Finish | Abort
+
+
+@dataclass(slots=True, eq=False)
+class Pushing:
+    """One grant on its way. Only ``error`` is read by other threads than the channel's."""
+
+    grant: Grant
+    state: Literal["opening", "open", "finishing", "ended"] = "opening"
+    error: TransferError | None = None
+    deadline: float = float("inf")
+    backlog: deque[Command] = field(default_factory=deque)
+    on_finished: OnFinished | None = None
+
+
+class Channel:
+    """Starts connecting at once. ``on_ended`` is called from its thread when it is of no more
+    use; pushes that are still on their way have failed by then.
+    """
+
+    def __init__(
+        self,
+        *,
+        layout: KVLayout,
+        dial: Dial,
+        limits: TransferLimits,
+        name: str,
+        on_ended: Callable[["Channel"], None],
+    ) -> None:
+        self._layout = layout
+        self._dial = dial
+        self._limits = limits
+        self._on_ended = on_ended
+        self._lock = threading.Lock()  # over the queue and _ended, so that no command is lost
+        self._queue: deque[tuple[Pushing, Command | None]] = deque()
+        self._ended: TransferError | None = None
+        self._closing = False
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._pushes: dict[Generation, Pushing] = {}
+        self._inbox = bytearray()
+        self._thread = threading.Thread(target=self._run, name=f"kv-out-{name}", daemon=True)
+        self._thread.start()
+
+    def open(self, push: Pushing) -> bool:
+        """False where the channel has ended; then another one is needed."""
+        return self._put(push, None)
+
+    def submit(self, push: Pushing, command: Command) -> None:
+        """Queue a command, or end it here and now where the channel has ended."""
+        if not self._put(push, command):
+            assert self._ended is not None
+            _answer(command, push.error or self._ended)
+
+    def close(self) -> None:
+        with self._lock:
+            self._closing = True
+            if self._ended is None:
+                os.eventfd_write(self._wake, 1)
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
+
+    def _put(self, push: Pushing, command: Command | None) -> bool:
+        with self._lock:
+            if self._ended is not None:
+                return False
+            self._queue.append((push, command))
+            os.eventfd_write(self._wake, 1)
+            return True
+
+    def _run(self) -> None:
+        error = TransferError("the KV channel has failed")
+        sock: socket.socket | None = None
+        try:
+            line = self._dial()
+            sock = line.sock
+            sock.setblocking(False)
+            error = self._work(line)
+        except TransferError as problem:
+            error = problem
+        except (OSError, ProtocolError) as problem:
+            error = TransferError(f"the KV connection was lost: {problem}")
+        finally:
+            if sock is not None:
+                sock.close()  # nothing is written from here on
+            self._end(error)
+
+    def _end(self, error: TransferError) -> None:
+        with self._lock:
+            self._ended = error
+            left = list(self._queue)
+            self._queue.clear()
+            os.close(self._wake)
+        self._on_ended(self)
+        for push in list(self._pushes.values()):
+            self._fail(push, error)
+        for push, command in left:
+            push.error = push.error or error
+            if command is not None:
+                _answer(command, push.error)
+
+    def _work(self, line: Line) -> TransferError:
+        poller = select.poll()
+        poller.register(line.sock, select.POLLIN)
+        poller.register(self._wake, select.POLLIN)
+        while not self._closing:
+            poller.poll(self._wait_ms())
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._wake)
+            self._listen(line)
+            while self._queue:
+                push, command = self._queue.popleft()
+                self._execute(line, push, command)
+            self._expire(line)
+        return TransferError("the prefill worker is shutting down")
+
+    def _wait_ms(self) -> float | None:
+        deadline = min((push.deadline for push in self._pushes.values()), default=float("inf"))
+        if deadline == float("inf"):
+            return None
+        return max(0.0, deadline - time.monotonic()) * 1000 + 1
+
+    def _execute(self, line: Line, push: Pushing, command: Command | None) -> None:
+        if command is None:
+            self._pushes[push.grant.generation] = push
+            push.deadline = time.monotonic() + self._limits.open_s
+            self._say(line, push, Kind.OPEN, encode_attempt(push.grant.ref))
+        elif push.state == "ended":
+            _answer(command, push.error)
+        elif isinstance(command, Abort):
+            self._say(line, push, Kind.ABORT, encode_error(TransferError(command.reason)))
+            self._fail(push, TransferError(command.reason))
+            command.on_done()
+        elif push.state == "opening":
+            push.backlog.append(command)
+        elif isinstance(command, Send):
+            self._send(line, push, command)
+        else:
+            push.state, push.on_finished = "finishing", command.on_done
+            push.deadline = time.monotonic() + self._limits.commit_s
+            self._say(line, push, Kind.FINISH, command.payload)
+
+    def _send(self, line: Line, push: Pushing, send: Send) -> None:
+        chunk, granted = send.chunk, push.grant.block_ids
+        pieces = chunks(
+            self._layout,
+            layers=range(chunk.first_layer, chunk.first_layer + chunk.num_layers),
+            first_block=chunk.first_block,
+            num_blocks=chunk.num_blocks,
+            max_bytes=self._limits.frame_bytes,
+        )
+        for piece in pieces:
+            self._listen(line)  # a CANCEL that has come meanwhile ends the push here
+            if push.state != "open" or self._closing:
+                return
+            first = piece.first_block - chunk.first_block
+            line.outlet.write(
+                push.grant.generation,
+                piece,
+                send.source_blocks[first : first + piece.num_blocks],
+                granted[piece.first_block : piece.first_block + piece.num_blocks],
+            )
+
+    def _listen(self, line: Line) -> None:
+        """Act on every whole frame that has arrived; does not wait."""
+        while True:
+            try:
+                data = line.sock.recv(65536)
+            except BlockingIOError:
+                break
+            if not data:
+                raise TransferError("the decode rank has closed the KV connection")
+            self._inbox += data
+        while len(self._inbox) >= HEADER_BYTES:
+            frame = decode(self._inbox, FROM_SINK)
+            end = HEADER_BYTES + frame.length
+            if len(self._inbox) < end:
+                return
+            payload = bytes(self._inbox[HEADER_BYTES:end])
+            check_tag(self._inbox, payload, line.incoming)
+            del self._inbox[:end]
+            self._heed(line, frame, payload)
+
+    def _heed(self, line: Line, frame: Frame, payload: bytes) -> None:
+        push = self._pushes.get(frame.generation)
+        if frame.kind is Kind.CANCEL:
+            # Also where the push is unknown: it has ended, so nothing of it is being written.
+            error = decode_error(payload)
+            if push is not None:
+                self._fail(push, error)
+            drained = control(Kind.DRAINED, frame.generation, line.outgoing, encode_error(error))
+            send_all(line.sock, [drained], self._limits.stall_s)
+        elif push is None:
+            return
+        elif frame.kind is Kind.OPENED and push.state == "opening":
+            push.state, push.deadline = "open", float("inf")
+            # Ahead of what has been queued since, which is for this push or another.
+            with self._lock:
+                self._queue.extendleft((push, command) for command in reversed(push.backlog))
+            push.backlog.clear()
+        elif frame.kind is Kind.REFUSED:
+            self._fail(push, decode_error(payload))
+        elif frame.kind is Kind.COMMITTED and push.state == "finishing":
+            self._finish(push, None)
+        else:
+            raise ProtocolError("a KV frame that does not fit the push", kind=frame.kind)
+
+    def _expire(self, line: Line) -> None:
+        now = time.monotonic()
+        for push in [push for push in self._pushes.values() if push.deadline <= now]:
+            waited_for = "committed" if push.state == "finishing" else "opened"
+            error = TransferTimeout(f"the decode rank has not {waited_for} the grant in time")
+            self._say(line, push, Kind.ABORT, encode_error(error))
+            self._fail(push, error)
+
+    def _say(self, line: Line, push: Pushing, kind: Kind, payload: bytes) -> None:
+        frame = control(kind, push.grant.generation, line.outgoing, payload)
+        send_all(line.sock, [frame], self._limits.stall_s)
+
+    def _fail(self, push: Pushing, error: TransferError) -> None:
+        self._finish(push, error)
+        for command in push.backlog:
+            _answer(command, error)
+        push.backlog.clear()
+
+    def _finish(self, push: Pushing, error: TransferError | None) -> None:
+        push.state, push.error, push.deadline = "ended", error, float("inf")
+        self._pushes.pop(push.grant.generation, None)
+        if push.on_finished is not None:
+            push.on_finished(error)
+            push.on_finished = None
+
+
+def _answer(command: Command, error: TransferError | None) -> None:
+    """End a command that will not be carried out any more."""
+    if isinstance(command, Finish):
+        command.on_done(error)
+    elif isinstance(command, Abort):
+        command.on_done()

@@ -1,0 +1,190 @@
+"""One prefill worker's connection at the decode rank, served by a thread of its own.
+
+The thread is the only reader of the socket, and on tcp the only writer of the granted pages, so
+its end is the proof that nothing is written any more. On shm the other process writes, so there
+the proof is the end of the stream as the peer makes it; this side never makes it itself.
+"""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from kvtransfer import shm, tcp
+from kvtransfer.checksum import Checksum, crc32_of
+from kvtransfer.frames import FROM_SOURCE, Frame, Kind, Seal, check_tag, control, decode
+from kvtransfer.handshake import Admitted, admit
+from kvtransfer.inlet import Inlet, Reader
+from kvtransfer.interface import KVMemory
+from kvtransfer.ledger import ConnectionId, GrantLedger, Notice, NoticeKind, Step
+from kvtransfer.limits import TransferLimits
+from kvtransfer.memory import buffer
+from kvtransfer.plan import Chunk, extents
+from kvtransfer.reports import decode_attempt, decode_error, encode_error
+from protocol.errors import ProtocolError, ServingError, TransferError
+from protocol.ids import BlockId, Generation, WorkerRef
+
+MAX_CHUNK_BYTES = 16 * 1024 * 1024
+_KINDS: dict[NoticeKind, Kind] = {
+    "opened": Kind.OPENED,
+    "refused": Kind.REFUSED,
+    "committed": Kind.COMMITTED,
+    "cancel": Kind.CANCEL,
+}
+
+
+class LedgerOwner(Protocol):
+    """What a connection needs of the sink that it belongs to. All calls are thread-safe."""
+
+    @property
+    def memory(self) -> KVMemory: ...
+    @property
+    def worker(self) -> WorkerRef: ...
+    @property
+    def cluster_key(self) -> bytes | None: ...
+    @property
+    def checksum(self) -> Checksum: ...
+    @property
+    def limits(self) -> TransferLimits: ...
+
+    def apply(self, change: Callable[[GrantLedger], Step]) -> None: ...
+    def begin_chunk(
+        self, generation: Generation, chunk: Chunk, connection: ConnectionId
+    ) -> tuple[BlockId, ...] | None: ...
+    def may_copy(self, generation: Generation) -> bool: ...
+    def refused(self, reason: str) -> None: ...
+    def ended(self, connection: ConnectionId) -> None: ...
+
+
+class Inbound:
+    def __init__(
+        self, sink: LedgerOwner, number: ConnectionId, *, one_sided: bool, sock: socket.socket
+    ) -> None:
+        self.is_admitted = False
+        self._sink = sink
+        self._number = number
+        self._one_sided = one_sided
+        self._sock = sock
+        self._outgoing = Seal(None)
+        self._thread = threading.Thread(target=self._run, name=f"kv-in-{number}", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def join(self, timeout_s: float) -> None:
+        self._thread.join(timeout_s)
+
+    def notify(self, notice: Notice) -> None:
+        """Say it at once or cut the connection: a peer that does not read is of no use. Called
+        under the sink's lock, which keeps the frames in their sealed order.
+        """
+        payload = b"" if notice.error is None else encode_error(notice.error)
+        frame = control(_KINDS[notice.kind], notice.generation, self._outgoing, payload)
+        try:
+            sent = self._sock.send(frame, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except OSError:
+            sent = 0
+        if sent < len(frame):
+            self.close()
+
+    def close(self) -> None:
+        """Ask for the end. On shm only our half closes: the peer's half is its proof."""
+        how = socket.SHUT_WR if self._one_sided and self.is_admitted else socket.SHUT_RDWR
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(how)
+
+    def _run(self) -> None:
+        try:
+            admitted = self._admit()
+            if admitted is not None:
+                self._serve_until_lost(admitted)
+        finally:
+            self._sink.ended(self._number)
+            self._sock.close()
+
+    def _admit(self) -> Admitted | None:
+        sink, memory = self._sink, self._sink.memory
+        try:
+            if not self._one_sided:
+                tcp.tune(self._sock)
+            admitted = admit(
+                self._sock,
+                decode=sink.worker,
+                layout_digest=memory.layout.digest(),
+                num_blocks=memory.num_blocks,
+                checksum=sink.checksum,
+                cluster_key=sink.cluster_key,
+                timeout_s=sink.limits.handshake_s,
+            )
+            self._outgoing = admitted.outgoing
+            self.is_admitted = True
+            if self._one_sided:
+                shm.share(self._sock, memory)
+        except (ServingError, OSError) as error:
+            sink.refused(str(error))
+            return None
+        return admitted
+
+    def _serve_until_lost(self, admitted: Admitted) -> None:
+        reader = Reader(self._sock, self._sink.limits.stall_s)
+        problem = f"the connection to {admitted.source.worker_id} has ended"
+        try:
+            self._serve(reader, admitted)
+        except ProtocolError as error:
+            problem = f"{admitted.source.worker_id} broke the KV protocol: {error}"
+            self._sink.refused(problem)
+        except OSError as error:
+            problem = f"the connection to {admitted.source.worker_id} was lost: {error}"
+        self.close()
+        if self._one_sided:
+            reader.wait_for_end()
+        lost = TransferError(problem)
+        self._sink.apply(lambda ledger: ledger.connection_lost(self._number, lost))
+
+    def _serve(self, reader: Reader, admitted: Admitted) -> None:
+        memory = self._sink.memory
+        inlet: Inlet = shm.ShmInlet() if self._one_sided else tcp.TcpInlet(reader, memory)
+        while (header := reader.header()) is not None:
+            frame = decode(header, FROM_SOURCE)
+            if frame.kind is Kind.CHUNK:
+                check_tag(header, b"", admitted.incoming)
+                self._take_chunk(frame, inlet, memory)
+            else:
+                payload = reader.payload(frame.length)
+                check_tag(header, payload, admitted.incoming)
+                self._sink.apply(self._control(frame, bytes(payload), inlet))
+
+    def _control(self, frame: Frame, payload: bytes, inlet: Inlet) -> Callable[[GrantLedger], Step]:
+        generation, number = frame.generation, self._number
+        if frame.kind is Kind.OPEN:
+            ref, fence = decode_attempt(payload), inlet.fence
+            return lambda ledger: ledger.bind(generation, ref, connection=number, fence=fence)
+        if frame.kind is Kind.FINISH:
+            return lambda ledger: ledger.finish(generation, payload, connection=number)
+        error = decode_error(payload)
+        return lambda ledger: ledger.source_stopped(generation, error, connection=number)
+
+    def _take_chunk(self, frame: Frame, inlet: Inlet, memory: KVMemory) -> None:
+        sink, generation, chunk = self._sink, frame.generation, frame.chunk
+        unit = memory.layout.layer_block_bytes
+        if frame.length != chunk.num_layers * chunk.num_blocks * unit:
+            raise ProtocolError("a chunk's length is not that of its blocks", bytes=frame.length)
+        if frame.length > max(MAX_CHUNK_BYTES, unit):
+            raise ProtocolError("a chunk is too long", bytes=frame.length, limit=MAX_CHUNK_BYTES)
+        blocks = sink.begin_chunk(generation, chunk, self._number)
+        if blocks is None:
+            inlet.discard(frame.length)
+            return
+        places = extents(
+            memory.layout,
+            first_layer=chunk.first_layer,
+            num_layers=chunk.num_layers,
+            blocks=blocks,
+            num_blocks=memory.num_blocks,
+        )
+        complete = inlet.receive(places, lambda: sink.may_copy(generation))
+        intact = True
+        if complete and sink.checksum == "full":
+            intact = crc32_of(buffer(memory), places) == frame.crc
+        sink.apply(lambda ledger: ledger.end_chunk(generation, chunk, intact=intact))

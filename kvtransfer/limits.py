@@ -1,0 +1,23 @@
+"""Every bound of a KV connection in one place, with the reason for its size."""
+
+from dataclasses import dataclass
+
+MAX_CONTROL_BYTES = 1024 * 1024  # the payload of a finish frame; tokens and logprobs need little
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransferLimits:
+    """Waits in seconds and sizes in bytes. Both ends may differ in their limits."""
+
+    handshake_s: float = 2.0
+    open_s: float = 5.0
+    """From opening a push until the decode rank has said that it may write."""
+    commit_s: float = 10.0
+    """From the finish frame until the decode rank has committed."""
+    stall_s: float = 10.0
+    """A peer that takes or gives no byte in the middle of a frame for this long is cut off."""
+    frame_bytes: int = 1024 * 1024
+    """Cut of a chunk: small enough to stay in cache between copy and checksum, and to notice an
+    abort quickly; large enough that the frame's own cost does not show."""
+    max_connections: int = 256
+    max_handshakes: int = 32

@@ -1,0 +1,66 @@
+"""The sending end of a connection: what a transport does for a push, and bounded writes."""
+
+import select
+import socket
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+from kvtransfer.plan import Chunk
+from protocol.errors import TransferTimeout
+from protocol.ids import BlockId, Generation
+
+MAX_BUFFERS = 1024  # IOV_MAX
+
+
+class Outlet(Protocol):
+    """Called by one thread only, so that nothing is being written whenever it is not inside."""
+
+    def write(
+        self,
+        generation: Generation,
+        chunk: Chunk,
+        source_blocks: Sequence[BlockId],
+        target_blocks: Sequence[BlockId],
+    ) -> None:
+        """Deliver one chunk; the source blocks are no longer read on return.
+
+        Raises:
+            TransferTimeout, OSError: the connection is of no more use.
+        """
+        ...
+
+
+def send_all(sock: socket.socket, buffers: Sequence[bytes | memoryview], stall_s: float) -> None:
+    """Send every byte, straight from where it lies. ``sock`` is non-blocking.
+
+    Raises:
+        TransferTimeout: the peer has taken nothing for ``stall_s``; half a frame may be out.
+    """
+    left = [memoryview(data) for data in buffers if len(data)]
+    while left:
+        try:
+            sent = sock.sendmsg(left[:MAX_BUFFERS], [], socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            wait_for(sock, select.POLLOUT, stall_s)
+            continue
+        done = 0
+        while done < len(left) and sent >= len(left[done]):
+            sent -= len(left[done])
+            done += 1
+        del left[:done]
+        if sent:
+            left[0] = left[0][sent:]
+
+
+def wait_for(sock: socket.socket, event: int, timeout_s: float) -> None:
+    """
+    Raises:
+        TransferTimeout: the socket has not become ready in time.
+    """
+    poller = select.poll()
+    poller.register(sock, event)
+    deadline = time.monotonic() + timeout_s
+    while not poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+        if time.monotonic() >= deadline:
+            raise TransferTimeout(f"the KV peer has taken nothing for {timeout_s} s")

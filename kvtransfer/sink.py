@@ -1,0 +1,248 @@
+"""The decode side of a rank: listens, lets prefill workers in, and keeps the ledger of grants.
+
+One thread accepts; each connection has a thread of its own (``kvtransfer.inbound``). Every change
+of the ledger, the events it leads to and the notices it sends happen under one lock, so the role
+and each prefill worker hear of a grant in the order in which things happened.
+"""
+
+import contextlib
+import ipaddress
+import itertools
+import select
+import selectors
+import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Literal
+
+from kvtransfer import shm, tcp
+from kvtransfer.checksum import Checksum
+from kvtransfer.inbound import Inbound
+from kvtransfer.interface import KVMemory, OnSinkEvent
+from kvtransfer.ledger import ConnectionId, GrantLedger, Step
+from kvtransfer.limits import TransferLimits
+from kvtransfer.plan import Chunk
+from protocol.errors import ConfigError
+from protocol.ids import BlockId, Generation, WorkerRef
+from protocol.kv import Grant, KVEndpoint
+from runtime.log import get_log
+
+Transport = Literal["shm", "tcp"]
+TRANSPORTS: tuple[Transport, ...] = ("shm", "tcp")
+
+_log = get_log(__name__)
+_REFUSALS_LOGGED_EVERY_S = 10.0
+_PAUSE_S = 0.05
+
+
+def make_sink(
+    memory: KVMemory,
+    worker: WorkerRef,
+    on_event: OnSinkEvent,
+    *,
+    transports: Sequence[Transport] = TRANSPORTS,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    advertise_host: str | None = None,
+    cluster_key: bytes | None = None,
+    checksum: Checksum = "full",
+    limits: TransferLimits | None = None,
+) -> "Sink":
+    """A sink that listens already. ``shm`` is left out where ``memory`` cannot be shared.
+
+    ``on_event`` is called under the sink's lock, from its threads and from within ``abort``: it
+    must hand the event over and return. ``port`` 0 takes any free one.
+
+    Raises:
+        ConfigError: the address cannot be bound, or would be open to strangers.
+    """
+    if "tcp" in transports and cluster_key is None and not _is_loopback(host):
+        raise ConfigError(
+            f"KV host is {host!r}: only loopback is open without a cluster key; set the key"
+        )
+    if "tcp" in transports and advertise_host is None and _is_any(host):
+        raise ConfigError(f"KV host is {host!r}: set the host that prefill workers can reach")
+    listeners: dict[Transport, socket.socket] = {}
+    addresses: dict[str, str] = {}
+    if "shm" in transports and memory.share is not None:
+        listeners["shm"], addresses["shm"] = shm.listen()
+    if "tcp" in transports:
+        try:
+            listeners["tcp"] = tcp.listen(host, port)
+        except OSError as error:
+            raise ConfigError(f"cannot listen for KV on {host}:{port}: {error}") from error
+        addresses["tcp"] = tcp.address_of(listeners["tcp"], advertise_host or host)
+    endpoint = KVEndpoint(host_id=shm.host_id(), num_blocks=memory.num_blocks, addresses=addresses)
+    return Sink(
+        memory=memory,
+        worker=worker,
+        on_event=on_event,
+        listeners=listeners,
+        endpoint=endpoint,
+        cluster_key=cluster_key,
+        checksum=checksum,
+        limits=limits or TransferLimits(),
+    )
+
+
+class Sink:
+    """A ``KVSink`` over any number of transports."""
+
+    def __init__(
+        self,
+        *,
+        memory: KVMemory,
+        worker: WorkerRef,
+        on_event: OnSinkEvent,
+        listeners: dict[Transport, socket.socket],
+        endpoint: KVEndpoint,
+        cluster_key: bytes | None,
+        checksum: Checksum,
+        limits: TransferLimits,
+    ) -> None:
+        self.memory = memory
+        self.worker = worker
+        self.cluster_key = cluster_key
+        self.checksum: Checksum = checksum
+        self.limits = limits
+        self._endpoint = endpoint
+        self._on_event = on_event
+        self._ledger = GrantLedger(
+            worker=worker, layout=memory.layout, num_blocks=memory.num_blocks
+        )
+        self._lock = threading.RLock()
+        self._connections: dict[ConnectionId, Inbound] = {}
+        self._ids = itertools.count(1)
+        self._closing = False
+        self._refused_connections = 0
+        self._last_logged_s = float("-inf")
+        self._listeners = listeners
+        self._wake, self._woken = socket.socketpair()
+        self._acceptor = threading.Thread(target=self._accept, name="kv-accept", daemon=True)
+        self._acceptor.start()
+
+    @property
+    def endpoint(self) -> KVEndpoint:
+        return self._endpoint
+
+    def expect(self, grant: Grant) -> None:
+        with self._lock:
+            self._ledger.expect(grant)
+
+    def abort(self, grant: Grant) -> None:
+        self.apply(lambda ledger: ledger.abort(grant))
+
+    def stats(self) -> dict[str, int]:
+        """Totals since the start, and how much is live now. Names are metric names to be."""
+        with self._lock:
+            return asdict(self._ledger.counts) | {
+                "refused_connections": self._refused_connections,
+                "connections": len(self._connections),
+                "live_grants": self._ledger.num_live,
+                "quarantined_blocks": self._ledger.num_quarantined_blocks,
+            }
+
+    def apply(self, change: Callable[[GrantLedger], Step]) -> None:
+        """Change the ledger, then say what follows, all in one piece."""
+        with self._lock:
+            step = change(self._ledger)
+            for event in step.events:
+                self._on_event(event)
+            for notice in step.notices:
+                connection = self._connections.get(notice.connection)
+                if connection is not None:
+                    connection.notify(notice)
+
+    def begin_chunk(
+        self, generation: Generation, chunk: Chunk, connection: ConnectionId
+    ) -> tuple[BlockId, ...] | None:
+        """The pages that an arriving chunk goes to, or None where it must be thrown away."""
+        with self._lock:
+            blocks, step = self._ledger.begin_chunk(generation, chunk, connection=connection)
+            self.apply(lambda _: step)
+            return blocks
+
+    def may_copy(self, generation: Generation) -> bool:
+        with self._lock:
+            return self._ledger.may_copy(generation)
+
+    def refused(self, reason: str) -> None:
+        """Count a connection that was cut off, and say so in the log at most now and then."""
+        with self._lock:
+            self._refused_connections += 1
+            now = time.monotonic()
+            if now - self._last_logged_s < _REFUSALS_LOGGED_EVERY_S:
+                return
+            self._last_logged_s = now
+            total = self._refused_connections
+        _log.warning("kv connection refused", reason=reason, refused_so_far=total)
+
+    def ended(self, connection: ConnectionId) -> None:
+        with self._lock:
+            self._connections.pop(connection, None)
+
+    def close(self) -> None:
+        """Stop listening and end all connections; grants that are still open fail."""
+        with self._lock:
+            if self._closing:
+                return
+            self._closing = True
+        self._wake.send(b"x")
+        self._acceptor.join(self.limits.handshake_s)
+        with self._lock:
+            connections = list(self._connections.values())
+        for connection in connections:
+            connection.close()
+        for connection in connections:
+            connection.join(self.limits.handshake_s)
+        self._wake.close()
+        self._woken.close()
+
+    def _accept(self) -> None:
+        with selectors.DefaultSelector() as selector, contextlib.ExitStack() as sockets:
+            selector.register(self._woken, selectors.EVENT_READ)
+            for transport, listener in self._listeners.items():
+                sockets.enter_context(listener)
+                listener.setblocking(False)
+                selector.register(listener, selectors.EVENT_READ, transport)
+            while not self._closing:
+                for key, _ in selector.select():
+                    if key.data is not None:
+                        self._take(key.data, key.fileobj)  # type: ignore[arg-type]
+
+    def _take(self, transport: Transport, listener: socket.socket) -> None:
+        try:
+            sock, _ = listener.accept()
+        except OSError as error:  # the peer has gone again, or descriptors have run out
+            self.refused(str(error))
+            select.select([self._woken], [], [], _PAUSE_S)
+            return
+        with self._lock:
+            strangers = sum(not c.is_admitted for c in self._connections.values())
+            full = (
+                self._closing
+                or len(self._connections) >= self.limits.max_connections
+                or strangers >= self.limits.max_handshakes
+            )
+            if not full:
+                number = ConnectionId(next(self._ids))
+                connection = Inbound(self, number, one_sided=transport == "shm", sock=sock)
+                self._connections[number] = connection
+        if full:
+            sock.close()
+            self.refused("too many KV connections")
+            return
+        connection.start()
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _is_any(host: str) -> bool:
+    return host in {"", "0.0.0.0", "::"}

@@ -1,0 +1,218 @@
+"""The prefill side: one channel to each decode rank, opened when first needed and kept.
+
+Nothing here waits: a decode rank that cannot be reached shows as a push that fails. The transport
+is shared memory where both ends are on one host and the decode rank offers it, TCP elsewhere;
+with ``auto``, TCP also takes over where shared memory turns out not to work.
+"""
+
+import contextlib
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
+
+from kvtransfer import shm, tcp
+from kvtransfer.channel import Abort, Channel, Finish, Line, Pushing, Send
+from kvtransfer.handshake import Connected, connect
+from kvtransfer.interface import KVMemory
+from kvtransfer.limits import MAX_CONTROL_BYTES, TransferLimits
+from kvtransfer.outlet import Outlet
+from kvtransfer.plan import Chunk, check_blocks, check_layers
+from protocol.errors import LayoutMismatch, ServingError, TransferError
+from protocol.ids import BlockId, WorkerRef
+from protocol.kv import Grant, KVEndpoint
+from runtime.log import get_log
+
+_log = get_log(__name__)
+TransportChoice = Literal["auto", "shm", "tcp"]
+
+
+def make_source(
+    memory: KVMemory,
+    worker: WorkerRef,
+    *,
+    transport: TransportChoice = "auto",
+    cluster_key: bytes | None = None,
+    limits: TransferLimits | None = None,
+) -> "Source":
+    """``worker`` is this prefill worker; ``transport`` other than ``auto`` allows only that one."""
+    return Source(
+        memory=memory,
+        worker=worker,
+        transport=transport,
+        cluster_key=cluster_key,
+        limits=limits or TransferLimits(),
+    )
+
+
+class Source:
+    """A ``KVSource``."""
+
+    def __init__(
+        self,
+        *,
+        memory: KVMemory,
+        worker: WorkerRef,
+        transport: TransportChoice,
+        cluster_key: bytes | None,
+        limits: TransferLimits,
+    ) -> None:
+        self._memory = memory
+        self._worker = worker
+        self._transport: TransportChoice = transport
+        self._cluster_key = cluster_key
+        self._limits = limits
+        self._digest = memory.layout.digest()
+        self._host_id = shm.host_id()
+        self._lock = threading.Lock()
+        self._channels: dict[WorkerRef, Channel] = {}
+        self._closed = False
+
+    def open(self, grant: Grant) -> "GrantPush":
+        """See ``KVSource.open``. Returns at once; a connection is made in the background."""
+        if grant.layout_digest != self._digest:
+            raise LayoutMismatch(
+                f"{grant.decode.worker_id} has KV layout {grant.layout_digest}, "
+                f"this worker {self._digest}"
+            )
+        routes = self._routes(grant.endpoint)
+        pushing = Pushing(grant=grant)
+        while True:
+            channel = self._channel(grant.decode, routes)
+            if channel.open(pushing):
+                return GrantPush(pushing, channel, self._memory)
+
+    def close(self) -> None:
+        """End all channels; what is still on its way fails, and its callbacks have been called
+        on return unless a decode rank has stopped taking bytes.
+        """
+        with self._lock:
+            self._closed = True
+            channels = list(self._channels.values())
+        for channel in channels:
+            channel.close()
+        for channel in channels:
+            channel.join(self._limits.handshake_s)
+
+    def _routes(self, endpoint: KVEndpoint) -> Sequence[tuple[str, str]]:
+        routes = [
+            (name, endpoint.addresses[name])
+            for name in ("shm", "tcp")
+            if name in endpoint.addresses
+            and self._transport in {"auto", name}
+            and (name != "shm" or endpoint.host_id == self._host_id)
+        ]
+        if not routes:
+            offered = ", ".join(sorted(endpoint.addresses)) or "nothing"
+            raise TransferError(
+                f"no KV transport to the decode rank: it offers {offered}, this worker uses "
+                f"{self._transport}, and shm needs one host"
+            )
+        return routes
+
+    def _channel(self, decode: WorkerRef, routes: Sequence[tuple[str, str]]) -> Channel:
+        with self._lock:
+            if self._closed:
+                raise TransferError("the prefill worker is shutting down")
+            channel = self._channels.get(decode)
+            if channel is None:
+                channel = self._channels[decode] = Channel(
+                    layout=self._memory.layout,
+                    dial=partial(self._dial, decode, routes),
+                    limits=self._limits,
+                    name=decode.worker_id,
+                    on_ended=partial(self._forget, decode),
+                )
+            return channel
+
+    def _forget(self, decode: WorkerRef, channel: Channel) -> None:
+        with self._lock:
+            if self._channels.get(decode) is channel:
+                del self._channels[decode]
+
+    def _dial(self, decode: WorkerRef, routes: Sequence[tuple[str, str]]) -> Line:
+        problem: TransferError | None = None
+        for name, address in routes:
+            try:
+                return self._connect(decode, name, address)
+            except LayoutMismatch:
+                raise
+            except TransferError as error:
+                problem = error
+                _log.warning(
+                    "kv connection failed", to=decode.worker_id, transport=name, reason=str(error)
+                )
+        assert problem is not None
+        raise problem
+
+    def _connect(self, decode: WorkerRef, name: str, address: str) -> Line:
+        transport = shm if name == "shm" else tcp
+        make_outlet: Callable[[socket.socket, KVMemory, Connected, float], Outlet] = (
+            shm.ShmOutlet if name == "shm" else tcp.TcpOutlet
+        )
+        with contextlib.ExitStack() as undo:
+            try:
+                sock = undo.enter_context(transport.connect(address, self._limits.handshake_s))
+                connected = connect(
+                    sock,
+                    source=self._worker,
+                    decode=decode,
+                    layout_digest=self._digest,
+                    cluster_key=self._cluster_key,
+                    timeout_s=self._limits.handshake_s,
+                )
+                outlet = make_outlet(sock, self._memory, connected, self._limits.stall_s)
+            except TransferError:
+                raise
+            except (ServingError, OSError, ValueError) as error:
+                raise TransferError(
+                    f"cannot reach {decode.worker_id} by {name}: {error}"
+                ) from error
+            undo.pop_all()
+            return Line(
+                sock=sock,
+                outlet=outlet,
+                incoming=connected.incoming,
+                outgoing=connected.outgoing,
+            )
+
+
+class GrantPush:
+    """A ``Push``."""
+
+    def __init__(self, pushing: Pushing, channel: Channel, memory: KVMemory) -> None:
+        self._pushing = pushing
+        self._channel = channel
+        self._memory = memory
+
+    def send(self, layers: range, first_block: int, source_blocks: Sequence[BlockId]) -> None:
+        granted = len(self._pushing.grant.block_ids)
+        if first_block < 0 or first_block + len(source_blocks) > granted:
+            raise ValueError(
+                f"blocks {first_block} ... {first_block + len(source_blocks) - 1} are not within "
+                f"the grant's {granted}"
+            )
+        check_layers(layers, self._memory.layout)
+        check_blocks(source_blocks, self._memory.num_blocks, side="source")
+        if self._pushing.error is not None:
+            raise self._pushing.error
+        if layers and source_blocks:
+            chunk = Chunk(layers.start, len(layers), first_block, len(source_blocks))
+            self._channel.submit(self._pushing, Send(chunk, tuple(source_blocks)))
+
+    def finish(self, payload: bytes, on_done: Callable[[TransferError | None], None]) -> None:
+        """See ``Push.finish``. Where the connection is down already, ``on_done`` is called from
+        within.
+        """
+        if len(payload) > MAX_CONTROL_BYTES:
+            raise ValueError(
+                f"a finish payload of {len(payload)} bytes exceeds {MAX_CONTROL_BYTES}"
+            )
+        self._channel.submit(self._pushing, Finish(payload, on_done))
+
+    def abort(self, reason: str, on_done: Callable[[], None]) -> None:
+        """See ``Push.abort``. Where the connection is down already, ``on_done`` is called from
+        within.
+        """
+        self._channel.submit(self._pushing, Abort(reason, on_done))
