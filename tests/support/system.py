@@ -1,0 +1,74 @@
+"""A whole gateway behind its HTTP surface, with simulated workers, on one event loop."""
+
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+
+from protocol.requests import GenerateRequest
+from server.serving import Serving, open_serving
+from tests.support.polling import eventually
+from tests.support.workers import Fabric, SimulatedDecode, SimulatedPrefill, serve_workers
+
+LONG_S = 30.0
+
+
+@dataclass
+class System:
+    serving: Serving
+    fabric: Fabric
+    prefill: list[SimulatedPrefill]
+    decode: list[SimulatedDecode]
+    add: Callable[[SimulatedPrefill | SimulatedDecode], Awaitable[None]]
+
+    async def tokens(self, request: GenerateRequest, *, deadline_s: float = LONG_S) -> list[int]:
+        run = self.serving.generate(request, deadline_s=deadline_s)
+        async with aclosing(run) as chunks:
+            return [token async for chunk in chunks for token in chunk.token_ids]
+
+    async def ready(self, pairs: int) -> None:
+        cluster = self.serving.cluster
+        await eventually(lambda: len(cluster.view.pairs()) == pairs, f"{pairs} pairs")
+        await eventually(lambda: self.serving.readiness().ready, "a canary")
+        await self.idle()
+
+    async def idle(self) -> None:
+        """Nothing of any request is left anywhere, and every block is free."""
+        await eventually(lambda: not self.serving.cluster.attempts.by_request, "no attempts")
+        for worker in (*self.prefill, *self.decode):
+            await eventually(lambda w=worker: w.busy == 0, f"idle {worker.ref.worker_id}")
+        for rank in self.decode:
+            assert rank.free_blocks == rank.info.num_blocks
+
+
+@asynccontextmanager
+async def a_system(
+    *,
+    prefill: int = 1,
+    groups: int = 1,
+    ranks: int = 1,
+    num_blocks: int = 1000,
+    max_waiting: int = 8,
+) -> AsyncGenerator[System]:
+    fabric = Fabric()
+    prefills = [SimulatedPrefill(f"prefill-{i}", fabric=fabric) for i in range(prefill)]
+    decodes = [
+        SimulatedDecode(
+            f"decode-{group}/{rank}",
+            fabric=fabric,
+            rank=rank,
+            world_size=ranks,
+            group_id=f"decode-{group}",
+            num_blocks=num_blocks,
+        )
+        for group in range(groups)
+        for rank in range(ranks)
+    ]
+    async with (
+        open_serving(
+            "tcp://127.0.0.1:0", max_waiting=max_waiting, heartbeat_s=0.05, lease_s=LONG_S
+        ) as serving,
+        serve_workers(serving.scheduler_address, [*prefills, *decodes]) as add,
+    ):
+        system = System(serving, fabric, prefills, decodes, add)
+        await system.ready(pairs=prefill * groups)
+        yield system
