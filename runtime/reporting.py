@@ -11,9 +11,12 @@ watches it. A line is no longer than a pipe's atomic write, so threads need no l
 
 import json
 import os
+import time
+from collections.abc import Callable
 
 from runtime.settings import REPORT_FD, inherited_fd
 
+REPORT_EVERY_S = 0.2
 MAX_FIELD_CHARS = 500  # a line stays below PIPE_BUF, 4096 on Linux, even if all is escaped
 
 
@@ -22,9 +25,27 @@ def report(event: str, **fields: str | float | None) -> None:
     file = inherited_fd(REPORT_FD)
     if file is None:
         return
-    short = {k: v[:MAX_FIELD_CHARS] if isinstance(v, str) else v for k, v in fields.items()}
+    short = {
+        name: value[:MAX_FIELD_CHARS] if isinstance(value, str) else value
+        for name, value in fields.items()
+    }
     line = json.dumps({"event": event, **short}).encode() + b"\n"
     try:
         os.write(file, line)
     except OSError:
         return  # the launcher is gone; runtime.parent ends this process
+
+
+def weights_progress() -> Callable[[int, int], None]:
+    """A callback for loaders: reports ``weights`` a few times a second, and the end always."""
+    last = float("-inf")
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done < total and now - last < REPORT_EVERY_S:
+            return
+        last = now
+        report("weights", done=done, total=total)
+
+    return progress

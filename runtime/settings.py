@@ -12,13 +12,14 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from protocol.errors import ConfigError
+from runtime.keys import ClusterKey
 
 ENVIRONMENT_PREFIX = "HEADRACE_"
 REPORT_FD = "HEADRACE_REPORT_FD"
 PARENT_FD = "HEADRACE_PARENT_FD"
 INHERITED = frozenset({REPORT_FD, PARENT_FD})
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16"]
 Numerics = Literal["auto", "exact", "fast"]
 Transport = Literal["auto", "shm", "tcp"]
 Address = Annotated[
@@ -43,7 +44,7 @@ class ModelSettings(Settings):
     """What clients call the model. Empty: the last part of the path."""
 
     dtype: Dtype = "auto"
-    """Of weights, activations and KV cache. auto: float32 on cpu, bfloat16 on cuda."""
+    """Of weights, activations and KV cache. auto: bfloat16 where the hardware multiplies it."""
 
     numerics: Numerics = "auto"
     """exact: bit-identical results whatever the number of ranks and whoever shares the batch.
@@ -70,6 +71,13 @@ class BusSettings(Settings):
 
     cluster_key_file: Path | None = None
     """The cluster's key (`headrace key FILE` makes one). Needed by every address off loopback."""
+
+    def key(self) -> ClusterKey | None:
+        """
+        Raises:
+            ConfigError: the file is missing or does not hold a key.
+        """
+        return None if self.cluster_key_file is None else ClusterKey.load(self.cluster_key_file)
 
 
 class ProcessSettings(Settings):

@@ -1,0 +1,127 @@
+"""Checks that need neither torch nor a child process, so a plain mistake is told at once.
+
+They find what people get wrong most: a path that is not a model, a download that stopped half-way,
+a port that is taken. Passing them promises nothing; the workers check again what they read.
+"""
+
+import json
+import socket
+import struct
+from pathlib import Path
+from typing import Any
+
+from protocol.errors import ConfigError
+
+_GGUF_START = struct.Struct("<4sIQQ")  # magic, version, tensors, metadata entries
+_GGUF_MAGIC = b"GGUF"
+_GGUF_VERSIONS = (2, 3)
+_LENGTH = struct.Struct("<Q")  # a safetensors file starts with its header's length
+_MAX_HEADER_BYTES = 100 << 20  # the safetensors format's own limit
+
+
+def check_model(path: str) -> None:
+    """
+    Raises:
+        ConfigError: there is no model at ``path``, or its files are incomplete.
+    """
+    model = Path(path)
+    if not model.exists():
+        raise ConfigError(
+            f"no model at {path}: give a checkpoint directory, a .gguf file or smollm2"
+        )
+    try:
+        if model.is_file():
+            _check_gguf(model)
+        else:
+            _check_checkpoint(model)
+    except OSError as error:
+        raise ConfigError(f"cannot read {error.filename or path}: {error.strerror}") from None
+
+
+def check_port(host: str, port: int) -> None:
+    """
+    Raises:
+        ConfigError: another process listens there, or ``host`` is no address of this machine.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {host}:{port} ({error.strerror}): choose another with --port"
+        ) from None
+
+
+def free_port() -> int:
+    """A loopback port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _check_gguf(file: Path) -> None:
+    with file.open("rb") as head:
+        start = head.read(_GGUF_START.size)
+    if len(start) < _GGUF_START.size or not start.startswith(_GGUF_MAGIC):
+        raise ConfigError(f"{file} is not a GGUF file")
+    _, version, tensors, _ = _GGUF_START.unpack(start)
+    if version not in _GGUF_VERSIONS:
+        raise ConfigError(f"{file} is GGUF version {version}; this release reads {_GGUF_VERSIONS}")
+    if tensors == 0:
+        raise ConfigError(f"{file} holds no tensors")
+    from gguf import GGUFReader  # numpy only, but a slow import
+
+    try:
+        GGUFReader(file)
+    except (ValueError, IndexError, KeyError) as error:
+        raise ConfigError(f"{file} is damaged or incomplete: {error}") from None
+
+
+def _check_checkpoint(folder: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        _read_json(folder / name)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            shards = sorted(set(_read_json(index)["weight_map"].values()))
+        except (KeyError, AttributeError, TypeError):
+            raise ConfigError(f"{index} is damaged: it has no weight_map") from None
+        files = [folder / str(shard) for shard in shards]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(f"no .safetensors file in {folder}")
+    for file in files:
+        _check_safetensors(file)
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError(f"no file {file}: the checkpoint is incomplete") from None
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged: {error}") from None
+
+
+def _check_safetensors(file: Path) -> None:
+    if not file.exists():
+        raise ConfigError(f"no file {file}: the checkpoint is incomplete")
+    size = file.stat().st_size
+    with file.open("rb") as head:
+        start = head.read(_LENGTH.size)
+        length = _LENGTH.unpack(start)[0] if len(start) == _LENGTH.size else 0
+        if not 0 < length <= min(size - _LENGTH.size, _MAX_HEADER_BYTES):
+            raise ConfigError(f"{file} is damaged: it has no safetensors header")
+        try:
+            tensors = json.loads(head.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name[0] != "_"]
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+            raise ConfigError(f"{file} is damaged: its header is not readable") from None
+    expected = _LENGTH.size + length + max(ends, default=0)
+    if size != expected:
+        raise ConfigError(f"{file} is incomplete: {size} bytes instead of {expected}")

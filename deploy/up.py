@@ -1,0 +1,218 @@
+"""A whole system on this machine: ``headrace up``, and all ranks of ``headrace decode``.
+
+Every role is a process of its own, even on two cores: what runs here is what runs on a rack. The
+plan turns a configuration into commands; the supervisor runs them; this module waits until a real
+request can be served, and says so.
+"""
+
+import json
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import anyio
+import httpx
+import psutil
+
+from decode.settings import DecodeSettings
+from deploy.config import Configuration
+from deploy.console import Console
+from deploy.demo import DEMO_MODEL
+from deploy.exits import DONE, FAILED, INTERRUPTED
+from deploy.preflight import check_model, check_port, free_port
+from deploy.processes import Command
+from deploy.settings import LauncherSettings
+from deploy.supervisor import Supervisor, SystemFailed, Unit
+from prefill.settings import PrefillSettings
+from server.settings import GatewaySettings
+
+READY_POLL_S = 0.1
+EVERY_ADDRESS = ("0.0.0.0", "::")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to run here. ``api`` is the gateway's URL and the model's name, if a gateway runs."""
+
+    title: str
+    stages: Sequence[Sequence[Unit]]
+    settings: LauncherSettings
+    drain_s: float
+    api: tuple[str, str] | None = None
+
+
+def up(configuration: Configuration) -> int:
+    """Start, wait until ready, say how to use it, serve until Ctrl-C or SIGTERM.
+
+    Raises:
+        ConfigError: a setting, the model or the port is wrong; nothing was started.
+    """
+    if not configuration.given("model.path"):
+        configuration = configuration.replace({"model.path": DEMO_MODEL}, "default")
+    configuration = configuration.default(
+        {"process.log_level": "warning", "process.log_format": "text"}, "launcher"
+    )
+    gateway = configuration.settings("gateway", GatewaySettings)
+    check_model(gateway.model.path)
+    port = gateway.port or free_port()
+    check_port(gateway.host, port)
+    configuration = configuration.replace(
+        {"gateway.port": port, "bus.scheduler": f"tcp://127.0.0.1:{free_port()}"}, "launcher"
+    )
+    return anyio.run(_serve, _plan(configuration, port), Console(sys.stderr))
+
+
+def _plan(configuration: Configuration, port: int) -> Plan:
+    gateway = configuration.settings("gateway", GatewaySettings)
+    workers = configuration.settings("prefill", PrefillSettings).workers
+    decode = configuration.settings("decode", DecodeSettings)
+    ranks = decode.group.ranks
+    sharing = configuration.default({"process.threads": _threads(workers + ranks)}, "launcher")
+    host = "127.0.0.1" if gateway.host in EVERY_ADDRESS else gateway.host
+    return Plan(
+        title=f"headrace {version('headrace')} serves {gateway.model.name}: {workers} prefill "
+        f"{_plural('worker', workers)}, {ranks} decode {_plural('rank', ranks)}",
+        stages=[
+            [Unit(name="gateway", commands=lambda _life: [_command("gateway", sharing)])],
+            [
+                *(_prefill_unit(sharing, f"prefill-{number}") for number in range(workers)),
+                _decode_unit(sharing, decode),
+            ],
+        ],
+        settings=configuration.settings("launcher", LauncherSettings),
+        drain_s=gateway.process.drain_s,
+        api=(f"http://{host}:{port}", gateway.model.name),
+    )
+
+
+def run_all_ranks(configuration: Configuration) -> int:
+    """All ranks of one decode worker on this machine, for ``headrace decode`` without --rank."""
+    decode = configuration.settings("decode", DecodeSettings)
+    configuration = configuration.default(
+        {"process.threads": _threads(decode.group.ranks)}, "launcher"
+    )
+    plan = Plan(
+        title=f"decode worker {decode.worker_id}: {decode.group.ranks} ranks",
+        stages=[[_decode_unit(configuration, decode)]],
+        settings=configuration.settings("launcher", LauncherSettings),
+        drain_s=decode.process.drain_s,
+    )
+    return anyio.run(_serve, plan, Console(sys.stderr))
+
+
+async def _serve(plan: Plan, console: Console) -> int:
+    supervisor = Supervisor(
+        plan.stages, settings=plan.settings, drain_s=plan.drain_s, observer=console
+    )
+    console.say(plan.title)
+    stop = anyio.Event()
+    received: list[signal.Signals] = []
+
+    async def watch_signals() -> None:
+        with anyio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+            async for number in signals:
+                received.append(number)
+                if len(received) > 1:
+                    supervisor.kill()
+                else:
+                    console.say("draining; press Ctrl-C again to stop at once")
+                stop.set()
+
+    failures: list[str] = []
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(watch_signals)
+            if plan.api is None:
+                supervisor.system_is_ready()
+            else:
+                url, model = plan.api
+                tasks.start_soon(_announce, supervisor, plan.settings, console, url, model)
+            await supervisor.run(stop)
+            tasks.cancel_scope.cancel()
+    except* SystemFailed as group:
+        failures += [str(error) for error in group.exceptions]
+    if failures:
+        console.say(f"headrace: {failures[0]}")
+        return FAILED
+    console.say("stopped")
+    return INTERRUPTED if received and received[0] == signal.SIGINT else DONE
+
+
+async def _announce(
+    supervisor: Supervisor, settings: LauncherSettings, console: Console, url: str, model: str
+) -> None:
+    """Wait until a canary request has passed through the whole system, then say how to use it."""
+    answer = "no answer"
+    with anyio.move_on_after(settings.start_timeout_s):
+        async with httpx.AsyncClient(timeout=2.0, trust_env=False) as client:
+            while True:
+                try:
+                    response = await client.get(f"{url}/ready")
+                    answer = response.text[:200]
+                    if response.status_code == httpx.codes.OK:
+                        break
+                except httpx.HTTPError:
+                    answer = "no answer"
+                await anyio.sleep(READY_POLL_S)
+        supervisor.system_is_ready()
+        console.say(_welcome(url, model))
+        return
+    raise SystemFailed(f"not ready after {settings.start_timeout_s:g} s: /ready says: {answer}")
+
+
+def _welcome(url: str, model: str) -> str:
+    message = {"model": model, "messages": [{"role": "user", "content": "What is a headrace?"}]}
+    streamed = json.dumps({**message, "stream": True})
+    return f"""
+ready at {url}
+
+  curl -N {url}/v1/chat/completions -H 'content-type: application/json' \\
+    -d '{streamed}'
+
+  python3 -c 'import json, urllib.request as u; print(json.load(u.urlopen(u.Request(
+    "{url}/v1/chat/completions", json.dumps({json.dumps(message)}).encode(),
+    {{"content-type": "application/json"}})))["choices"][0]["message"]["content"])'
+
+Any OpenAI client works with base_url="{url}/v1". Ctrl-C drains and stops.
+"""
+
+
+def _command(role: str, configuration: Configuration, name: str = "") -> Command:
+    # -P: the folder that the user stands in must not shadow our packages
+    argv = (sys.executable, "-P", "-m", "deploy.cli", role, *configuration.flags(role))
+    return Command(name=name or role, argv=argv)
+
+
+def _prefill_unit(configuration: Configuration, worker_id: str) -> Unit:
+    own = configuration.replace({"prefill.worker_id": worker_id}, "launcher")
+    return Unit(name=worker_id, commands=lambda _life: [_command("prefill", own, worker_id)])
+
+
+def _decode_unit(configuration: Configuration, decode: DecodeSettings) -> Unit:
+    """All ranks of one worker. Each life is an epoch and, unless set, meets at a new place."""
+
+    def commands(life: int) -> list[Command]:
+        group: dict[str, object] = {"decode.group.epoch": decode.group.epoch + life}
+        if not configuration.given("decode.group.rendezvous"):
+            group["decode.group.rendezvous"] = f"tcp://127.0.0.1:{free_port()}"
+        return [
+            _command(
+                "decode",
+                configuration.replace({**group, "decode.group.rank": rank}, "launcher"),
+                f"{decode.worker_id}/{rank}",
+            )
+            for rank in range(decode.group.ranks)
+        ]
+
+    return Unit(name=decode.worker_id, commands=commands)
+
+
+def _threads(processes: int) -> int:
+    """A fair share of the cores that this process may use."""
+    return max(1, len(psutil.Process().cpu_affinity() or [0]) // processes)
+
+
+def _plural(noun: str, count: int) -> str:
+    return noun if count == 1 else f"{noun}s"
