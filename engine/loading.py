@@ -125,6 +125,13 @@ def resolve_dtype(choice: DtypeChoice, device: torch.device) -> Literal["float32
     return "bfloat16" if fast else "float32"
 
 
+def resolve_numerics(choice: Literal["auto", "exact", "fast"], device: torch.device) -> Numerics:
+    """``auto`` is exact on a CPU and fast on a GPU (design, decision 7)."""
+    if choice == "auto":
+        return "exact" if device.type == "cpu" else "fast"
+    return choice
+
+
 def _open(path: Path) -> _Opened:
     if path.is_dir():
         config = config_from_folder(path)

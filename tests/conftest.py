@@ -1,4 +1,6 @@
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -11,3 +13,18 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
 @pytest.fixture
 def anyio_backend() -> str:
     return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a kind of ``tests.support.checkpoints``, written at its first use."""
+    made: dict[str, Path] = {}
+
+    def folder_of(kind: str) -> Path:
+        from tests.support.checkpoints import make_checkpoint  # slow
+
+        if kind not in made:
+            made[kind] = make_checkpoint(kind, tmp_path_factory.mktemp("checkpoint") / kind)
+        return made[kind]
+
+    return folder_of
