@@ -48,7 +48,7 @@ def group_limited_top_k(
     scores_TE = _sigmoid_by_row(logits_TE.float())
     biased_TE = scores_TE + bias_E.float()
     if kept_groups < num_groups:
-        biased_TGM = biased_TE.reshape(biased_TE.shape[0], num_groups, -1)
+        biased_TGM = biased_TE.reshape(-1, num_groups, biased_TE.shape[1] // num_groups)
         group_scores_TG = biased_TGM.topk(2, dim=-1).values.sum(dim=-1)
         kept_TL = group_scores_TG.topk(kept_groups, dim=-1).indices
         dropped_TG = torch.ones_like(group_scores_TG, dtype=torch.bool)
