@@ -66,7 +66,12 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help="for each question to the gateway (default: %(default)s)",
     )
-    status.add_argument("--api-key", metavar="KEY", help="where the gateway asks for one")
+    status.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="holds the API key, where the gateway asks for one",
+    )
     verbs.choices["settings"].add_argument("--json", action="store_true", help="print JSON")
     verbs.choices["key"].add_argument("file", metavar="FILE", type=Path, help="must not exist yet")
     return command
@@ -113,7 +118,10 @@ def _run(chosen: argparse.Namespace) -> int:
         from deploy.status import show_status
 
         return show_status(
-            chosen.url, as_json=chosen.json, timeout_s=chosen.timeout, api_key=chosen.api_key
+            chosen.url,
+            as_json=chosen.json,
+            timeout_s=chosen.timeout,
+            api_key_file=chosen.api_key_file,
         )
     elif verb == "up":
         from deploy.up import up

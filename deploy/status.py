@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import httpx
 
@@ -20,10 +21,16 @@ _COLUMNS = (
 )
 
 
-def show_status(url: str, *, as_json: bool, timeout_s: float, api_key: str | None) -> int:
+def show_status(url: str, *, as_json: bool, timeout_s: float, api_key_file: Path | None) -> int:
     """Print the state of the gateway at ``url``; failed when it is not ready or not there."""
     url = url.rstrip("/")
-    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    headers = {}
+    if api_key_file is not None:
+        try:
+            headers["authorization"] = f"Bearer {api_key_file.read_text().split()[0]}"
+        except (OSError, IndexError):
+            print(f"headrace: no API key in {api_key_file}", file=sys.stderr)
+            return FAILED
     try:
         with httpx.Client(timeout=timeout_s, trust_env=False, headers=headers) as client:
             ready = client.get(f"{url}/ready")
