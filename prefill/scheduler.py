@@ -242,6 +242,8 @@ class PrefillScheduler:
         After a failed step, ``cancel`` or ``reject`` its requests first: what is cancelled counts
         as not computed.
         """
+        if not step.chunks:
+            return
         assert step is self._step, "complete the step that was scheduled"
         self._step = None
         for chunk in step.chunks:
