@@ -174,3 +174,7 @@ class Intake:
         for ref in refs:
             self.cancel(ref)
         return refs
+
+    def close(self) -> None:
+        """Take no KV any more, for good."""
+        self._sink.close()

@@ -1,4 +1,4 @@
-"""Where the KV of preempted requests waits: host memory, bit for bit, until blocks are free again."""
+"""Where the KV of preempted requests waits, bit for bit, until blocks are free again."""
 
 from collections.abc import Sequence
 

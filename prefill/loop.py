@@ -10,11 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
+import torch
 from torch import Tensor
 
 from engine.kvcache.block_pool import BlockPool
 from engine.kvcache.prefix_index import PrefixIndex
-from engine.model_runner import ModelRunner
+from engine.model_runner import ModelRunner, SequenceStep, batch_from
 from engine.sampling.sampler import Sampled, Sampler
 from engine.sampling.stopping import finish_reason
 from kvtransfer.interface import KVSource, Push
@@ -84,6 +85,7 @@ class PrefillLoop:
         prefix_feed: PrefixFeed,
         layers_per_push: int,
         vocab_size: int,
+        device: torch.device,
     ) -> None:
         self._worker = worker
         self._scheduler = scheduler
@@ -96,6 +98,7 @@ class PrefillLoop:
         self._prefix_feed = prefix_feed
         self._layers_per_push = layers_per_push
         self._vocab_size = vocab_size
+        self._device = device
         self._inbox: Inbox[Callable[[], None]] = Inbox()
         self._clients = Clients(silent_s=GATEWAY_SILENT_S)
         self._held: dict[AttemptRef, _Held] = {}
@@ -163,11 +166,16 @@ class PrefillLoop:
             return  # told twice; the answer is on its way
         try:
             self._check(request)
-            push = self._source.open(message.grant)
+            self._sampler.admit(request)
             try:
-                self._scheduler.add(request, now, now + message.remaining_s)
-            except ServingError as error:
-                push.abort(str(error), lambda: None)
+                push = self._source.open(message.grant)
+                try:
+                    self._scheduler.add(request, now, now + message.remaining_s)
+                except ServingError as error:
+                    push.abort(str(error), lambda: None)
+                    raise
+            except ServingError:
+                self._sampler.retire(request.ref)
                 raise
         except ServingError as error:
             self._answer(peer, self._failure(request.ref, error, stage="prefill"))
@@ -213,32 +221,25 @@ class PrefillLoop:
 
     def _forward(self, step: PrefillStep) -> Sampled:
         final = [chunk.ref for chunk in step.chunks if chunk.final]
-        logits_RV = self._run(step.chunks)
-        for ref in final:
-            self._sampler.admit(self._held[ref].request)
-        try:
-            return self._sampler.sample(logits_RV, final)
-        finally:
-            for ref in final:
-                self._sampler.retire(ref)
+        return self._sampler.sample(self._run(step.chunks), final)
 
     def _run(self, chunks: tuple[Chunk, ...]) -> Tensor:
         """Compute the chunks, pushing each group of layers while the next one computes."""
-        batch = self._runner.batch_from(
-            token_ids=[token for chunk in chunks for token in chunk.token_ids],
-            positions=[p for chunk in chunks for p in range(chunk.start, chunk.stop)],
-            slot_mapping=[
-                slot
+        layout = self._runner.storage.layout
+        batch = batch_from(
+            [
+                SequenceStep(
+                    token_ids=chunk.token_ids,
+                    start=chunk.start,
+                    block_table=chunk.table.blocks[: layout.blocks_for(chunk.stop)],
+                    wants_logits=chunk.final,
+                )
                 for chunk in chunks
-                for slot in chunk.table.slot_mapping(chunk.start, chunk.stop)
             ],
-            block_tables=[chunk.table.blocks for chunk in chunks],
-            query_lens=[chunk.stop - chunk.start for chunk in chunks],
-            context_lens=[chunk.context_len for chunk in chunks],
-            wants_logits=[chunk.final for chunk in chunks],
+            block_tokens=layout.block_tokens,
+            device=self._device,
         )
-        num_layers = self._runner.layout.num_layers
-        pushed = 0
+        num_layers, pushed = layout.num_layers, 0
 
         def after_layer(layer: int) -> None:
             nonlocal pushed
@@ -334,6 +335,7 @@ class PrefillLoop:
     def _release(self, ref: AttemptRef) -> None:
         if self._held.pop(ref, None) is not None:
             self._scheduler.release(ref)
+            self._sampler.retire(ref)
             self._clients.disown(ref)
 
     def _let_go(self, now: float) -> None:

@@ -50,6 +50,11 @@ class ClusterKey:
         return hashlib.sha256(purpose.encode() + b"\0" + self.secret).digest()
 
 
+def load_key(path: Path | None) -> ClusterKey | None:
+    """The key that the settings name, or None where they name none."""
+    return None if path is None else ClusterKey.load(path)
+
+
 def is_loopback(host: str) -> bool:
     if host == "localhost":
         return True

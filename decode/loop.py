@@ -1,0 +1,332 @@
+"""The engine thread of one decode rank: in lock-step with the other ranks of its group.
+
+A turn is: take what was posted, plan this rank's step, exchange rows with the other ranks, and
+compute if any of them has work. No turn skips the exchange, and what a rank does after it follows
+from the rows alone (``decode.lockstep``). When a rank is lost, all requests here end with
+``WorkerLost``, and the ranks form a new group. Everything here belongs to one thread; other
+threads only post work to its inbox.
+"""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from decode.intake import Arrived, Intake, Lost
+from decode.lockstep import RankState, StepPlan, StepRow, decide
+from decode.scheduler import DecodeScheduler, DecodeStep
+from decode.swap import SwapSpace
+from engine.model_runner import ModelRunner, SequenceStep, batch_from
+from engine.sampling.sampler import Sampled, Sampler
+from engine.sampling.stopping import finish_reason
+from kvtransfer.interface import SinkEvent
+from protocol.errors import ServingError, WorkerLost
+from protocol.ids import AttemptRef, WorkerRef
+from protocol.messages import (
+    GATEWAY_SILENT_S,
+    Cancel,
+    GatewayAlive,
+    Granted,
+    RequestFailed,
+    Reserve,
+    StepTokens,
+    ToDecode,
+    TokenDelta,
+)
+from protocol.reports import report_of
+from protocol.requests import GenerateRequest
+from protocol.workers import WorkerLoad
+from runtime.clients import Clients
+from runtime.log import get_log
+from runtime.mailbox import Inbox, Outbox
+from runtime.worker_process import Beat, ToPeer
+
+log = get_log(__name__)
+
+IDLE_WAIT_S = 0.5
+SWEEP_S = 1.0
+STEP_SMOOTHING = 0.1
+
+
+class Group(Protocol):
+    """The other ranks, as ``engine.collectives.StepGroup`` offers them."""
+
+    epoch: int
+
+    def exchange(self, row: StepRow) -> list[StepRow]: ...
+
+    def begin_step(self, tokens_of_rank: tuple[int, ...]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(slots=True, kw_only=True)
+class _Running:
+    """A committed request. ``num_output`` counts the first token, which prefill sampled."""
+
+    request: GenerateRequest
+    num_output: int = 1
+
+
+class DecodeLoop:
+    def __init__(
+        self,
+        *,
+        worker: WorkerRef,
+        scheduler: DecodeScheduler,
+        intake: Intake,
+        swap: SwapSpace,
+        runner: ModelRunner,
+        sampler: Sampler,
+        form_group: Callable[[Callable[[], bool]], Group],
+        outbox: Outbox[ToPeer],
+        on_membership: Callable[[], None],
+        device: torch.device,
+    ) -> None:
+        """``form_group`` blocks until all ranks have met, or until its argument says to give up;
+        it raises WorkerLost when it gives up. ``on_membership``: ``epoch`` has changed."""
+        self._worker = worker
+        self._scheduler = scheduler
+        self._intake = intake
+        self._swap = swap
+        self._runner = runner
+        self._sampler = sampler
+        self._form_group = form_group
+        self._outbox = outbox
+        self._on_membership = on_membership
+        self._device = device
+        self._inbox: Inbox[Callable[[], None]] = Inbox()
+        self._clients = Clients(silent_s=GATEWAY_SILENT_S)
+        self._running: dict[AttemptRef, _Running] = {}
+        self._stopped = threading.Event()
+        self._sweep = Beat(SWEEP_S)
+        self._step = 0
+        self._step_seconds = 0.0
+        self._generated_tokens = 0
+        self.epoch: int | None = None  # of the group; None while there is none
+        self.load = WorkerLoad()
+
+    # From any thread -----------------------------------------------------------------------------
+
+    def post(self, peer: bytes, message: ToDecode) -> None:
+        self._inbox.put(lambda: self._hear(peer, message))
+
+    def post_transfer(self, event: SinkEvent) -> None:
+        self._inbox.put(lambda: self._transferred(event))
+
+    def drain(self) -> None:
+        def start_draining() -> None:
+            self._intake.draining = True
+
+        self._inbox.put(start_draining)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._inbox.put(lambda: None)
+
+    # On the engine thread ------------------------------------------------------------------------
+
+    def run(self) -> None:
+        try:
+            self._serve()
+        finally:
+            self._intake.close()
+
+    def _serve(self) -> None:
+        """Form groups, one after another, until the ranks leave together or this one is stopped."""
+        while not self._stopped.is_set():
+            try:
+                group = self._form_group(self._stopped.is_set)
+            except WorkerLost as error:
+                log.warning("the group is not complete", reason=str(error))
+                continue
+            try:
+                self._enter(group.epoch)
+                while self._turn(group):
+                    pass
+                return
+            except WorkerLost as error:
+                log.warning("the group has broken", reason=str(error), epoch=group.epoch)
+                self._abandon(error)
+            finally:
+                group.close()
+                self._enter(None)
+
+    def _enter(self, epoch: int | None) -> None:
+        self.epoch = epoch
+        self._on_membership()
+
+    def _turn(self, group: Group) -> bool:
+        for work in self._inbox.drain():
+            work()
+        now = time.monotonic()
+        if self._sweep.due(now):
+            self._let_go(now)
+        step = self._scheduler.schedule()
+        for swap in step.swap_out:
+            self._swap.put(swap.ref, swap.blocks)
+        for swap in step.swap_in:
+            self._swap.take(swap.ref, swap.blocks)
+        plan = decide(group.exchange(self._row(step, group.epoch)))
+        if plan.stop:
+            return False
+        if plan.compute:
+            group.begin_step(plan.tokens_of_rank)
+            self._compute(step)
+            self._note_step(time.monotonic() - now)
+        else:
+            self._account()
+            self._inbox.wait(plan.wait_s)
+        return True
+
+    def _compute(self, step: DecodeStep) -> None:
+        try:
+            batch = batch_from(
+                [
+                    SequenceStep(token_ids=(token,), start=position, block_table=table.blocks)
+                    for token, position, table in zip(
+                        step.token_ids, step.positions, step.tables, strict=True
+                    )
+                ],
+                block_tokens=self._runner.storage.layout.block_tokens,
+                device=self._device,
+            )
+            logits_RV = self._runner.run(batch)
+            if not step.refs:
+                return
+            sampled = self._sampler.sample(logits_RV, step.refs)
+        except ServingError:
+            raise
+        except Exception as error:
+            # The other ranks may wait for this one inside a collective: only a new group helps.
+            log.exception("decode step failed", requests=len(step.refs))
+            raise WorkerLost(f"a decode step failed: {type(error).__name__}") from error
+        self._scheduler.advance(step, sampled.token_ids)
+        self._emit(step, sampled)
+
+    def _emit(self, step: DecodeStep, sampled: Sampled) -> None:
+        """One frame for each gateway, with the new tokens of all its requests."""
+        self._step += 1
+        deltas: dict[bytes, list[TokenDelta]] = {}
+        for row, ref in enumerate(step.refs):
+            if ref in sampled.errors:
+                self._fail(ref, sampled.errors[ref])
+                continue
+            running = self._running[ref]
+            offset, running.num_output = running.num_output, running.num_output + 1
+            token_id, logprobs = sampled.token_ids[row], sampled.logprobs[row]
+            reason = finish_reason(running.request.stop, token_id, running.num_output)
+            peer = self._clients.owner(ref)
+            if peer is not None:
+                told = None if logprobs is None else (logprobs,)
+                delta = TokenDelta(ref, offset, (token_id,), told, reason)
+                deltas.setdefault(peer, []).append(delta)
+            if reason is not None:
+                self._end(ref)
+        self._generated_tokens += len(step.refs)
+        self._outbox.put(
+            (peer, StepTokens(worker=self._worker, step=self._step, deltas=tuple(mine)))
+            for peer, mine in deltas.items()
+        )
+
+    # What is posted ------------------------------------------------------------------------------
+
+    def _hear(self, peer: bytes, message: ToDecode) -> None:
+        now = time.monotonic()
+        self._clients.heard(peer, now)
+        match message:
+            case Reserve():
+                answer = self._intake.reserve(message, now)
+                if isinstance(answer, Granted):
+                    self._clients.own(peer, message.request.ref)
+                self._outbox.put([(peer, answer)])
+            case Cancel(ref=ref):
+                self._cancel(ref)
+            case GatewayAlive():
+                pass
+
+    def _transferred(self, event: SinkEvent) -> None:
+        outcome = self._intake.hear(event)
+        if isinstance(outcome, Arrived):
+            self._join(outcome)
+        elif isinstance(outcome, Lost):
+            self._tell_failed(outcome.ref, outcome.error)
+
+    def _join(self, arrived: Arrived) -> None:
+        request, hand_off = arrived.request, arrived.hand_off
+        self._scheduler.commit(request.ref, hand_off.token_id)
+        if hand_off.finish_reason is not None:
+            self._scheduler.finish(request.ref)
+            self._clients.disown(request.ref)
+            return
+        self._running[request.ref] = _Running(request=request)
+        self._sampler.admit(request, (hand_off.token_id,))
+
+    def _cancel(self, ref: AttemptRef) -> None:
+        if ref in self._running:
+            self._end(ref)
+        else:
+            self._intake.cancel(ref)
+            self._clients.disown(ref)
+
+    # Ends ----------------------------------------------------------------------------------------
+
+    def _end(self, ref: AttemptRef) -> None:
+        """Free everything that a committed request holds here."""
+        del self._running[ref]
+        self._scheduler.finish(ref)
+        self._swap.discard(ref)
+        self._sampler.retire(ref)
+        self._clients.disown(ref)
+
+    def _fail(self, ref: AttemptRef, error: ServingError) -> None:
+        self._tell_failed(ref, error)
+        self._end(ref)
+
+    def _tell_failed(self, ref: AttemptRef, error: ServingError) -> None:
+        peer = self._clients.owner(ref)
+        if peer is not None:
+            report = report_of(error, stage="decode")
+            failed = RequestFailed(ref=ref, worker=self._worker, error=report)
+            self._outbox.put([(peer, failed)])
+        self._clients.disown(ref)
+
+    def _abandon(self, error: ServingError) -> None:
+        """The group has broken: every request here ends, and its client is told."""
+        for ref in list(self._running):
+            self._fail(ref, error)
+        for ref in self._intake.abort_all():
+            self._tell_failed(ref, error)
+
+    def _let_go(self, now: float) -> None:
+        for ref in self._clients.remove_silent(now):
+            self._cancel(ref)
+        for lost in self._intake.expire(now):
+            self._tell_failed(lost.ref, lost.error)
+
+    # What is told --------------------------------------------------------------------------------
+
+    def _row(self, step: DecodeStep, epoch: int) -> StepRow:
+        raise AssertionError
+
+    def _note_step(self, seconds: float) -> None:
+        self._step_seconds += STEP_SMOOTHING * (seconds - self._step_seconds)
+        self._account()
+
+    def _account(self) -> None:
+        books = self._scheduler.books()
+        self.load = WorkerLoad(
+            draining=self._intake.draining,
+            queued_requests=books.granted_requests + books.waiting_requests,
+            running_requests=books.running_requests + books.swapped_requests,
+            free_blocks=books.reservable,
+            total_blocks=books.total,
+            cached_blocks=books.cached,
+            quarantined_blocks=books.quarantined,
+            step_seconds=self._step_seconds,
+            tokens_per_second=books.running_requests / max(self._step_seconds, 1e-6),
+            generated_tokens=self._generated_tokens,
+        )

@@ -1,0 +1,145 @@
+"""The process of one decode rank: load its slots, meet the other ranks, serve, drain."""
+
+import asyncio
+import functools
+import os
+import platform
+from pathlib import Path
+
+import anyio
+import torch
+
+from decode.intake import Intake
+from decode.loop import DecodeLoop
+from decode.scheduler import DecodeScheduler
+from decode.settings import DecodeSettings
+from decode.swap import SwapSpace
+from engine.collectives import ExpertGroup
+from engine.kvcache.block_pool import BlockPool
+from engine.kvcache.storage import KVStorage
+from engine.loading import LoadedModel, load, resolve_numerics
+from engine.model_runner import ModelRunner
+from engine.sampling.sampler import Sampler
+from kvtransfer.memory import allocate_shared, buffer
+from kvtransfer.sink import TRANSPORTS, make_sink
+from protocol.codec import Decoder
+from protocol.ids import WorkerId, WorkerRef, new_incarnation
+from protocol.messages import ToDecode
+from protocol.workers import WorkerInfo
+from runtime.keys import ClusterKey, load_key
+from runtime.mailbox import Outbox
+from runtime.parent import die_with_parent
+from runtime.registration import Registration
+from runtime.reporting import report, weights_progress
+from runtime.worker_process import ToPeer, WorkerProcess
+
+
+def run(settings: DecodeSettings) -> int:
+    """Serve one rank until drained or stopped; 0 is the exit code.
+
+    Raises:
+        ConfigError: a file, an address or a setting is wrong; nothing has been served.
+    """
+    die_with_parent()
+    key = load_key(settings.bus.cluster_key_file)
+    device = torch.device(settings.device)
+    group = ExpertGroup(
+        rank=settings.group.rank or 0, world_size=settings.group.ranks, device=device
+    )
+    if settings.process.threads is not None:
+        torch.set_num_threads(settings.process.threads)
+    loaded = load(
+        Path(settings.model.path),
+        device=device,
+        dtype=settings.model.dtype,
+        numerics=resolve_numerics(settings.model.numerics, device),
+        group=group,
+        split_dense_experts=settings.model.split_dense_experts,
+        block_tokens=settings.kv.block_tokens,
+        progress=weights_progress(),
+    )
+    process = WorkerProcess(
+        Decoder[ToDecode](ToDecode),
+        make_engine=functools.partial(_make_engine, settings, loaded, group, key),
+        on_serving=lambda: report("ready"),
+        drain_s=settings.process.drain_s,
+        key=key,
+    )
+    anyio.run(process.serve, settings.bind)
+    return 0
+
+
+def _make_engine(
+    settings: DecodeSettings,
+    loaded: LoadedModel,
+    group: ExpertGroup,
+    key: ClusterKey | None,
+    address: str,
+    outbox: Outbox[ToPeer],
+) -> tuple[DecodeLoop, Registration]:
+    rank = group.rank
+    worker = WorkerRef(WorkerId(f"{settings.worker_id}/{rank}"), new_incarnation())
+    layout = loaded.layout
+    num_blocks = settings.num_blocks or max(1, settings.kv_cache_bytes // layout.block_bytes)
+    memory = allocate_shared(layout, num_blocks)
+    storage = KVStorage(layout, num_blocks, device=group.device, buffer=buffer(memory))
+    max_model_len = min(
+        settings.model.max_model_len or loaded.config.max_model_len,
+        loaded.config.max_model_len,
+        num_blocks * layout.block_tokens,
+    )
+    scheduler = DecodeScheduler(
+        BlockPool(num_blocks), block_tokens=layout.block_tokens, max_batch=settings.max_batch
+    )
+    sink = make_sink(
+        memory,
+        worker,
+        lambda event: loop.post_transfer(event),
+        transports=TRANSPORTS if settings.kv.transport == "auto" else (settings.kv.transport,),
+        cluster_key=None if key is None else key.derive("kv"),
+    )
+    events = asyncio.get_running_loop()
+    loop = DecodeLoop(
+        worker=worker,
+        scheduler=scheduler,
+        intake=Intake(
+            worker=worker,
+            scheduler=scheduler,
+            sink=sink,
+            layout_digest=layout.digest(),
+            max_model_len=max_model_len,
+            max_granted=settings.max_granted_requests,
+        ),
+        swap=SwapSpace(storage),
+        runner=ModelRunner(loaded.model, storage),
+        sampler=Sampler(loaded.config.vocab_size, group.device),
+        form_group=functools.partial(_form_group, settings, group),
+        outbox=outbox,
+        on_membership=lambda: events.call_soon_threadsafe(registration.changed),
+        device=group.device,
+    )
+
+    def info() -> WorkerInfo | None:
+        if loop.epoch is None:
+            return None
+        return WorkerInfo(
+            ref=worker,
+            role="decode",
+            group_id=settings.worker_id,
+            rank=rank,
+            world_size=group.world_size,
+            epoch=loop.epoch,
+            address=address,
+            model=settings.model.name,
+            max_model_len=max_model_len,
+            layout=layout,
+            num_blocks=num_blocks,
+            fingerprint=dict(loaded.fingerprint),
+            pid=os.getpid(),
+            host=platform.node(),
+        )
+
+    registration = Registration(
+        settings.bus.scheduler, info=info, load=lambda: loop.load, key=key
+    )
+    return loop, registration
