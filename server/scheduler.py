@@ -4,6 +4,7 @@ It is not on any request's path. Workers and gateways that lose it go on with wh
 find it or its successor again; so it keeps nothing that they would not tell it anew.
 """
 
+from collections.abc import AsyncIterable, Awaitable, Callable
 from typing import NoReturn
 
 import anyio
@@ -41,13 +42,14 @@ HEARTBEAT_S = 1.0
 class Scheduler:
     def __init__(
         self,
-        listener: Listener[ToScheduler],
+        send: Callable[[bytes, Message], Awaitable[None]],
         *,
         clock: Clock,
         lease_s: float = LEASE_S,
         heartbeat_s: float = HEARTBEAT_S,
     ) -> None:
-        self._listener = listener
+        """``send`` gives a message to a peer, a worker or a gateway; it may get lost."""
+        self._send = send
         self._clock = clock
         self._welcome = Welcome(lease_s=lease_s, heartbeat_s=heartbeat_s)
         self._membership = Membership(lease_s=lease_s)
@@ -57,12 +59,13 @@ class Scheduler:
         self._loads_changed = False
         self.stale_messages = 0
 
-    async def run(self) -> NoReturn:
+    async def run(self, incoming: AsyncIterable[tuple[bytes, ToScheduler]]) -> None:
+        """Serve what comes from peers, until it ends or the caller cancels."""
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._tick_forever)
-            async for peer, message in self._listener:
+            async for peer, message in incoming:
                 await self.hear(peer, message)
-        raise AssertionError("a listener never ends by itself")
+            tasks.cancel_scope.cancel()
 
     async def hear(self, peer: bytes, message: ToScheduler) -> None:
         match message:
@@ -110,10 +113,10 @@ class Scheduler:
             reason = f"it does not serve the same {info.model} as {differences[0].ours_from}"
             parts = [difference.part for difference in differences]
             log.warning("worker refused", worker=info.ref.worker_id, differences=parts)
-            await self._listener.send(peer, Refused(reason=reason, differences=differences))
+            await self._send(peer, Refused(reason=reason, differences=differences))
             return
         log.info("worker joined", worker=info.ref.worker_id, role=info.role, epoch=info.epoch)
-        await self._listener.send(peer, self._welcome)
+        await self._send(peer, self._welcome)
         await self._membership_changed(replaced)
 
     async def _heartbeat(self, peer: bytes, message: Heartbeat) -> None:
@@ -121,7 +124,7 @@ class Scheduler:
         if beat is Beat.STALE:
             self.stale_messages += 1
         elif beat is Beat.UNKNOWN:
-            await self._listener.send(peer, UnknownWorker())
+            await self._send(peer, UnknownWorker())
         else:
             self._loads_changed = True
             if message.prefix is not None:
@@ -130,17 +133,17 @@ class Scheduler:
                         PrefixUpdate(worker=message.worker, events=message.prefix)
                     )
                 else:  # a report was lost: an announcement comes with a whole one
-                    await self._listener.send(peer, UnknownWorker())
+                    await self._send(peer, UnknownWorker())
 
     async def _watch(self, peer: bytes) -> None:
         newcomer = peer not in self._watchers
         self._watchers[peer] = self._clock.now()
         if newcomer:
-            await self._listener.send(peer, self._snapshot())
+            await self._send(peer, self._snapshot())
             for worker in self._prefixes.workers():
                 events = self._prefixes.snapshot(worker)
                 if events is not None:
-                    await self._listener.send(peer, PrefixUpdate(worker=worker, events=events))
+                    await self._send(peer, PrefixUpdate(worker=worker, events=events))
 
     async def _membership_changed(self, gone: list[WorkerRef]) -> None:
         for worker in gone:
@@ -154,7 +157,7 @@ class Scheduler:
 
     async def _broadcast(self, message: Message) -> None:
         for peer in list(self._watchers):
-            await self._listener.send(peer, message)
+            await self._send(peer, message)
 
     def _snapshot(self) -> ClusterSnapshot:
         return ClusterSnapshot(version=self._version, workers=self._membership.states())
@@ -167,7 +170,7 @@ async def run_scheduler(
     key: ClusterKey | None = None,
     lease_s: float = LEASE_S,
     heartbeat_s: float = HEARTBEAT_S,
-) -> NoReturn:
+) -> None:
     """Be the scheduler at ``address`` until cancelled.
 
     Raises:
@@ -175,4 +178,5 @@ async def run_scheduler(
     """
     async with Listener.bind(address, FAMILY, key=key) as listener:
         log.info("scheduler listening", address=listener.address)
-        await Scheduler(listener, clock=clock, lease_s=lease_s, heartbeat_s=heartbeat_s).run()
+        scheduler = Scheduler(listener.send, clock=clock, lease_s=lease_s, heartbeat_s=heartbeat_s)
+        await scheduler.run(listener)

@@ -86,8 +86,8 @@ async def open_serving(
             scheduler = listener.address
         tasks = await stack.enter_async_context(anyio.create_task_group())
         if listener is not None:
-            roster = Scheduler(listener, clock=clock, lease_s=lease_s, heartbeat_s=heartbeat_s)
-            tasks.start_soon(roster.run)
+            roster = Scheduler(listener.send, clock=clock, lease_s=lease_s, heartbeat_s=heartbeat_s)
+            tasks.start_soon(roster.run, listener)
         cluster = Cluster(
             gateway_id=gateway_id, tasks=tasks, clock=clock, max_waiting=max_waiting, key=key
         )

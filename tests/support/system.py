@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 from protocol.requests import GenerateRequest
 from server.serving import Serving, open_serving
@@ -34,10 +35,15 @@ class System:
     async def idle(self) -> None:
         """Nothing of any request is left anywhere, and every block is free."""
         await eventually(lambda: not self.serving.cluster.attempts.by_request, "no attempts")
-        for worker in (*self.prefill, *self.decode):
-            await eventually(lambda w=worker: w.busy == 0, f"idle {worker.ref.worker_id}")
+        workers: list[SimulatedPrefill | SimulatedDecode] = [*self.prefill, *self.decode]
+        for worker in workers:
+            await eventually(partial(_is_idle, worker), f"idle {worker.ref.worker_id}")
         for rank in self.decode:
             assert rank.free_blocks == rank.info.num_blocks
+
+
+def _is_idle(worker: SimulatedPrefill | SimulatedDecode) -> bool:
+    return worker.busy == 0
 
 
 @asynccontextmanager
