@@ -147,6 +147,8 @@ def _open(path: Path) -> _Opened:
     if path.suffix != ".gguf":
         raise ConfigError(f"{path}: must be a folder with config.json, or a .gguf file")
     file = GgufFile(path)
+    if file.shape("rope_freqs.weight") is not None:
+        raise ConfigError(f"{path}: tensor rope_freqs.weight scales rope, which is not supported")
     config = config_from_gguf(path, file.metadata)
     return _Opened(
         config=replace(config, tied_embeddings=file.shape("lm_head.weight") is None),

@@ -80,8 +80,10 @@ class GgufFile:
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path}: cannot be read: {error}") from error
         walk = _Walk(path, self._bytes)
-        self.metadata: Mapping[str, object] = walk.metadata
         self._entries = walk.entries
+        self.metadata: Mapping[str, object] = walk.metadata
+        if (embedding := self.shape("model.embed_tokens.weight")) is not None:
+            self.metadata = {"llama.vocab_size": embedding[0], **walk.metadata}
         self.tokenizer_digest = walk.tokenizer_digest
         self._header_bytes = walk.position
         self._rotated_heads = {

@@ -156,9 +156,10 @@ def test_a_layers_cache_is_final_when_after_layer_is_called(case: Case) -> None:
 @pytest.fixture(scope="module")
 def demo_reference() -> torch.nn.Module:
     path = demo_gguf()
-    return AutoModelForCausalLM.from_pretrained(
+    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
-    ).eval()
+    )
+    return model.eval()
 
 
 @pytest.mark.slow
