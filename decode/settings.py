@@ -6,6 +6,7 @@ from runtime.settings import (
     Address,
     BusSettings,
     Device,
+    HostPort,
     KVSettings,
     ModelSettings,
     ProcessSettings,
@@ -22,23 +23,17 @@ class GroupSettings(Settings):
     rank: NonNegativeInt | None = None
     """This process's rank. Empty: start all ranks as children of this process."""
 
-    rendezvous: Address = "tcp://127.0.0.1:8200"
-    """Where the ranks of the group meet; rank 0 listens there."""
-
-    epoch: NonNegativeInt = 0
-    """The group's life: ranks that report different epochs are not one group."""
+    rendezvous: HostPort = "127.0.0.1:8200"
+    """host:port where the ranks meet, at the start and after each loss; rank 0 listens there."""
 
     rendezvous_timeout_s: PositiveFloat = 120.0
-    """Seconds that a rank waits for the others when the group starts."""
+    """Seconds that a rank waits for the others before it gives up."""
 
-    step_timeout_s: PositiveFloat = 60.0
-    """Seconds after which a step that another rank does not join has failed."""
+    step_timeout_s: PositiveFloat = 30.0
+    """Seconds that a rank may keep the others waiting in a step before it counts as lost."""
 
     redundant_experts: NonNegativeInt = 0
     """Extra expert slots per layer, over all ranks, for replicas of busy experts."""
-
-    max_tokens_per_rank: PositiveInt | None = None
-    """Bound on tokens that one rank brings to a step. Empty: max_batch."""
 
     @model_validator(mode="after")
     def _rank_is_in_the_group(self) -> "GroupSettings":

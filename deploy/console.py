@@ -35,11 +35,9 @@ class Console:
         elif report.event == "ready":
             self.phase(process, f"ready after {time.monotonic() - self._started:.1f} s")
 
-    def restarting(self, unit: str, reason: str, pause_s: float) -> None:
-        self._weights = {
-            name: bytes_ for name, bytes_ in self._weights.items() if not name.startswith(unit)
-        }
-        self.phase(unit, f"{reason}; starting it again in {pause_s:.1f} s")
+    def restarting(self, process: str, reason: str, pause_s: float) -> None:
+        self._weights.pop(process, None)
+        self.phase(process, f"{reason}; starting it again in {pause_s:.1f} s")
 
     def _weights_read(self, process: str, report: Report) -> None:
         done, total = report.fields.get("done"), report.fields.get("total")

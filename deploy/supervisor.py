@@ -1,14 +1,13 @@
 """Keeps the processes of one machine running until told to stop, and leaves none behind.
 
-A unit is what must live and die together: one worker, or all ranks of a decode group, which step
-in lock-step and cannot go on without one another. When a process ends, its unit is started again
-after a pause; a unit that keeps ending, or a failure before the system was ever ready, ends all.
+A process that ends is started again after a pause; its peers live on and find it again by
+themselves. One that keeps ending, or that fails before the system was ever ready, ends all.
+This module does not know what the processes do.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from typing import Protocol
 
 import anyio
@@ -17,7 +16,6 @@ from deploy.processes import Child, Command, Lifeline, Report, describe_exit
 from deploy.settings import LauncherSettings
 from protocol.errors import ServingError
 
-PEER_GRACE_S = 1.0  # for the other ranks of a group that has lost one
 LAST_WORDS_S = 1.0  # for reading what an ended process had still reported
 DRAIN_MARGIN_S = 2.0  # a process notices its own drain deadline before we kill it
 
@@ -26,24 +24,16 @@ class SystemFailed(ServingError):
     """The system cannot start or go on; everything that ran has been stopped."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Unit:
-    """``commands`` is asked anew for each life, 0 at first: a group needs a new meeting place."""
-
-    name: str
-    commands: Callable[[int], Sequence[Command]]
-
-
 class Observer(Protocol):
     """Who shows people what happens. ``Console`` does, and the tests' recorder."""
 
     def reported(self, process: str, report: Report) -> None: ...
 
-    def restarting(self, unit: str, reason: str, pause_s: float) -> None: ...
+    def restarting(self, process: str, reason: str, pause_s: float) -> None: ...
 
 
 class RestartBudget:
-    """How often a unit may be started again. Pure: the caller says what time it is."""
+    """How often a process may be started again. Pure: the caller says what time it is."""
 
     def __init__(self, max_restarts: int, window_s: float) -> None:
         self._max_restarts = max_restarts
@@ -65,7 +55,7 @@ class Supervisor:
 
     def __init__(
         self,
-        stages: Sequence[Sequence[Unit]],
+        stages: Sequence[Sequence[Command]],
         *,
         settings: LauncherSettings,
         drain_s: float,
@@ -75,8 +65,7 @@ class Supervisor:
         self._settings = settings
         self._drain_s = drain_s
         self._observer = observer
-        self._children: dict[str, list[Child]] = {}
-        self._failures: dict[str, str] = {}  # unit -> why it cannot start, as first reported
+        self._children: dict[str, Child] = {}  # by name; the newest life of each
         self._ever_ready = False
         self._stopping = False
 
@@ -87,9 +76,8 @@ class Supervisor:
     def kill(self) -> None:
         """End every process at once; ``run`` then returns."""
         self._stopping = True
-        for children in self._children.values():
-            for child in children:
-                child.kill()
+        for child in self._children.values():
+            child.kill()
 
     async def run(self, stop: anyio.Event) -> None:
         """Start everything; after ``stop``, drain and end everything. Nothing runs afterwards.
@@ -101,8 +89,8 @@ class Supervisor:
         try:
             async with anyio.create_task_group() as tasks:
                 for stage in self._stages:
-                    for unit in stage:
-                        tasks.start_soon(self._keep, unit, lifeline)
+                    for command in stage:
+                        tasks.start_soon(self._keep, command, lifeline)
                 await stop.wait()
                 await self._drain()
                 tasks.cancel_scope.cancel()
@@ -114,69 +102,55 @@ class Supervisor:
         finally:
             self.kill()
             with anyio.CancelScope(shield=True):
-                for children in self._children.values():
-                    for child in children:
-                        await child.stop(grace_s=0)
+                for child in self._children.values():
+                    await child.stop(grace_s=0)
             lifeline.close()
 
-    async def _keep(self, unit: Unit, lifeline: Lifeline) -> None:
+    async def _keep(self, command: Command, lifeline: Lifeline) -> None:
         budget = RestartBudget(self._settings.max_restarts, self._settings.restart_window_s)
-        life = 0
         while True:
-            reason, failed = await self._live(unit, life, lifeline)
+            code, failure = await self._live(command, lifeline)
             if self._stopping:
                 return
-            if failed and not self._ever_ready:
-                raise SystemFailed(self._failures.get(unit.name, f"{reason} while starting"))
+            reason = f"{command.name} ended ({describe_exit(code)})"
+            if code > 0 and not self._ever_ready:
+                raise SystemFailed(failure or f"{reason} while starting")
             pause_s = budget.pause_s(anyio.current_time())
             if pause_s is None:
                 raise SystemFailed(
-                    f"{reason}, more than {self._settings.max_restarts} restarts of {unit.name} "
-                    f"within {self._settings.restart_window_s:g} s: stopping everything"
+                    f"{failure or reason}, more than {self._settings.max_restarts} restarts of "
+                    f"{command.name} within {self._settings.restart_window_s:g} s: "
+                    "stopping everything"
                 )
-            self._observer.restarting(unit.name, reason, pause_s)
+            self._observer.restarting(command.name, failure or reason, pause_s)
             await anyio.sleep(pause_s)
-            life += 1
 
-    async def _live(self, unit: Unit, life: int, lifeline: Lifeline) -> tuple[str, bool]:
-        """One life of a unit: who ended first and how, and whether by itself, not by a signal."""
-        ends: list[tuple[str, bool]] = []
-        children = self._children[unit.name] = []
-        self._failures.pop(unit.name, None)
-        async with anyio.create_task_group() as tasks:
+    async def _live(self, command: Command, lifeline: Lifeline) -> tuple[int, str | None]:
+        """One life of a process: its exit code, and why it failed if it said so."""
+        failures: list[str] = []
+        child = self._children[command.name] = await Child.start(command, lifeline)
+        if self._stopping:
+            child.kill()
+        async with anyio.create_task_group() as listening:
+            listening.start_soon(self._listen, child, failures)
+            code = await child.wait()
+            listening.cancel_scope.deadline = anyio.current_time() + LAST_WORDS_S
+        return code, failures[0] if failures else None
 
-            async def attend(child: Child) -> None:
-                async with anyio.create_task_group() as listening:
-                    listening.start_soon(self._listen, unit, child)
-                    code = await child.wait()
-                    listening.cancel_scope.deadline = anyio.current_time() + LAST_WORDS_S
-                ends.append((f"{child.name} ended ({describe_exit(code)})", code > 0))
-                if len(ends) == 1 and not self._stopping:
-                    for peer in children:
-                        tasks.start_soon(peer.stop, PEER_GRACE_S)
-
-            for command in unit.commands(life):
-                children.append(await Child.start(command, lifeline))
-            for child in children:
-                tasks.start_soon(attend, child)
-            if self._stopping:
-                self.kill()
-        return ends[0]
-
-    async def _listen(self, unit: Unit, child: Child) -> None:
+    async def _listen(self, child: Child, failures: list[str]) -> None:
         async with aclosing(child.reports()) as reports:
             async for report in reports:
                 if report.event == "failed":
-                    said = f"{child.name}: {report.fields.get('message', 'failed')}"
-                    self._failures.setdefault(unit.name, said)
+                    failures.append(f"{child.name}: {report.fields.get('message', 'failed')}")
                 self._observer.reported(child.name, report)
 
     async def _drain(self) -> None:
         self._stopping = True
         for stage in self._stages:
             async with anyio.create_task_group() as tasks:
-                for unit in stage:
-                    for child in self._children.get(unit.name, []):
+                for command in stage:
+                    if command.name in self._children:
+                        child = self._children[command.name]
                         tasks.start_soon(child.stop, self._drain_s + DRAIN_MARGIN_S)
 
 

@@ -24,7 +24,7 @@ from deploy.exits import DONE, FAILED, INTERRUPTED
 from deploy.preflight import check_model, check_port, free_port
 from deploy.processes import Command
 from deploy.settings import LauncherSettings
-from deploy.supervisor import Supervisor, SystemFailed, Unit
+from deploy.supervisor import Supervisor, SystemFailed
 from prefill.settings import PrefillSettings
 from server.settings import GatewaySettings
 
@@ -37,7 +37,7 @@ class Plan:
     """What to run here. ``api`` is the gateway's URL and the model's name, if a gateway runs."""
 
     title: str
-    stages: Sequence[Sequence[Unit]]
+    stages: Sequence[Sequence[Command]]  # stopped one after the other
     settings: LauncherSettings
     drain_s: float
     api: tuple[str, str] | None = None
@@ -75,11 +75,8 @@ def _plan(configuration: Configuration, port: int) -> Plan:
         title=f"headrace {version('headrace')} serves {gateway.model.name}: {workers} prefill "
         f"{_plural('worker', workers)}, {ranks} decode {_plural('rank', ranks)}",
         stages=[
-            [Unit(name="gateway", commands=lambda _life: [_command("gateway", sharing)])],
-            [
-                *(_prefill_unit(sharing, f"prefill-{number}") for number in range(workers)),
-                _decode_unit(sharing, decode),
-            ],
+            [_command("gateway", sharing)],
+            [*_prefill_workers(sharing, workers), *_decode_ranks(sharing, decode)],
         ],
         settings=configuration.settings("launcher", LauncherSettings),
         drain_s=gateway.process.drain_s,
@@ -95,7 +92,7 @@ def run_all_ranks(configuration: Configuration) -> int:
     )
     plan = Plan(
         title=f"decode worker {decode.worker_id}: {decode.group.ranks} ranks",
-        stages=[[_decode_unit(configuration, decode)]],
+        stages=[_decode_ranks(configuration, decode)],
         settings=configuration.settings("launcher", LauncherSettings),
         drain_s=decode.process.drain_s,
     )
@@ -185,28 +182,28 @@ def _command(role: str, configuration: Configuration, name: str = "") -> Command
     return Command(name=name or role, argv=argv)
 
 
-def _prefill_unit(configuration: Configuration, worker_id: str) -> Unit:
-    own = configuration.replace({"prefill.worker_id": worker_id}, "launcher")
-    return Unit(name=worker_id, commands=lambda _life: [_command("prefill", own, worker_id)])
+def _prefill_workers(configuration: Configuration, workers: int) -> list[Command]:
+    names = [f"prefill-{number}" for number in range(workers)]
+    return [
+        _command("prefill", configuration.replace({"prefill.worker_id": name}, "launcher"), name)
+        for name in names
+    ]
 
 
-def _decode_unit(configuration: Configuration, decode: DecodeSettings) -> Unit:
-    """All ranks of one worker. Each life is an epoch and, unless set, meets at a new place."""
-
-    def commands(life: int) -> list[Command]:
-        group: dict[str, object] = {"decode.group.epoch": decode.group.epoch + life}
-        if not configuration.given("decode.group.rendezvous"):
-            group["decode.group.rendezvous"] = f"tcp://127.0.0.1:{free_port()}"
-        return [
-            _command(
-                "decode",
-                configuration.replace({**group, "decode.group.rank": rank}, "launcher"),
-                f"{decode.worker_id}/{rank}",
-            )
-            for rank in range(decode.group.ranks)
-        ]
-
-    return Unit(name=decode.worker_id, commands=commands)
+def _decode_ranks(configuration: Configuration, decode: DecodeSettings) -> list[Command]:
+    """One command a rank. They meet at one place for life: a new rank finds the others there."""
+    if not configuration.given("decode.group.rendezvous"):
+        configuration = configuration.replace(
+            {"decode.group.rendezvous": f"127.0.0.1:{free_port()}"}, "launcher"
+        )
+    return [
+        _command(
+            "decode",
+            configuration.replace({"decode.group.rank": rank}, "launcher"),
+            f"{decode.worker_id}/{rank}",
+        )
+        for rank in range(decode.group.ranks)
+    ]
 
 
 def _threads(processes: int) -> int:

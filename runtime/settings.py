@@ -12,7 +12,6 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from protocol.errors import ConfigError
-from runtime.keys import ClusterKey
 
 ENVIRONMENT_PREFIX = "HEADRACE_"
 REPORT_FD = "HEADRACE_REPORT_FD"
@@ -22,9 +21,9 @@ INHERITED = frozenset({REPORT_FD, PARENT_FD})
 Dtype = Literal["auto", "float32", "bfloat16"]
 Numerics = Literal["auto", "exact", "fast"]
 Transport = Literal["auto", "shm", "tcp"]
-Address = Annotated[
-    str, Field(pattern=r"^tcp://[^:/\s]+(:\d{1,5})$|^tcp://\[[0-9a-fA-F:]+\]:\d{1,5}$")
-]
+_HOST_PORT = r"([^:/\s\[\]]+|\[[0-9a-fA-F:]+\]):\d{1,5}$"
+HostPort = Annotated[str, Field(pattern=rf"^{_HOST_PORT}")]
+Address = Annotated[str, Field(pattern=rf"^tcp://{_HOST_PORT}")]
 Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
 
 
@@ -71,13 +70,6 @@ class BusSettings(Settings):
 
     cluster_key_file: Path | None = None
     """The cluster's key (`headrace key FILE` makes one). Needed by every address off loopback."""
-
-    def key(self) -> ClusterKey | None:
-        """
-        Raises:
-            ConfigError: the file is missing or does not hold a key.
-        """
-        return None if self.cluster_key_file is None else ClusterKey.load(self.cluster_key_file)
 
 
 class ProcessSettings(Settings):

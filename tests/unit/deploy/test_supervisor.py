@@ -13,7 +13,7 @@ import pytest
 
 from deploy.processes import Command, Report
 from deploy.settings import LauncherSettings
-from deploy.supervisor import RestartBudget, Supervisor, SystemFailed, Unit
+from deploy.supervisor import RestartBudget, Supervisor, SystemFailed
 
 pytestmark = pytest.mark.anyio
 
@@ -46,8 +46,8 @@ class Recorder:
             self.pids.setdefault(process, []).append(pid)
         self._tell()
 
-    def restarting(self, unit: str, reason: str, pause_s: float) -> None:
-        self.restarts.append((unit, reason))
+    def restarting(self, process: str, reason: str, pause_s: float) -> None:
+        self.restarts.append((process, reason))
         self._tell()
 
     def _tell(self) -> None:
@@ -63,22 +63,13 @@ class Recorder:
         return [pid for pids in self.pids.values() for pid in pids]
 
 
-def a_unit(name: str, *processes: str) -> Unit:
-    """One process per script; several make a group, as ranks do."""
-
-    def commands(life: int) -> list[Command]:
-        names = [name] if len(processes) == 1 else [f"{name}/{n}" for n in range(len(processes))]
-        return [
-            Command(name=each, argv=(sys.executable, "-c", script))
-            for each, script in zip(names, processes, strict=True)
-        ]
-
-    return Unit(name=name, commands=commands)
+def a_process(name: str, script: str) -> Command:
+    return Command(name=name, argv=(sys.executable, "-c", script))
 
 
-def a_supervisor(recorder: Recorder, *units: Unit, drain_s: float = 5.0) -> Supervisor:
+def a_supervisor(recorder: Recorder, *commands: Command, drain_s: float = 5.0) -> Supervisor:
     return Supervisor(
-        [[unit] for unit in units],
+        [[command] for command in commands],
         settings=LauncherSettings(max_restarts=2),
         drain_s=drain_s,
         observer=recorder,
@@ -106,16 +97,16 @@ def alive(pids: list[int]) -> list[int]:
 
 async def test_stopping_leaves_no_process() -> None:
     recorder = Recorder()
-    supervisor = a_supervisor(recorder, a_unit("gateway", SERVE), a_unit("decode", SERVE, SERVE))
+    supervisor = a_supervisor(recorder, a_process("gateway", SERVE), a_process("decode", SERVE))
     async with running(supervisor):
-        await recorder.until(lambda seen: len(seen.all_pids()) == 3)
+        await recorder.until(lambda seen: len(seen.all_pids()) == 2)
     assert alive(recorder.all_pids()) == []
     assert recorder.restarts == []
 
 
 async def test_a_process_that_ignores_sigterm_is_killed_after_the_drain() -> None:
     recorder = Recorder()
-    supervisor = a_supervisor(recorder, a_unit("prefill", STUBBORN), drain_s=0.0)
+    supervisor = a_supervisor(recorder, a_process("prefill", STUBBORN), drain_s=0.0)
     async with running(supervisor):
         await recorder.until(lambda seen: len(seen.all_pids()) == 1)
     assert alive(recorder.all_pids()) == []
@@ -123,7 +114,7 @@ async def test_a_process_that_ignores_sigterm_is_killed_after_the_drain() -> Non
 
 async def test_a_killed_worker_is_started_again_and_the_others_live_on() -> None:
     recorder = Recorder()
-    supervisor = a_supervisor(recorder, a_unit("gateway", SERVE), a_unit("prefill", SERVE))
+    supervisor = a_supervisor(recorder, a_process("gateway", SERVE), a_process("prefill", SERVE))
     async with running(supervisor):
         await recorder.until(lambda seen: len(seen.all_pids()) == 2)
         supervisor.system_is_ready()
@@ -134,37 +125,9 @@ async def test_a_killed_worker_is_started_again_and_the_others_live_on() -> None
     assert alive(recorder.all_pids()) == []
 
 
-async def test_a_group_that_loses_one_rank_is_started_again_as_a_whole() -> None:
-    recorder = Recorder()
-    supervisor = a_supervisor(recorder, a_unit("decode", SERVE, SERVE, STUBBORN), drain_s=0.0)
-    async with running(supervisor):
-        await recorder.until(lambda seen: len(seen.all_pids()) == 3)
-        supervisor.system_is_ready()
-        os.kill(recorder.pids["decode/1"][0], signal.SIGKILL)
-        await recorder.until(lambda seen: len(seen.all_pids()) == 6)
-        assert len(alive(recorder.all_pids())) == 3
-    assert alive(recorder.all_pids()) == []
-
-
-async def test_each_life_of_a_group_asks_for_new_commands() -> None:
-    recorder = Recorder()
-    lives: list[int] = []
-
-    def commands(life: int) -> list[Command]:
-        lives.append(life)
-        return [Command(name="decode/0", argv=(sys.executable, "-c", SERVE))]
-
-    supervisor = a_supervisor(recorder, Unit(name="decode", commands=commands))
-    async with running(supervisor):
-        await recorder.until(lambda seen: len(seen.all_pids()) == 1)
-        os.kill(recorder.all_pids()[0], signal.SIGKILL)
-        await recorder.until(lambda seen: len(seen.all_pids()) == 2)
-    assert lives == [0, 1]
-
-
 async def test_a_failure_to_start_ends_everything_and_says_why() -> None:
     recorder = Recorder()
-    supervisor = a_supervisor(recorder, a_unit("gateway", SERVE), a_unit("prefill", BROKEN))
+    supervisor = a_supervisor(recorder, a_process("gateway", SERVE), a_process("prefill", BROKEN))
     with pytest.raises(SystemFailed, match=r"^prefill: no weights at /nowhere$"):
         await supervisor.run(anyio.Event())
     assert alive(recorder.all_pids()) == []
@@ -172,7 +135,7 @@ async def test_a_failure_to_start_ends_everything_and_says_why() -> None:
 
 async def test_a_process_that_ends_while_starting_ends_everything() -> None:
     recorder = Recorder()
-    supervisor = a_supervisor(recorder, a_unit("gateway", SERVE), a_unit("prefill", CRASH))
+    supervisor = a_supervisor(recorder, a_process("gateway", SERVE), a_process("prefill", CRASH))
     with pytest.raises(SystemFailed, match=r"prefill ended \(exit code 3\) while starting"):
         await supervisor.run(anyio.Event())
     assert alive(recorder.all_pids()) == []
@@ -180,7 +143,7 @@ async def test_a_process_that_ends_while_starting_ends_everything() -> None:
 
 async def test_a_worker_that_keeps_ending_stops_the_system() -> None:
     recorder = Recorder()
-    supervisor = a_supervisor(recorder, a_unit("gateway", SERVE), a_unit("prefill", CRASH))
+    supervisor = a_supervisor(recorder, a_process("gateway", SERVE), a_process("prefill", CRASH))
     supervisor.system_is_ready()
     with pytest.raises(SystemFailed, match="more than 2 restarts of prefill within 60 s"):
         await supervisor.run(anyio.Event())
@@ -190,7 +153,7 @@ async def test_a_worker_that_keeps_ending_stops_the_system() -> None:
 
 async def test_kill_ends_a_drain_at_once() -> None:
     recorder = Recorder()
-    supervisor = a_supervisor(recorder, a_unit("prefill", STUBBORN), drain_s=3600.0)
+    supervisor = a_supervisor(recorder, a_process("prefill", STUBBORN), drain_s=3600.0)
     async with running(supervisor) as stop:
         await recorder.until(lambda seen: len(seen.all_pids()) == 1)
         stop.set()
@@ -203,20 +166,19 @@ LAUNCHER = """
 import sys, anyio
 from deploy.processes import Command
 from deploy.settings import LauncherSettings
-from deploy.supervisor import Supervisor, Unit
+from deploy.supervisor import Supervisor
 
 class Printer:
     def reported(self, process, report):
         print(report.fields["pid"], flush=True)
-    def restarting(self, unit, reason, pause_s):
+    def restarting(self, process, reason, pause_s):
         pass
 
-def unit(name):
-    command = Command(name=name, argv=(sys.executable, "-c", sys.argv[1]))
-    return Unit(name=name, commands=lambda _life: [command])
+def command(name):
+    return Command(name=name, argv=(sys.executable, "-c", sys.argv[1]))
 
 supervisor = Supervisor(
-    [[unit("a")], [unit("b")]], settings=LauncherSettings(), drain_s=60, observer=Printer()
+    [[command("a")], [command("b")]], settings=LauncherSettings(), drain_s=60, observer=Printer()
 )
 anyio.run(supervisor.run, anyio.Event())
 """

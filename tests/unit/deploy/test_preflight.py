@@ -1,0 +1,103 @@
+import json
+import socket
+import struct
+from pathlib import Path
+
+import pytest
+
+from deploy.demo import demo_weights
+from deploy.preflight import check_model, check_port, free_port
+from protocol.errors import ConfigError
+
+
+def a_checkpoint(folder: Path) -> Path:
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def test_a_whole_checkpoint_passes(tmp_path: Path) -> None:
+    check_model(str(a_checkpoint(tmp_path)))
+
+
+def test_the_demo_passes() -> None:
+    check_model(str(demo_weights()))
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_missing_file_is_named(tmp_path: Path, missing: str) -> None:
+    (a_checkpoint(tmp_path) / missing).unlink()
+    with pytest.raises(ConfigError, match=missing.removeprefix("model")):
+        check_model(str(tmp_path))
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model.safetensors"}}
+    (a_checkpoint(tmp_path) / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=r"model-1\.safetensors: the checkpoint is incomplete"):
+        check_model(str(tmp_path))
+
+
+def test_a_download_that_stopped_is_told_in_bytes(tmp_path: Path) -> None:
+    file = a_checkpoint(tmp_path) / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-3])
+    with pytest.raises(ConfigError, match=f"{len(whole) - 3} bytes instead of {len(whole)}"):
+        check_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", b""),
+        ("model.safetensors", b"\xff" * 64),
+        ("model.safetensors", struct.pack("<Q", 2) + b"[]"),
+        ("config.json", b"{"),
+        ("model.safetensors.index.json", b"[]"),
+    ],
+    ids=["empty", "huge header", "header is a list", "broken json", "index is a list"],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    (a_checkpoint(tmp_path) / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"{name} is damaged"):
+        check_model(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is not a GGUF file"), (b"GGUF", "is not a GGUF file"), (b"PK" * 20, "is not a GGUF")],
+    ids=["empty", "cut", "other format"],
+)
+def test_another_file_is_not_taken_for_a_gguf(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        check_model(str(file))
+
+
+def test_a_gguf_that_was_cut_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    with demo_weights().open("rb") as whole:
+        file.write_bytes(whole.read(3_000_000))
+    with pytest.raises(ConfigError, match="is damaged or incomplete"):
+        check_model(str(file))
+
+
+def test_a_path_that_does_not_exist_says_what_to_give() -> None:
+    with pytest.raises(ConfigError, match="no model at /nowhere: give a checkpoint directory"):
+        check_model("/nowhere")
+
+
+def test_a_taken_port_is_refused_and_a_free_one_is_not() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match="choose another with --port"):
+            check_port("127.0.0.1", port)
+    check_port("127.0.0.1", free_port())
+
+
+def test_an_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(ConfigError, match="cannot listen on"):
+        check_port("203.0.113.7", 8000)
