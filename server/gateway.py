@@ -1,0 +1,102 @@
+"""The gateway's process: the HTTP API in front, the cluster behind, one event loop for both."""
+
+import signal
+import socket
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import anyio
+import uvicorn
+
+from protocol.errors import ConfigError
+from runtime.keys import load_key
+from runtime.log import get_log
+from runtime.reporting import report
+from server.app import create_app
+from server.serving import open_serving
+from server.settings import GatewaySettings, SchedulerSettings
+from server.text.loading import load_model_text
+from server.text.model_text import ModelText
+
+log = get_log(__name__)
+
+BACKLOG = 2048  # connects of a burst wait here; clients give up after 5 s
+KEEP_ALIVE_S = 75
+
+
+def run(settings: GatewaySettings, scheduler: SchedulerSettings) -> int:
+    """Serve until SIGTERM or SIGINT, then let open requests finish; 0 is the exit code.
+
+    Raises:
+        ConfigError: a file, an address or a setting is wrong; nothing has been served.
+    """
+    text = load_model_text(Path(settings.model.path))
+    anyio.run(_serve, settings, scheduler, text, backend_options={"use_uvloop": True})
+    return 0
+
+
+async def _serve(
+    settings: GatewaySettings, scheduler: SchedulerSettings, text: ModelText
+) -> None:
+    with _bound(settings.host, settings.port) as listener:
+        async with open_serving(
+            settings.bus.scheduler,
+            embed_scheduler=settings.embed_scheduler,
+            key=load_key(settings.bus.cluster_key_file),
+            max_waiting=settings.max_waiting_requests,
+            lease_s=scheduler.lease_s,
+            heartbeat_s=scheduler.heartbeat_s,
+        ) as serving:
+            server = _Server(
+                uvicorn.Config(
+                    create_app(serving, text, settings),
+                    http="httptools",
+                    loop="none",  # this one
+                    lifespan="off",
+                    access_log=False,
+                    log_config=None,
+                    server_header=False,
+                    backlog=BACKLOG,
+                    timeout_keep_alive=KEEP_ALIVE_S,
+                    timeout_graceful_shutdown=max(1, round(settings.process.drain_s)),
+                )
+            )
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(_stop_on_signal, server)
+                host, port = listener.getsockname()[:2]
+                report("listening", address=f"http://{host}:{port}")
+                log.info("listening", host=host, port=port)
+                await server.serve(sockets=[listener])
+                tasks.cancel_scope.cancel()
+
+
+class _Server(uvicorn.Server):
+    """Without uvicorn's own signal handling, which raises the signal again after the drain."""
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None]:
+        yield
+
+
+async def _stop_on_signal(server: uvicorn.Server) -> None:
+    with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+        async for _ in signals:
+            server.force_exit = server.should_exit  # the second one does not wait
+            server.should_exit = True
+
+
+@contextmanager
+def _bound(host: str, port: int) -> Generator[socket.socket]:
+    """
+    Raises:
+        ConfigError: the port is taken, or the host is not an address of this machine.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+        yield listener
