@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,21 +40,21 @@ def demo() -> ModelText:
 
 
 @pytest.fixture(scope="module")
-def reference():
+def reference() -> Any:
     file = demo_file()
     return transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS, ids=range(len(TEXTS)))
-def test_the_demo_tokenizer_equals_transformers(demo: ModelText, reference, text: str) -> None:
+def test_the_demo_tokenizer_equals_transformers(demo: ModelText, reference: Any, text: str) -> None:
     ids = demo.tokenizer.encode(text, add_special_tokens=True)
     assert ids == reference(text)["input_ids"]
     assert b"".join(map(demo.tokenizer.piece, ids)).decode() == text
 
 
 @pytest.mark.slow
-def test_the_demo_prompt_equals_transformers(demo: ModelText, reference) -> None:
+def test_the_demo_prompt_equals_transformers(demo: ModelText, reference: Any) -> None:
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "What is a headrace?"},

@@ -1,5 +1,7 @@
 """Streaming text equals decoding at once, wherever the stream is cut."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -83,7 +85,7 @@ def test_no_character_is_ever_split(name: str, text: str) -> None:
 
 def cut(text: str, points: list[int]) -> list[str]:
     edges = [0, *sorted(point % (len(text) + 1) for point in points), len(text)]
-    return [text[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [text[a:b] for a, b in pairwise(edges)]
 
 
 def released(pieces: list[str], stops: list[str], *, include: bool) -> tuple[str, str | None]:

@@ -141,7 +141,7 @@ def test_json_in_templates_is_not_escaped_for_html() -> None:
 
 
 def test_what_cannot_be_loaded_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="neither a model folder nor a .gguf file"):
+    with pytest.raises(ConfigError, match="neither a model folder"):
         load_model_text(tmp_path / "nothing")
     with pytest.raises(ConfigError, match=r"tokenizer\.json is missing"):
         load_model_text(tmp_path)

@@ -1,0 +1,172 @@
+"""What one HTTP exchange may bring: size of its headers and body, its type, its key, its id.
+
+Invariant: no endpoint sees a request that is over a limit, or, where keys are set, one without a
+valid key; only the paths in ``PUBLIC_PATHS`` are open to everyone.
+"""
+
+import hashlib
+import hmac
+import re
+from collections.abc import Sequence
+from http import HTTPStatus
+from pathlib import Path
+from time import monotonic
+
+import anyio
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from protocol.errors import ConfigError
+from protocol.ids import new_request_id
+from server.openai.errors import HttpError, describe
+
+MAX_HEADERS = 64
+MAX_HEADER_BYTES = 16 * 1024
+PUBLIC_PATHS = frozenset(("/health", "/ready", "/version"))
+
+_CLIENT_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}\Z")
+_JSON = re.compile(rb"application/(?:[a-z0-9.-]+\+)?json\s*(?:;.*)?\Z", re.IGNORECASE)
+_BEARER = b"bearer "
+
+
+class ApiKeys:
+    """Compares by digest, and with every key, so that the time taken tells nothing."""
+
+    def __init__(self, keys: Sequence[str]) -> None:
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    @classmethod
+    def read(cls, path: Path) -> "ApiKeys":
+        """
+        Raises:
+            ConfigError: the file cannot be read or has no key.
+        """
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"api_keys_file {path} cannot be read: {error}") from error
+        keys = [key for line in lines if (key := line.strip()) and not key.startswith("#")]
+        if not keys:
+            raise ConfigError(f"api_keys_file {path} has no key: write one a line")
+        return cls(keys)
+
+    def accept(self, authorization: bytes | None) -> bool:
+        given = authorization or b""
+        if given[: len(_BEARER)].lower() != _BEARER:
+            return False
+        digest = hashlib.sha256(given[len(_BEARER) :].strip()).digest()
+        return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
+
+
+class Admission:
+    """ASGI middleware, outermost. Gives every request an id of ours in ``scope["state"]``.
+
+    ``answer_id`` is the key of everything inside. ``request_id`` is what logs and the response
+    header show: the client's own where it sent a decent one, which is never used as a key.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, api_keys: ApiKeys | None) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+        self._api_keys = api_keys
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        arrived = monotonic()
+        headers = dict(scope["headers"])
+        answer_id = new_request_id()
+        given = headers.get(b"x-request-id", b"")
+        request_id = given if _CLIENT_ID.match(given) else answer_id.encode()
+        scope.setdefault("state", {})
+        scope["state"] |= {"answer_id": answer_id, "request_id": request_id.decode()}
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                spent_ms = b"%d" % ((monotonic() - arrived) * 1000)
+                ours = ((b"x-request-id", request_id), (b"openai-processing-ms", spent_ms))
+                message["headers"] = [*message["headers"], *ours]
+            await send(message)
+
+        try:
+            self._check(scope, headers)
+        except HttpError as error:
+            await send_error(send_with_id, error)
+            return
+        await self._app(scope, _limited(receive, self._max_body_bytes), send_with_id)
+
+    def _check(self, scope: Scope, headers: dict[bytes, bytes]) -> None:
+        size = sum(len(name) + len(value) for name, value in scope["headers"])
+        if len(scope["headers"]) > MAX_HEADERS or size > MAX_HEADER_BYTES:
+            raise HttpError(
+                HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE,
+                f"more than {MAX_HEADERS} headers, or more than {MAX_HEADER_BYTES} bytes of them",
+            )
+        keys = None if scope["path"] in PUBLIC_PATHS else self._api_keys
+        if keys is not None and not keys.accept(headers.get(b"authorization")):
+            raise HttpError(
+                HTTPStatus.UNAUTHORIZED,
+                "a valid API key is needed: send it as Authorization: Bearer KEY",
+                headers=(("www-authenticate", "Bearer"),),
+            )
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > self._max_body_bytes:
+            raise _too_large(self._max_body_bytes)
+
+
+def _limited(receive: Receive, max_bytes: int) -> Receive:
+    """``receive`` that refuses a body which grows beyond the limit, whatever it announced."""
+    received = 0
+
+    async def receive_limited() -> Message:
+        nonlocal received
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > max_bytes:
+            raise _too_large(max_bytes)
+        return message
+
+    return receive_limited
+
+
+def _too_large(max_bytes: int) -> HttpError:
+    return HttpError(
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+        f"the body is larger than {max_bytes} bytes",
+        headers=(("connection", "close"),),
+    )
+
+
+async def read_json_body(scope: Scope, receive: Receive, *, timeout_s: float) -> bytes:
+    """The whole body of a request that says it is JSON.
+
+    Raises:
+        HttpError: another content type, a body over the limit, or one that comes too slowly.
+    """
+    headers = dict(scope["headers"])
+    if not _JSON.match(headers.get(b"content-type", b"")) or b"content-encoding" in headers:
+        raise HttpError(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            "the body must be plain JSON: send content-type: application/json",
+        )
+    parts: list[bytes] = []
+    with anyio.move_on_after(timeout_s):
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise HttpError(HTTPStatus.BAD_REQUEST, "the body ended before it was complete")
+            parts.append(message.get("body", b""))
+            if not message.get("more_body", False):
+                return b"".join(parts)
+    raise HttpError(HTTPStatus.REQUEST_TIMEOUT, f"the body took longer than {timeout_s:g} s")
+
+
+async def send_error(send: Send, error: Exception) -> None:
+    """The whole response for a request that failed before anything was sent."""
+    answer = describe(error)
+    body = answer.body()
+    headers = [(name.encode(), value.encode()) for name, value in answer.headers]
+    headers.append((b"content-type", b"application/json"))
+    headers.append((b"content-length", b"%d" % len(body)))
+    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,151 @@
+"""The gateway's HTTP application: its routes, and the one boundary where errors become answers."""
+
+from http import HTTPStatus
+from importlib.metadata import PackageNotFoundError, version
+
+import orjson
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from protocol.errors import ServingError
+from runtime.log import get_log
+from server.admission import Admission, ApiKeys
+from server.generation import Generator
+from server.metrics import HttpMetrics
+from server.openai.answer import Services
+from server.openai.chat import plan_chat
+from server.openai.completions import plan_completion
+from server.openai.endpoint import GenerationEndpoint, OpenRequests
+from server.openai.errors import HttpError, describe
+from server.openai.models import ModelEndpoints
+from server.openai.sse import StreamTimes
+from server.settings import GatewaySettings
+from server.text.model_text import ModelText
+
+log = get_log(__name__)
+
+
+def create_app(
+    generator: Generator,
+    text: ModelText,
+    settings: GatewaySettings,
+    *,
+    registry: CollectorRegistry | None = None,
+    times: StreamTimes | None = None,
+) -> ASGIApp:
+    """The ASGI application. ``registry`` is what /metrics shows, the application's own included.
+
+    Raises:
+        ConfigError: the file of API keys cannot be used.
+    """
+    registry = registry or CollectorRegistry()
+    times = times or StreamTimes(write_stall_s=settings.limits.write_stall_s)
+    services = Services(generator=generator, text=text, limits=settings.limits)
+    metrics = HttpMetrics(registry)
+    open_requests = OpenRequests(settings.max_open_requests)
+    timeout_s = settings.request_timeout_s
+    chat = GenerationEndpoint(
+        "chat",
+        plan_chat,
+        services,
+        metrics=metrics,
+        times=times,
+        open_requests=open_requests,
+        request_timeout_s=timeout_s,
+    )
+    completions = GenerationEndpoint(
+        "completions",
+        plan_completion,
+        services,
+        metrics=metrics,
+        times=times,
+        open_requests=open_requests,
+        request_timeout_s=timeout_s,
+    )
+    models = ModelEndpoints(generator)
+    operations = OperationEndpoints(generator, registry)
+    app = Starlette(
+        routes=[
+            Route("/v1/chat/completions", chat, methods=["POST"]),
+            Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/models", models.list_models),
+            Route("/v1/models/{id:path}", models.get_model),
+            Route("/health", operations.health),
+            Route("/ready", operations.ready),
+            Route("/metrics", operations.metrics),
+            Route("/version", operations.version),
+        ],
+        exception_handlers={
+            ServingError: answer_error,
+            HttpError: answer_error,
+            HTTPException: answer_routing_error,
+            Exception: answer_error,  # a bug: the server's own log gets the traceback
+        },
+    )
+    app.router.redirect_slashes = False  # clients drop the body when they follow
+    return Admission(
+        app,
+        max_body_bytes=int(settings.limits.max_body_bytes),
+        api_keys=ApiKeys.read(settings.api_keys_file) if settings.api_keys_file else None,
+    )
+
+
+class OperationEndpoints:
+    """For probes and operators. None of them asks a worker anything."""
+
+    def __init__(self, generator: Generator, registry: CollectorRegistry) -> None:
+        self._generator = generator
+        self._registry = registry
+
+    async def health(self, _request: Request) -> Response:
+        """This process answers; it says nothing of the workers."""
+        return _json({"status": "ok"})
+
+    async def ready(self, _request: Request) -> Response:
+        readiness = self._generator.readiness()
+        status = HTTPStatus.OK if readiness.ready else HTTPStatus.SERVICE_UNAVAILABLE
+        response = _json({"ready": readiness.ready, "reason": readiness.reason}, status)
+        if not readiness.ready:
+            response.headers["retry-after"] = "1"
+        return response
+
+    async def metrics(self, _request: Request) -> Response:
+        shown = generate_latest(self._registry)
+        return Response(shown, headers={"content-type": CONTENT_TYPE_LATEST})
+
+    async def version(self, _request: Request) -> Response:
+        try:
+            return _json({"version": version("headrace")})
+        except PackageNotFoundError:  # run from a source tree that is not installed
+            return _json({"version": "unknown"})
+
+
+async def answer_error(_request: Request, error: Exception) -> Response:
+    """The details go to the log, the allow-listed message to the caller."""
+    answer = describe(error)
+    if isinstance(error, ServingError):
+        fields = {**error.details, "code": error.code, "stage": error.stage}
+        log.info("request refused", **{**fields, "status": int(answer.status), "why": str(error)})
+    return Response(
+        answer.body(), answer.status, dict(answer.headers), media_type="application/json"
+    )
+
+
+async def answer_routing_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    status = HTTPStatus(error.status_code)
+    allowed = (error.headers or {}).get("Allow", "")
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:
+        wrong = HttpError(status, f"use {allowed}", headers=(("allow", allowed),))
+    else:
+        wrong = HttpError(status, "there is nothing at this path; the API is under /v1")
+    return await answer_error(request, wrong)
+
+
+def _json(body: dict[str, object], status: HTTPStatus = HTTPStatus.OK) -> Response:
+    return Response(orjson.dumps(body), status, media_type="application/json")

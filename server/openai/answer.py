@@ -1,0 +1,87 @@
+"""One answer, whichever endpoint asked for it: its identity, its choices, and how it is spelt.
+
+The endpoints differ in what they read and in the shape they write; ``server.openai.endpoint`` runs
+any answer. Nothing here waits or sends.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import orjson
+
+from server.generation import Generator, ServedModel
+from server.openai.choice import Choice
+from server.openai.logprobs import LogprobsShape
+from server.openai.schema import GenerationRequest
+from server.openai.usage import usage_of
+from server.settings import LimitSettings
+from server.text.model_text import ModelText
+
+Kind = Literal["chat", "completions"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Services:
+    """What every request needs of the gateway."""
+
+    generator: Generator
+    text: ModelText
+    limits: LimitSettings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """``choices`` are ordered by index: all of the first prompt, then all of the second.
+
+    ``echoes`` has each choice's prompt as text, where the answer is to begin with it.
+    """
+
+    kind: Kind
+    id: str
+    created: int  # Unix seconds
+    model: ServedModel
+    asked: GenerationRequest
+    choices: Sequence[Choice]
+    choices_per_prompt: int
+    logprobs: Sequence[LogprobsShape] | None
+    echoes: Sequence[str] | None = None
+    ignored: tuple[str, ...] = ()
+
+    def usage(self) -> dict[str, Any]:
+        return usage_of(self.choices, choices_per_prompt=self.choices_per_prompt)
+
+    def echo(self, choice: Choice) -> str:
+        return "" if self.echoes is None else self.echoes[choice.index]
+
+    def take_logprobs(self, choice: Choice) -> dict[str, Any] | None:
+        """Those of the tokens since the last call, in the endpoint's shape; None if not asked."""
+        if self.logprobs is None:
+            return None
+        shape = self.logprobs[choice.index]
+        tokens = choice.take_tokens()
+        return shape.chat(tokens) if self.kind == "chat" else shape.completion(tokens)
+
+    def body(self, texts: Sequence[str]) -> bytes:
+        """The whole answer at once; ``texts`` has one entry for each choice."""
+        choices = [self._choice(c, text) for c, text in zip(self.choices, texts, strict=True)]
+        kind = "chat.completion" if self.kind == "chat" else "text_completion"
+        head = {"id": self.id, "object": kind, "created": self.created, "model": self.model.id}
+        whole: dict[str, Any] = {**head, "choices": choices, "usage": self.usage()}
+        if self.asked.return_token_ids and self.kind == "chat":
+            whole["prompt_token_ids"] = self.choices[0].request.prompt_token_ids
+        return orjson.dumps(whole)
+
+    def _choice(self, choice: Choice, text: str) -> dict[str, Any]:
+        shown: dict[str, Any] = {"index": choice.index}
+        if self.kind == "chat":
+            shown["message"] = {"role": "assistant", "content": text, "refusal": None}
+        else:
+            shown["text"] = self.echo(choice) + text
+        shown["logprobs"] = self.take_logprobs(choice)
+        shown["finish_reason"] = choice.finish_reason
+        if self.asked.return_token_ids:
+            shown["token_ids"] = choice.take_token_ids()
+            if self.kind == "completions":
+                shown["prompt_token_ids"] = choice.request.prompt_token_ids
+        return shown

@@ -1,0 +1,136 @@
+"""One choice of one answer: its request to the workers, and its text as the tokens come back.
+
+Invariant: text is released once and in order, never half a character, never part of a stop string;
+``completion_tokens`` counts the tokens up to the one that ended the choice, that one included.
+"""
+
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
+from typing import NamedTuple
+
+from protocol.errors import EngineError
+from protocol.messages import FinishReason
+from protocol.requests import GenerateRequest, TokenLogprobs
+from server.generation import Generator, TokenChunk
+from server.openai.schema import GenerationRequest
+from server.text.detokenizer import detokenizer
+from server.text.stop_strings import StopStrings
+from server.text.tokenizer import TextTokenizer
+
+
+class Token(NamedTuple):
+    """A token of the visible text with its probabilities, for the ``logprobs`` of an answer."""
+
+    token_id: int
+    logprobs: TokenLogprobs
+
+
+class Choice:
+    """``index`` is the choice's place in the answer. Feed chunks to ``accept`` until
+    ``finish_reason`` is set; then the text is complete, and nothing more may be fed.
+    """
+
+    __slots__ = (
+        "_detokenizer",
+        "_hides_stop_token",
+        "_keeps_token_ids",
+        "_stop_token_ids",
+        "_stops",
+        "cached_tokens",
+        "completion_tokens",
+        "finish_reason",
+        "index",
+        "request",
+        "token_ids",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        index: int,
+        request: GenerateRequest,
+        asked: GenerationRequest,
+        stops: tuple[str, ...],
+        tokenizer: TextTokenizer,
+    ) -> None:
+        self.index = index
+        self.request = request
+        include_stop = bool(asked.include_stop_str_in_output)
+        self._stops = StopStrings(stops, include_in_output=include_stop) if stops else None
+        self._hides_stop_token = not include_stop
+        self._keeps_token_ids = bool(asked.return_token_ids)
+        self._stop_token_ids = frozenset(request.stop.stop_token_ids)
+        self._detokenizer = detokenizer(
+            tokenizer, skip_special_tokens=asked.skip_special_tokens is not False
+        )
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+        self.finish_reason: FinishReason | None = None
+        self.tokens: list[Token] = []  # since they were last taken
+        self.token_ids: list[int] = []  # likewise, and only when the caller wants them
+
+    def accept(self, chunk: TokenChunk) -> str:
+        """The text that may be shown now; empty while a character or stop string is open."""
+        self.cached_tokens += chunk.cached_tokens
+        text = ""
+        last = len(chunk.token_ids) - 1
+        for position, token_id in enumerate(chunk.token_ids):
+            self.completion_tokens += 1
+            if self._keeps_token_ids:
+                self.token_ids.append(token_id)
+            if (
+                chunk.finish_reason == "stop"
+                and position == last
+                and self._hides_stop_token
+                and token_id in self._stop_token_ids
+            ):
+                break
+            if chunk.logprobs is not None:
+                self.tokens.append(Token(token_id, chunk.logprobs[position]))
+            text += self._release(self._detokenizer.push(token_id))
+            if self.finish_reason is not None:  # a stop string; what follows was never asked for
+                return text
+        if chunk.finish_reason is not None:
+            text += self._release(self._detokenizer.finish())
+            if self.finish_reason is None:
+                self.finish_reason = chunk.finish_reason
+                text += self._stops.finish() if self._stops else ""
+        return text
+
+    def _release(self, text: str) -> str:
+        stops = self._stops
+        if stops is None or not text or self.completion_tokens < self.request.stop.min_tokens:
+            return text
+        text = stops.push(text)
+        if stops.matched is not None:
+            self.finish_reason = "stop"
+        return text
+
+    def take_tokens(self) -> list[Token]:
+        taken, self.tokens = self.tokens, []
+        return taken
+
+    def take_token_ids(self) -> list[int]:
+        taken, self.token_ids = self.token_ids, []
+        return taken
+
+
+async def run_choice(
+    choice: Choice,
+    generator: Generator,
+    *,
+    deadline_s: float,
+    deliver: Callable[[Choice, str], Awaitable[None]],
+) -> None:
+    """Give ``deliver`` each piece of text, the last time with ``choice.finish_reason`` set.
+
+    Raises:
+        ServingError: the generator's; what was delivered before stays delivered.
+    """
+    async with aclosing(generator.generate(choice.request, deadline_s=deadline_s)) as chunks:
+        async for chunk in chunks:
+            text = choice.accept(chunk)
+            await deliver(choice, text)
+            if choice.finish_reason is not None:
+                return  # leaving the block cancels whatever a stop string has made superfluous
+    raise EngineError("the token stream ended without a finish reason")

@@ -1,0 +1,81 @@
+"""``/v1/completions``: raw prompts in, their continuations out.
+
+The caller owns the whole prompt here, control tokens included: that is what the endpoint is for.
+"""
+
+from datetime import UTC, datetime
+from functools import partial
+
+from server.openai.answer import Answer, Services
+from server.openai.chat import choices_of_prompt, logprob_shapes
+from server.openai.choice import Choice
+from server.openai.models import find_model
+from server.openai.parsing import parse_completion
+from server.openai.prompts import check_length, tokenise
+from server.openai.sampling import check_token_ids, request_seed, token_budget
+from server.text.detokenizer import detokenizer
+from server.text.model_text import ModelText
+
+
+async def plan_completion(body: bytes, services: Services, *, answer_id: str) -> Answer:
+    """
+    Raises:
+        RequestError: the request cannot be served as it is.
+        NoWorkerAvailable: no worker has announced itself yet.
+    """
+    asked, ignored, prompts, max_tokens = parse_completion(body, services.limits)
+    model = find_model(services.generator, asked.model)
+    text = services.text
+    seed = request_seed(asked)
+    choices: list[Choice] = []
+    echoes: list[str] = []
+    for prompt in prompts:
+        ids = await _token_ids(
+            prompt, text, special=asked.add_special_tokens is not False, limit=model.max_model_len
+        )
+        token_budget(
+            prompt_tokens=len(ids), max_tokens=max_tokens, max_model_len=model.max_model_len
+        )
+        mine = choices_of_prompt(
+            asked,
+            text,
+            ids,
+            answer_id=answer_id,
+            seed=seed,
+            max_tokens=max_tokens,
+            logprobs=asked.logprobs,
+            first_index=len(choices),
+        )
+        choices += mine
+        if asked.echo:
+            echoes += [prompt if isinstance(prompt, str) else _decoded(prompt, text)] * len(mine)
+    offsets = [len(echo) for echo in echoes] or [0] * len(choices)
+    return Answer(
+        kind="completions",
+        id=f"cmpl-{answer_id}",
+        created=int(datetime.now(UTC).timestamp()),
+        model=model,
+        asked=asked,
+        choices=choices,
+        choices_per_prompt=asked.n or 1,
+        logprobs=None if asked.logprobs is None else logprob_shapes(asked, text, offsets),
+        echoes=echoes if asked.echo else None,
+        ignored=ignored,
+    )
+
+
+async def _token_ids(
+    prompt: str | list[int], text: ModelText, *, special: bool, limit: int
+) -> tuple[int, ...]:
+    ids = prompt
+    if isinstance(ids, str):
+        check_length(len(ids), max_model_len=limit, param="prompt")
+        encode = partial(text.tokenizer.encode, ids, add_special_tokens=special)
+        ids = await tokenise(encode, chars=len(ids))
+    check_token_ids(ids, vocab_size=text.tokenizer.vocab_size, param="prompt")
+    return tuple(ids)
+
+
+def _decoded(prompt: list[int], text: ModelText) -> str:
+    stream = detokenizer(text.tokenizer)
+    return "".join([*map(stream.push, prompt), stream.finish()])

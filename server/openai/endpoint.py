@@ -1,0 +1,238 @@
+"""Runs one request of either endpoint: read, plan, generate, and send in one piece or as events.
+
+Invariant: when the call returns, however it ended, every generator it opened has been closed. It
+is a plain ASGI application, because a framework's response object for each request, and its
+wrappers around each event, would cost more than the rest of the gateway.
+"""
+
+from collections.abc import Awaitable, Callable
+from http import HTTPStatus
+from time import monotonic
+from typing import Protocol
+
+import anyio
+from starlette.types import Receive, Scope, Send
+
+from protocol.errors import Overloaded, ServingError
+from runtime.log import bind, get_log
+from server.admission import read_json_body
+from server.metrics import HttpMetrics, RequestOutcome, outcome_of
+from server.openai.answer import Answer, Kind, Services
+from server.openai.choice import Choice, run_choice
+from server.openai.errors import HttpError, describe
+from server.openai.events import AnswerEvents
+from server.openai.sse import EventStream, Outcome, StreamTimes, unless_hung_up
+
+log = get_log(__name__)
+
+_STREAM_OUTCOMES: dict[Outcome, RequestOutcome] = {
+    Outcome.COMPLETE: "ok",
+    Outcome.FAILED: "server_error",
+    Outcome.HUNG_UP: "disconnected",
+    Outcome.STALLED: "disconnected",
+}
+
+
+class Plan(Protocol):
+    """Reads a body: ``plan_chat`` or ``plan_completion``."""
+
+    def __call__(self, body: bytes, services: Services, *, answer_id: str) -> Awaitable[Answer]: ...
+
+
+class OpenRequests:
+    """How many requests are being answered, over all endpoints."""
+
+    def __init__(self, limit: int) -> None:
+        self.count = 0
+        self.limit = limit
+
+
+class GenerationEndpoint:
+    def __init__(
+        self,
+        kind: Kind,
+        plan: Plan,
+        services: Services,
+        *,
+        metrics: HttpMetrics,
+        times: StreamTimes,
+        open_requests: OpenRequests,
+        request_timeout_s: float,
+    ) -> None:
+        self._kind = kind
+        self._plan = plan
+        self._services = services
+        self._metrics = metrics
+        self._times = times
+        self._open = open_requests
+        self._request_timeout_s = request_timeout_s
+        self._in_flight = metrics.in_flight.labels(kind)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arrived = monotonic()
+        outcome: RequestOutcome = "server_error"
+        self._open.count += 1
+        self._in_flight.inc()
+        try:
+            with bind(request=scope["state"]["request_id"]):
+                outcome = await self._answer(scope, receive, send, arrived)
+        except (ServingError, HttpError) as error:
+            outcome = outcome_of(describe(error).status)
+            raise
+        finally:
+            self._open.count -= 1
+            self._in_flight.dec()
+            self._metrics.requests.labels(self._kind, outcome).inc()
+            self._metrics.request_time.observe(monotonic() - arrived)
+            if outcome == "disconnected":
+                self._metrics.disconnects.inc()
+
+    async def _answer(
+        self, scope: Scope, receive: Receive, send: Send, arrived: float
+    ) -> RequestOutcome:
+        if self._open.count > self._open.limit:
+            raise Overloaded("too many open requests")
+        body = await read_json_body(scope, receive, timeout_s=self._services.limits.body_timeout_s)
+        answer = await self._plan(body, self._services, answer_id=scope["state"]["answer_id"])
+        run = AnswerRun(
+            answer,
+            self._services,
+            self._metrics,
+            arrived=arrived,
+            deadline=arrived + self._request_timeout_s,
+        )
+        ignored = ",".join(answer.ignored).encode()
+        headers = [(b"x-ignored-params", ignored)] if ignored else []
+        try:
+            if answer.asked.stream:
+                stream = EventStream(receive, send, headers=headers, times=self._times)
+                return _STREAM_OUTCOMES[await stream.run(run.stream_to)]
+            texts: list[str] = []
+            if not await unless_hung_up(receive, lambda: run.collect_into(texts)):
+                return "disconnected"
+            await _send_json(send, answer.body(texts), headers)
+        finally:
+            run.account()
+        return "ok"
+
+
+class AnswerRun:
+    """The choices of one answer being generated, side by side."""
+
+    def __init__(
+        self,
+        answer: Answer,
+        services: Services,
+        metrics: HttpMetrics,
+        *,
+        arrived: float,
+        deadline: float,
+    ) -> None:
+        self._answer = answer
+        self._generator = services.generator
+        self._metrics = metrics
+        self._arrived = arrived
+        self._deadline = deadline
+        self._last_token: list[float | None] = [None] * len(answer.choices)
+        self._unfinished = len(answer.choices)
+
+    async def stream_to(self, stream: EventStream) -> None:
+        events = AnswerEvents(self._answer)
+        include_usage = self._answer.asked.include_usage
+
+        async def deliver(choice: Choice, text: str) -> None:
+            first = self._observe(choice)
+            out = events.opening(choice) if first else b""
+            finished = choice.finish_reason is not None
+            if text or (finished and (choice.tokens or choice.token_ids)):
+                out += events.text(choice, text)
+            if finished:
+                out += events.finish(choice)
+                self._unfinished -= 1
+                if include_usage and not self._unfinished:
+                    out += events.usage()
+            if out:
+                await stream.write(out)
+
+        await self._run(deliver)
+
+    async def collect_into(self, texts: list[str]) -> None:
+        """Fill ``texts`` with the whole text of each choice."""
+        pieces: list[list[str]] = [[] for _ in self._answer.choices]
+
+        async def deliver(choice: Choice, text: str) -> None:
+            self._observe(choice)
+            pieces[choice.index].append(text)
+
+        await self._run(deliver)
+        texts += map("".join, pieces)
+
+    async def _run(self, deliver: Callable[[Choice, str], Awaitable[None]]) -> None:
+        choices = self._answer.choices
+        if len(choices) == 1:
+            await self._run_one(choices[0], deliver)
+            return
+        failures: list[Exception] = []
+        async with anyio.create_task_group() as tasks:
+
+            async def contained(choice: Choice) -> None:
+                try:
+                    await self._run_one(choice, deliver)
+                except Exception as error:  # noqa: BLE001  the first one is raised below
+                    failures.append(error)
+                    tasks.cancel_scope.cancel()
+
+            for choice in choices:
+                tasks.start_soon(contained, choice)
+        if failures:
+            raise failures[0]
+
+    async def _run_one(
+        self, choice: Choice, deliver: Callable[[Choice, str], Awaitable[None]]
+    ) -> None:
+        if choice.request.stop.max_tokens == 0:  # an echo, and nothing more
+            choice.finish_reason = "length"
+            await deliver(choice, "")
+            return
+        deadline_s = self._deadline - monotonic()
+        await run_choice(choice, self._generator, deadline_s=deadline_s, deliver=deliver)
+
+    def _observe(self, choice: Choice) -> bool:
+        """Whether these are the choice's first tokens."""
+        now = monotonic()
+        last = self._last_token[choice.index]
+        self._last_token[choice.index] = now
+        if last is None:
+            self._metrics.first_token.observe(now - self._arrived)
+            return True
+        self._metrics.token_gap.observe(now - last)
+        return False
+
+    def account(self) -> None:
+        """Count the tokens, however the answer ended."""
+        usage = self._answer.usage()
+        completion_tokens = usage["completion_tokens"]
+        cached_tokens = usage["prompt_tokens_details"]["cached_tokens"]
+        self._metrics.prompt_tokens.inc(usage["prompt_tokens"])
+        self._metrics.completion_tokens.inc(completion_tokens)
+        self._metrics.cached_tokens.inc(cached_tokens)
+        log.info(
+            "request ended",
+            endpoint=self._answer.kind,
+            choices=len(self._answer.choices),
+            finished=sum(c.finish_reason is not None for c in self._answer.choices),
+            prompt_tokens=usage["prompt_tokens"],
+            cached_tokens=cached_tokens,
+            completion_tokens=completion_tokens,
+            seconds=round(monotonic() - self._arrived, 4),
+        )
+
+
+async def _send_json(send: Send, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+    head = [
+        (b"content-type", b"application/json"),
+        (b"content-length", b"%d" % len(body)),
+        *headers,
+    ]
+    await send({"type": "http.response.start", "status": HTTPStatus.OK, "headers": head})
+    await send({"type": "http.response.body", "body": body, "more_body": False})

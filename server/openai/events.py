@@ -1,0 +1,99 @@
+"""The events of a streamed answer as bytes.
+
+Everything but the text is constant for a choice and is rendered once; an event is then two joins
+and one ``orjson`` call, because at thousands of tokens a second every object counts.
+"""
+
+from typing import Any
+
+import orjson
+
+from server.openai.answer import Answer
+from server.openai.choice import Choice
+
+_END = b"\n\n"
+
+
+class AnswerEvents:
+    """Renders ``Answer`` piece by piece; ``[DONE]`` and errors are ``server.openai.sse``'s."""
+
+    def __init__(self, answer: Answer) -> None:
+        self._answer = answer
+        asked = answer.asked
+        self._chat = answer.kind == "chat"
+        kind = "chat.completion.chunk" if self._chat else "text_completion"
+        head = {"id": answer.id, "object": kind, "created": answer.created}
+        self._head = b"data: " + orjson.dumps({**head, "model": answer.model.id})[:-1]
+        self._before_value = b',"delta":' if self._chat else b',"text":'
+        before_text = self._before_value + (b'{"content":' if self._chat else b"")
+        after_text = b"}" if self._chat else b""
+        self._tail = b',"usage":null}' + _END if asked.include_usage else b"}" + _END
+        self._before = [self._before_choice(choice) + before_text for choice in answer.choices]
+        self._after = after_text + b',"logprobs":null,"finish_reason":null}]' + self._tail
+        self._plain = not (
+            answer.logprobs is not None or asked.return_token_ids or asked.continuous_usage
+        )
+        self._content = b'{"content":%b}' if self._chat else b"%b"
+
+    def opening(self, choice: Choice) -> bytes:
+        """What comes before the first text: the role, or the prompt that is to be echoed."""
+        prompt_ids = (
+            choice.request.prompt_token_ids if self._answer.asked.return_token_ids else None
+        )
+        if self._chat:
+            more = b"" if prompt_ids is None else b',"prompt_token_ids":' + orjson.dumps(prompt_ids)
+            return self._event(choice, b'{"role":"assistant","content":""}', top_level=more)
+        echo = self._answer.echo(choice)
+        if not echo and prompt_ids is None:
+            return b""
+        more = b"" if prompt_ids is None else b',"prompt_token_ids":' + orjson.dumps(prompt_ids)
+        return self._event(choice, orjson.dumps(echo), in_choice=more)
+
+    def text(self, choice: Choice, text: str) -> bytes:
+        """The next piece of text, with what belongs to its tokens."""
+        if self._plain:
+            return b"".join((self._before[choice.index], orjson.dumps(text), self._after))
+        more = b""
+        if self._answer.asked.return_token_ids:
+            more = b',"token_ids":' + orjson.dumps(choice.take_token_ids())
+        return self._event(
+            choice,
+            self._content % orjson.dumps(text),
+            logprobs=orjson.dumps(self._answer.take_logprobs(choice)),
+            in_choice=more,
+        )
+
+    def finish(self, choice: Choice) -> bytes:
+        return self._event(
+            choice, b"{}" if self._chat else b'""', finish_reason=orjson.dumps(choice.finish_reason)
+        )
+
+    def usage(self) -> bytes:
+        """The event after all others, for callers who asked for it."""
+        return b"".join((self._head, b',"choices":[],"usage":', self._usage(), b"}", _END))
+
+    def _before_choice(self, choice: Choice) -> bytes:
+        return b"%b,%b%d" % (self._head, b'"choices":[{"index":', choice.index)
+
+    def _event(
+        self,
+        choice: Choice,
+        value: bytes,
+        *,
+        logprobs: bytes = b"null",
+        finish_reason: bytes = b"null",
+        in_choice: bytes = b"",
+        top_level: bytes = b"",
+    ) -> bytes:
+        tail = self._tail
+        if self._answer.asked.continuous_usage:
+            tail = b',"usage":' + self._usage() + b"}" + _END
+        parts: tuple[Any, ...] = (
+            *(self._before_choice(choice), self._before_value, value),
+            *(b',"logprobs":', logprobs, b',"finish_reason":', finish_reason, in_choice),
+            *(b"}]", top_level, tail),
+        )
+        return b"".join(parts)
+
+    def _usage(self) -> bytes:
+        return orjson.dumps(self._answer.usage())

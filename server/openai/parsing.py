@@ -1,0 +1,208 @@
+"""From the bytes of a body to a checked request, or to one error that names the field.
+
+Nothing of the input is repeated in an error beyond the names of known fields: errors are small
+whatever the body was, and cannot carry anything back.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+import msgspec
+import orjson
+
+from protocol.errors import InvalidRequest
+from server.openai.schema import ChatRequest, CompletionRequest, ContentPart, GenerationRequest
+from server.openai.treatment import ignored_params
+from server.settings import LimitSettings
+
+_ROLES = ("developer", "system", "user", "assistant", "tool")
+_NOT_FINITE_FIELD = re.compile(r'"([A-Za-z_]{1,64})"\s*:\s*[^",:{}]{0,400}\Z')
+_CACHE_SALT_FORBIDDEN = frozenset("@/\\\0")
+_COMPLETION_DEFAULT_MAX_TOKENS = 16
+
+R = TypeVar("R", bound=GenerationRequest)
+
+
+class ParsedChat(NamedTuple):
+    request: ChatRequest
+    ignored: tuple[str, ...]
+
+
+class ParsedCompletion(NamedTuple):
+    request: CompletionRequest
+    ignored: tuple[str, ...]
+    prompts: tuple[str | list[int], ...]
+    max_tokens: int
+
+
+def parse_chat(body: bytes, limits: LimitSettings) -> ParsedChat:
+    """
+    Raises:
+        InvalidRequest: the first thing that is wrong; ``param`` is the field's path.
+    """
+    request, ignored = _convert(body, ChatRequest, limits)
+    _check_generation(request, limits)
+    if len(request.messages) > limits.max_messages:
+        raise _invalid("messages", f"more than {limits.max_messages} messages")
+    for index, message in enumerate(request.messages):
+        path = f"messages[{index}]"
+        if message.role not in _ROLES:
+            raise _invalid(f"{path}.role", f"must be one of {', '.join(_ROLES)}")
+        for name in ("tool_calls", "function_call", "audio"):
+            if getattr(message, name):
+                raise _invalid(f"{path}.{name}", "this server cannot pass it to a model yet")
+        _check_content(message.content, f"{path}.content")
+    if request.top_logprobs is not None:
+        if not request.logprobs:
+            raise _invalid("top_logprobs", "needs logprobs: true")
+        _check_at_most("top_logprobs", request.top_logprobs, limits.max_top_logprobs)
+    if request.max_tokens == 0:
+        raise _invalid("max_tokens", "must be at least 1")
+    if request.continue_final_message and request.add_generation_prompt:
+        raise _invalid("continue_final_message", "excludes add_generation_prompt: true")
+    if request.continue_final_message and request.messages[-1].content is None:
+        raise _invalid("continue_final_message", "the final message has no content")
+    both = (request.max_completion_tokens, request.max_tokens)
+    if None not in both and both[0] != both[1]:
+        ignored = (*ignored, "max_tokens")
+    return ParsedChat(request, ignored)
+
+
+def parse_completion(body: bytes, limits: LimitSettings) -> ParsedCompletion:
+    """``prompts`` are texts or token ids, one entry a prompt, however the caller grouped them.
+
+    Raises:
+        InvalidRequest: the first thing that is wrong; ``param`` is the field's path.
+    """
+    request, ignored = _convert(body, CompletionRequest, limits)
+    _check_generation(request, limits)
+    prompts = _prompts(request.prompt)
+    if not prompts:
+        raise _invalid("prompt", "must not be empty")
+    if len(prompts) > limits.max_prompts:
+        raise _invalid("prompt", f"more than {limits.max_prompts} prompts")
+    if request.logprobs is not None:
+        _check_at_most("logprobs", request.logprobs, limits.max_top_logprobs)
+        if request.echo:
+            raise _invalid("logprobs", "cannot be combined with echo yet")
+    max_tokens = request.max_tokens
+    if max_tokens is None:
+        max_tokens = _COMPLETION_DEFAULT_MAX_TOKENS
+    if max_tokens == 0 and not request.echo:
+        raise _invalid("max_tokens", "must be at least 1 unless echo is true")
+    return ParsedCompletion(request, ignored, prompts, max_tokens)
+
+
+def stop_strings(request: GenerationRequest) -> tuple[str, ...]:
+    if request.stop is None:
+        return ()
+    return (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
+
+
+def _convert(body: bytes, kind: type[R], limits: LimitSettings) -> tuple[R, tuple[str, ...]]:
+    try:
+        raw = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise _not_json(error) from None
+    if not isinstance(raw, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    if body.count(b"[") + body.count(b"{") > limits.max_json_depth:
+        _check_depth(raw, limits.max_json_depth)
+    ignored = ignored_params(raw, frozenset(kind.__struct_fields__))
+    try:
+        return msgspec.convert(raw, kind, strict=True), ignored
+    except msgspec.ValidationError as error:
+        raise _wrong_type(str(error)) from None
+
+
+def _not_json(error: orjson.JSONDecodeError) -> InvalidRequest:
+    """Numbers that JSON does not have are the one syntax error worth naming the field of."""
+    message = f"the body is not valid JSON: {error.msg.split(':', 1)[0]}, character {error.pos}"
+    rest = error.doc[error.pos : error.pos + 9]
+    if rest.startswith(("NaN", "Infinity", "-Infinity")) or "infinity" in error.msg:
+        before = error.doc[max(0, error.pos - 500) : error.pos]
+        named = _NOT_FINITE_FIELD.search(before)
+        message = "numbers must be finite: JSON has no NaN, no Infinity and nothing above 1.8e308"
+        if named:
+            return _invalid(named[1], message)
+    return InvalidRequest(message)
+
+
+def _wrong_type(message: str) -> InvalidRequest:
+    """Msgspec's errors name types, bounds and the path, never the value."""
+    what, _, path = message.partition(" - at `$")
+    path = path.removesuffix("`").lstrip(".")
+    what = what.replace("`", "").replace(" | null", "")
+    if what.startswith("Object missing required field "):
+        field = what.removeprefix("Object missing required field ")
+        return _invalid(f"{path}.{field}" if path else field, "is required")
+    if path.startswith("[...]") or not path:
+        return InvalidRequest(what)
+    return _invalid(path, what[0].lower() + what[1:])
+
+
+def _check_depth(value: object, allowed: int) -> None:
+    level: list[object] = [value]
+    for _ in range(allowed):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if isinstance(parent, dict) else _items(parent))
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return
+    raise InvalidRequest(f"the body is nested deeper than {allowed} levels")
+
+
+def _items(value: object) -> Sequence[object]:
+    return value if isinstance(value, list) else ()
+
+
+def _check_generation(request: GenerationRequest, limits: LimitSettings) -> None:
+    _check_at_most("n", request.n or 1, limits.max_choices)
+    if request.stream_options is not None and not request.stream:
+        raise _invalid("stream_options", "needs stream: true")
+    stops = stop_strings(request)
+    if len(stops) > limits.max_stop_strings:
+        raise _invalid("stop", f"more than {limits.max_stop_strings} stop strings")
+    for stop in stops:
+        if not 1 <= len(stop) <= limits.max_stop_chars:
+            raise _invalid("stop", f"each must have 1 to {limits.max_stop_chars} characters")
+    if request.logit_bias and len(request.logit_bias) > limits.max_logit_bias:
+        raise _invalid("logit_bias", f"more than {limits.max_logit_bias} entries")
+    if request.cache_salt and not _CACHE_SALT_FORBIDDEN.isdisjoint(request.cache_salt):
+        raise _invalid("cache_salt", "must not contain @, /, backslash or NUL")
+
+
+def _check_content(content: str | list[ContentPart] | None, path: str) -> None:
+    if content is None:
+        raise _invalid(path, "is required")
+    if isinstance(content, str):
+        return
+    for index, part in enumerate(content):
+        if part.type not in ("text", "refusal"):
+            raise _invalid(f"{path}[{index}].type", "this model takes text parts only")
+        if (part.text if part.type == "text" else part.refusal) is None:
+            raise _invalid(f"{path}[{index}].{part.type}", "is required")
+
+
+def _prompts(prompt: str | list[str | int | list[int]]) -> tuple[str | list[int], ...]:
+    if isinstance(prompt, str):
+        return (prompt,)
+    kinds = set(map(type, prompt))
+    if kinds == {int}:
+        return ([token for token in prompt if isinstance(token, int)],)
+    if len(kinds) > 1:
+        raise _invalid("prompt", "must be a string, strings, token ids, or lists of token ids")
+    return tuple(entry for entry in prompt if not isinstance(entry, int))
+
+
+def _check_at_most(name: str, value: int, limit: int) -> None:
+    if value > limit:
+        raise _invalid(name, f"must be at most {limit}")
+
+
+def _invalid(param: str, problem: str) -> InvalidRequest:
+    return InvalidRequest(f"{param}: {problem}", param=param)

@@ -1,0 +1,33 @@
+"""Guards around tokenising, the one part of reading a request that costs real time."""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import anyio.to_thread
+
+from protocol.errors import ContextLengthExceeded
+
+P = TypeVar("P")
+
+# No text worth serving has more characters per token on average (long runs of spaces come close).
+_MAX_CHARS_PER_TOKEN = 32
+_INLINE_CHARS = 16_384  # about 4 ms of tokenising; longer texts leave the event loop
+
+
+def check_length(chars: int, *, max_model_len: int, param: str) -> None:
+    """Refuse before tokenising what can never fit.
+
+    Raises:
+        ContextLengthExceeded
+    """
+    if chars > max_model_len * _MAX_CHARS_PER_TOKEN:
+        raise ContextLengthExceeded(
+            f"{param}: {chars} characters cannot fit this model's context of {max_model_len} tokens"
+        )
+
+
+async def tokenise(work: Callable[[], P], *, chars: int) -> P:
+    """Run ``work`` here, or in a thread when it would hold up every other stream."""
+    if chars <= _INLINE_CHARS:
+        return work()
+    return await anyio.to_thread.run_sync(work)

@@ -1,0 +1,92 @@
+"""What becomes of the fields that the schema does not list: refused, or ignored and said so.
+
+A field that would constrain the output, or steer the inside of the cluster, is never ignored:
+output that silently lacks its constraint is the worst answer. ``null`` counts as absent.
+"""
+
+import re
+from collections.abc import Mapping
+
+from protocol.errors import InvalidRequest
+
+_CONSTRAINS = "it constrains the output, which this server cannot do yet"
+_INTERNAL = "it is internal to the server"
+_UNSAFE = "the server's operator chooses it"
+_UNSUPPORTED = "this server does not support it"
+
+_REFUSED: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            *("structured_outputs", "response_schema", "json_schema", "json_object", "grammar"),
+            *("regex", "ebnf", "structural_tag", "choice", "allowed_token_ids", "bad_words"),
+            *("logits_processors", "thinking_token_budget", "tool_parser", "guidance"),
+        ),
+        _CONSTRAINS,
+    ),
+    **dict.fromkeys(
+        (
+            *("kv_transfer_params", "ec_transfer_params", "disaggregated_params"),
+            *("bootstrap_host", "bootstrap_port", "bootstrap_room"),
+            *("routed_dp_rank", "disagg_prefill_dp_rank", "data_parallel_rank"),
+            *("rid", "extra_key", "vllm_xargs", "nvext"),
+        ),
+        _INTERNAL,
+    ),
+    **dict.fromkeys(
+        (
+            *("chat_template", "mm_processor_kwargs", "media_io_kwargs", "prompt_embeds"),
+            *("custom_logit_processor", "custom_params", "lora_path", "input_ids"),
+        ),
+        _UNSAFE,
+    ),
+    **dict.fromkeys(
+        (
+            *("audio", "web_search_options", "functions", "suffix", "use_beam_search"),
+            *("prompt_logprobs", "logprob_token_ids", "truncate_prompt_tokens", "input_embeds"),
+        ),
+        _UNSUPPORTED,
+    ),
+}
+# Fields that are harmless with some values. The value is data of the caller: compare it only.
+_HARMLESS: dict[str, tuple[object, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "function_call": ("none",),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "store": (False,),
+    "best_of": (1,),
+}
+_WHEN_HARMFUL: dict[str, str] = {
+    "tools": "this server cannot call tools yet",
+    "tool_choice": "this server cannot call tools yet",
+    "function_call": "this server cannot call tools yet",
+    "response_format": _CONSTRAINS,
+    "modalities": "this server answers with text only",
+    "store": "this server stores nothing",
+    "best_of": "this server returns every choice that it makes: use n",
+}
+_REFUSED_PREFIX = "guided_"
+_PRINTABLE = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")
+_MAX_NAMES = 20
+
+
+def ignored_params(body: Mapping[str, object], known: frozenset[str]) -> tuple[str, ...]:
+    """The fields of ``body`` that will have no effect, as many as fit into a header.
+
+    Raises:
+        InvalidRequest: a field must not be ignored and cannot be honoured.
+    """
+    ignored: list[str] = []
+    for name, value in body.items():
+        if name in known or value is None:
+            continue
+        if name in _HARMLESS:
+            if not any(type(value) is type(it) and value == it for it in _HARMLESS[name]):
+                raise InvalidRequest(f"{name}: {_WHEN_HARMFUL[name]}", param=name)
+        elif reason := _CONSTRAINS if name.startswith(_REFUSED_PREFIX) else _REFUSED.get(name):
+            param = name if _PRINTABLE.match(name) else _REFUSED_PREFIX + "*"
+            raise InvalidRequest(f"{param}: {reason}; leave it out", param=param)
+        if _PRINTABLE.match(name):
+            ignored.append(name)
+    return tuple(ignored[:_MAX_NAMES])
