@@ -25,15 +25,23 @@ def run_role(role: str, configuration: Configuration) -> int:
     """Serve until told to stop. A failure is said once: by the launcher, if there is one."""
     try:
         return _run(role, configuration)
-    except ServingError as error:
+    except Exception as raised:
+        error = _first(raised)
+        if not isinstance(error, ServingError):
+            log.exception("process failed", role=role)
+            report("failed", message=f"{type(error).__name__}: {error}")
+            return FAILED
         report("failed", message=str(error))
         if inherited_fd(REPORT_FD) is None:
             print(f"headrace {role}: {error}", file=sys.stderr)
         return USAGE if isinstance(error, WrongSetting) else FAILED
-    except Exception as error:
-        log.exception("process failed", role=role)
-        report("failed", message=f"{type(error).__name__}: {error}")
-        return FAILED
+
+
+def _first(error: BaseException) -> BaseException:
+    """What was raised in the innermost of nested task groups."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def _run(role: str, configuration: Configuration) -> int:
@@ -47,7 +55,7 @@ def _run(role: str, configuration: Configuration) -> int:
     if role == "scheduler":
         scheduler = configuration.settings("scheduler", SchedulerSettings)
         configure_logging(scheduler.process, role)
-        from server.scheduler import run as run_scheduler
+        from server.scheduler_process import run as run_scheduler
 
         return run_scheduler(scheduler)
     if role == "prefill":
