@@ -1,9 +1,12 @@
 """A layer of experts: dispatch tokens to the ranks that hold them, compute, combine.
 
-With ``exact`` numerics the result is the same bit for bit on any number of ranks and with any
-batch-mates. Which experts a token chose, and why, is the router's business.
+With ``exact`` numerics a token's result is the same bit for bit on any number of ranks and with
+any batch-mates: every (token, expert) result returns to the token's rank, which sums them in fp32
+in the order of the token's choice. ``fast`` returns one sum per destination rank. Which experts a
+token chose, and why, is the router's business.
 
-Shape suffixes: T tokens of this rank   K chosen experts   R (token, k) rows   D model width
+Shape suffixes: T tokens of this rank   K chosen experts   B tokens that arrived   D model width
+R rows   J rows that add up to a token
 """
 
 from dataclasses import dataclass
@@ -11,21 +14,24 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from engine.collectives import ExpertGroup
-from engine.experts.grouped_gemm import ExpertWeights, swiglu_experts
+from engine.experts.all_to_all import AllToAllTransport
+from engine.experts.grouped_gemm import ExpertWeights, GroupedExperts
 from engine.experts.placement import ExpertPlacement
+from engine.experts.transport import Dispatch, ExpertTransport, LocalTransport
 
 Numerics = Literal["exact", "fast"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PendingExperts:
-    """What ``dispatch`` has sent off and ``combine`` brings home."""
+    """What ``ExpertLayer.dispatch`` has sent off and ``combine`` brings home."""
 
-    x_TD: Tensor
-    slot_TK: Tensor
+    dispatch: Dispatch
     weights_TK: Tensor
+    dtype: torch.dtype
 
 
 class ExpertLayer:
@@ -42,36 +48,81 @@ class ExpertLayer:
         group: ExpertGroup,
         numerics: Numerics,
     ) -> None:
-        self._weights = weights
+        """``weights`` are those of this rank's slots, in the order of ``placement.slots_of``."""
+        assert placement.num_ranks == group.world_size
+        assert placement.slots_per_rank == weights.num_slots
+        self._experts = GroupedExperts(weights, exact=numerics == "exact")
         self._numerics = numerics
-        self._group = group
         self._slot_of_expert = torch.tensor(
             placement.slots_seen_from(group.rank), device=group.device
+        )
+        self._transport: ExpertTransport = (
+            LocalTransport()
+            if group.world_size == 1
+            else AllToAllTransport(group, slots_per_rank=placement.slots_per_rank)
         )
 
     def __call__(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
         """Weighted sum over each token's chosen experts, (T, D) in the dtype of ``x_TD``.
 
-        An id of -1 is not routed and adds nothing.
+        An id of -1 is not routed and adds nothing; a token may not choose an expert twice.
 
         Raises:
-            WorkerLost: another rank failed; nothing was computed for this step.
+            WorkerLost: another rank failed; the step is lost on every rank.
         """
         return self.combine(self.dispatch(x_TD, topk_ids_TK, topk_weights_TK))
 
     def dispatch(
         self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor
     ) -> PendingExperts:
+        """Send the tokens off and return at once."""
+        slot_TK = self._slot_of_expert[topk_ids_TK.clamp_min(0)]
+        slot_TK = torch.where(topk_ids_TK < 0, -1, slot_TK)
+        weights_TK = topk_weights_TK.float()
+        payloads = (x_TD,) if self._numerics == "exact" else (x_TD, weights_TK)
         return PendingExperts(
-            x_TD=x_TD, slot_TK=self._slot_of_expert[topk_ids_TK], weights_TK=topk_weights_TK
+            dispatch=self._transport.send(payloads, slot_TK),
+            weights_TK=weights_TK,
+            dtype=x_TD.dtype,
         )
 
     def combine(self, pending: PendingExperts) -> Tensor:
-        x_TD, slot_TK = pending.x_TD, pending.slot_TK
-        if not x_TD.shape[0]:
-            return x_TD
-        num_chosen = slot_TK.shape[1]
-        rows_RD = x_TD.repeat_interleave(num_chosen, dim=0)
-        y_RD = swiglu_experts(self._weights, rows_RD, slot_TK.flatten())
-        y_TKD = y_RD.view(*slot_TK.shape, -1).float() * pending.weights_TK.unsqueeze(-1)
-        return y_TKD.sum(dim=1).to(x_TD.dtype)
+        """Compute what has arrived here, and wait for this rank's own tokens."""
+        dispatch = pending.dispatch
+        arrived = dispatch.receive()
+        results = self._experts(arrived.payloads[0], arrived.slot_BK)
+        if self._numerics == "exact":
+            dispatch.return_each(results.y_PD, results.place_BK)
+            weights_TK: Tensor | None = pending.weights_TK
+        else:
+            dispatch.return_sums(
+                _sum_rows(results.y_PD, results.place_BK, arrived.present_BK, arrived.payloads[1])
+            )
+            weights_TK = None
+        home = dispatch.collect()
+        return _sum_rows(home.rows_RW, home.place_TJ, home.present_TJ, weights_TK)
+
+
+def _sum_rows(
+    rows_RD: Tensor, place_TJ: Tensor, present_TJ: Tensor | None, weights_TJ: Tensor | None
+) -> Tensor:
+    """Sum each token's rows in fp32, left to right, with fp32 weights; round once at the end."""
+    if weights_TJ is not None and rows_RD.dtype != torch.float32:
+        # The kernel takes weights of the rows' own dtype only, so each goes in as the sum of two.
+        coarse_TJ = weights_TJ.to(rows_RD.dtype)
+        rest_TJ = (weights_TJ - coarse_TJ).to(rows_RD.dtype)
+        weights_TJ = torch.cat((coarse_TJ, rest_TJ), dim=1)
+        place_TJ = torch.cat((place_TJ, place_TJ), dim=1)
+        present_TJ = None if present_TJ is None else torch.cat((present_TJ, present_TJ), dim=1)
+    if present_TJ is None:
+        return functional.embedding_bag(
+            place_TJ, rows_RD, mode="sum", per_sample_weights=weights_TJ
+        )
+    counts_T = present_TJ.sum(dim=1)
+    return functional.embedding_bag(
+        place_TJ[present_TJ],  # host sync
+        rows_RD,
+        offsets=counts_T.cumsum(dim=0) - counts_T,
+        mode="sum",
+        per_sample_weights=None if weights_TJ is None else weights_TJ[present_TJ],
+    )

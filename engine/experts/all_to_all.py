@@ -1,0 +1,195 @@
+"""Expert rows over ``all_to_all``: gloo on CPU, NCCL on GPU.
+
+Small exchanges pad every (source, destination) pair to the source's tokens, whose number all ranks
+know, so one collective carries everything. Larger ones exchange counts first. Which, is a pure
+function of what all ranks know, so they agree.
+
+Shape suffixes: T tokens of this rank   K chosen experts   N ranks   B rows that arrived
+R rows in an exchange   W width of a row
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from torch import Tensor
+
+from engine.collectives import ExpertGroup
+from engine.experts.transport import Arrived, Dispatch, Returned
+
+_ALIGNMENT = 8
+_PADDED_BYTES = 256 * 1024
+_MOST_PADDING = 1.6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Column:
+    first: int  # bytes
+    width: int
+    dtype: torch.dtype
+
+
+class AllToAllTransport:
+    def __init__(self, group: ExpertGroup, *, slots_per_rank: int) -> None:
+        self._group = group
+        self._slots_per_rank = slots_per_rank
+
+    def send(self, payloads: Sequence[Tensor], slot_TK: Tensor) -> Dispatch:
+        return _AllToAllDispatch(self._group, self._slots_per_rank, payloads, slot_TK)
+
+
+def sends_padded(tokens_of_rank: Sequence[int], *, num_chosen: int, row_bytes: int) -> bool:
+    """Whether padding costs less than a collective that exchanges counts.
+
+    It does when the rows are few, and when nearly every token goes to nearly every rank anyway.
+    """
+    num_ranks = len(tokens_of_rank)
+    reached = 1 - (1 - 1 / num_ranks) ** num_chosen  # share of ranks that a token goes to
+    few = max(tokens_of_rank) * num_ranks * row_bytes <= _PADDED_BYTES
+    return few or reached * _MOST_PADDING >= 1
+
+
+class _AllToAllDispatch:
+    """The slot ids travel with the payloads; the receiver finds its own among them."""
+
+    def __init__(
+        self,
+        group: ExpertGroup,
+        slots_per_rank: int,
+        payloads: Sequence[Tensor],
+        slot_TK: Tensor,
+    ) -> None:
+        assert group.tokens_of_rank[group.rank] == len(slot_TK), "begin_step announced otherwise"
+        self._group = group
+        self._first_slot = group.rank * slots_per_rank
+        self._end_slot = self._first_slot + slots_per_rank
+        packed = (*payloads, slot_TK.to(torch.int32))
+        self._columns = _columns(packed)
+        num_ranks = group.world_size
+        self._rank_TK = torch.where(slot_TK < 0, num_ranks, slot_TK // slots_per_rank)
+        self._goes_TN: Tensor | None = None  # None: every token goes to every rank
+        if sends_padded(
+            group.tokens_of_rank,
+            num_chosen=slot_TK.shape[1],
+            row_bytes=_row_bytes(self._columns),
+        ):
+            self._sent = [len(slot_TK)] * num_ranks
+            self._received = list(group.tokens_of_rank)
+            rows_RW = _pack(packed, self._columns, copies=num_ranks)
+        else:
+            self._goes_TN = destinations(self._rank_TK, num_ranks)
+            counts_N = self._goes_TN.sum(dim=0)
+            ones = [1] * num_ranks
+            counts = group.exchange_rows(counts_N.unsqueeze(1), ones, ones)
+            self._sent = counts_N.tolist()  # host sync
+            self._received = counts.wait().flatten().tolist()  # host sync
+            token_R = self._goes_TN.t().nonzero()[:, 1]
+            rows_RW = _pack(packed, self._columns, copies=1).index_select(0, token_R)
+        self._on_the_way = group.exchange_rows(rows_RW, self._sent, self._received)
+        self._present_BK: Tensor | None = None
+        self._place_TJ = self._rank_TK
+        self._present_TJ: Tensor | None = None
+        self._dtype = torch.uint8
+
+    def receive(self) -> Arrived:
+        *payloads, slot_BK = _unpack(self._on_the_way.wait(), self._columns)
+        present_BK = (slot_BK >= self._first_slot) & (slot_BK < self._end_slot)
+        self._present_BK = present_BK
+        return Arrived(
+            payloads=tuple(payloads),
+            slot_BK=torch.where(present_BK, slot_BK.long() - self._first_slot, -1),
+            present_BK=present_BK,
+        )
+
+    def return_each(self, rows_RW: Tensor, place_BK: Tensor) -> None:
+        assert self._present_BK is not None
+        back = _sums_of_runs(self._present_BK.sum(dim=1), self._received)  # host sync
+        num_ranks = self._group.world_size
+        rank_R = self._rank_TK.flatten()
+        *home, unrouted = torch.bincount(rank_R, minlength=num_ranks + 1).tolist()  # host sync
+        self._place_TJ = positions_by_rank(self._rank_TK)
+        self._present_TJ = self._rank_TK < num_ranks if unrouted else None
+        self._return(rows_RW.index_select(0, place_BK[self._present_BK]), back, home)
+
+    def return_sums(self, rows_BW: Tensor) -> None:
+        self._place_TJ = positions_of_sums(self._goes_TN, self._sent, rows_BW.device)
+        self._present_TJ = self._goes_TN
+        self._return(rows_BW, self._received, self._sent)
+
+    def _return(self, rows_RW: Tensor, back: Sequence[int], home: Sequence[int]) -> None:
+        self._dtype = rows_RW.dtype
+        rows_bytes = rows_RW.view(torch.uint8)
+        self._on_the_way = self._group.exchange_rows(rows_bytes, back, home)
+
+    def collect(self) -> Returned:
+        return Returned(
+            rows_RW=self._on_the_way.wait().view(self._dtype),
+            place_TJ=self._place_TJ,
+            present_TJ=self._present_TJ,
+        )
+
+
+def destinations(rank_TK: Tensor, num_ranks: int) -> Tensor:
+    """(T, N) bool: whether token t goes to rank n. Rank ``num_ranks`` in ``rank_TK`` is nowhere."""
+    goes = torch.zeros(len(rank_TK), num_ranks + 1, dtype=torch.bool, device=rank_TK.device)
+    return goes.scatter_(1, rank_TK, value=True)[:, :num_ranks]
+
+
+def positions_by_rank(rank_TK: Tensor) -> Tensor:
+    """Where (t, k) is in the list of all pairs ordered by rank, then t, then k."""
+    order_R = torch.argsort(rank_TK.flatten(), stable=True)
+    place_R = torch.empty_like(order_R)
+    place_R[order_R] = torch.arange(len(order_R), device=order_R.device)
+    return place_R.view_as(rank_TK)
+
+
+def positions_of_sums(goes_TN: Tensor | None, sent: Sequence[int], device: torch.device) -> Tensor:
+    """Where token t's row from rank n is, in rank-major order; (T, N).
+
+    ``goes_TN`` None means that all of this rank's tokens went to every rank.
+    """
+    starts_N = torch.tensor(list(accumulate(sent, initial=0))[:-1], device=device)
+    if goes_TN is None:
+        return starts_N + torch.arange(sent[0], device=device).unsqueeze(1)
+    return starts_N + goes_TN.cumsum(dim=0) - goes_TN.long()
+
+
+def _sums_of_runs(counts_B: Tensor, runs: Sequence[int]) -> list[int]:
+    """Sums over consecutive runs of the given lengths."""
+    totals = [0, *counts_B.cumsum(dim=0).tolist()]
+    ends = list(accumulate(runs, initial=0))
+    return [totals[end] - totals[start] for start, end in pairwise(ends)]
+
+
+def _columns(payloads: Sequence[Tensor]) -> tuple[_Column, ...]:
+    """Payloads side by side in a row, each aligned for its own dtype."""
+    columns: list[_Column] = []
+    first = 0
+    for payload in payloads:
+        width = payload.shape[1] * payload.element_size()
+        columns.append(_Column(first=first, width=width, dtype=payload.dtype))
+        first += -(-width // _ALIGNMENT) * _ALIGNMENT
+    return tuple(columns)
+
+
+def _pack(payloads: Sequence[Tensor], columns: Sequence[_Column], *, copies: int) -> Tensor:
+    """(copies * T, W) bytes. What is between the columns is never read."""
+    rows_CTW = torch.empty(
+        copies, len(payloads[0]), _row_bytes(columns), dtype=torch.uint8, device=payloads[0].device
+    )
+    for payload, part in zip(payloads, _unpack(rows_CTW, columns), strict=True):
+        part.copy_(payload)
+    return rows_CTW.flatten(0, 1)
+
+
+def _unpack(rows_BW: Tensor, columns: Sequence[_Column]) -> list[Tensor]:
+    return [
+        rows_BW[..., column.first : column.first + column.width].view(column.dtype)
+        for column in columns
+    ]
+
+
+def _row_bytes(columns: Sequence[_Column]) -> int:
+    end = columns[-1].first + columns[-1].width
+    return -(-end // _ALIGNMENT) * _ALIGNMENT

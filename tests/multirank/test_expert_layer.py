@@ -1,0 +1,118 @@
+"""Expert parallelism over real processes and gloo: any number of ranks gives the bits of one."""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.collectives import ExpertGroup, StepGroup
+from engine.experts.all_to_all import sends_padded
+from engine.experts.grouped_gemm import ExpertWeights
+from engine.experts.layer import ExpertLayer, Numerics
+from engine.experts.placement import EMPTY, place_evenly
+from tests.support.ranks import run_ranks
+
+WIDTH, EXPERT_WIDTH = 48, 40
+pytestmark = pytest.mark.multirank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    tokens_of_rank: tuple[int, ...]
+    num_experts: int
+    chosen: int
+    routing: str = "spread"
+    redundant: int = 0
+    dtype: torch.dtype = torch.float32
+    numerics: Numerics = "exact"
+
+
+CASES = {
+    "all experts chosen": Case(tokens_of_rank=(5, 13), num_experts=24, chosen=24),
+    "one favourite": Case(tokens_of_rank=(5, 13), num_experts=8, chosen=2, routing="one expert"),
+    "an idle rank": Case(tokens_of_rank=(0, 7, 1), num_experts=7, chosen=2),
+    "unrouted ids": Case(
+        tokens_of_rank=(0, 40, 3, 9), num_experts=30, chosen=4, routing="some unrouted"
+    ),
+    "replicas": Case(tokens_of_rank=(0, 40, 3, 9), num_experts=30, chosen=4, redundant=6),
+    "counts exchanged": Case(tokens_of_rank=(1, 0, 400, 23, 2, 0, 9, 4), num_experts=30, chosen=1),
+    "more ranks than experts": Case(
+        tokens_of_rank=(1, 0, 0, 23, 2, 0, 9, 4), num_experts=5, chosen=2, routing="one expert"
+    ),
+}
+
+
+def layer_of(case: Case, group: ExpertGroup) -> ExpertLayer:
+    generator = torch.Generator().manual_seed(1)
+    gate_up = torch.randn(case.num_experts, 2 * EXPERT_WIDTH, WIDTH, generator=generator) * 0.2
+    down = torch.randn(case.num_experts, WIDTH, EXPERT_WIDTH, generator=generator) * 0.2
+    placement = place_evenly(case.num_experts, group.world_size, redundant=case.redundant)
+    held = torch.tensor(placement.slots_of(group.rank))
+    local = ExpertWeights(
+        gate_up=gate_up[held.clamp_min(0)].to(case.dtype),
+        down=down[held.clamp_min(0)].to(case.dtype),
+    )
+    local.gate_up[held == EMPTY] = 0
+    local.down[held == EMPTY] = 0
+    return ExpertLayer(local, placement, group, case.numerics)
+
+
+def tokens_of(case: Case, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 + rank)
+    count = case.tokens_of_rank[rank]
+    x_TD = torch.randn(count, WIDTH, generator=generator).to(case.dtype)
+    scores_TE = torch.rand(count, case.num_experts, generator=generator)
+    if case.routing == "one expert":
+        scores_TE[:, 3] = 2
+    ids_TK = scores_TE.topk(case.chosen).indices
+    if case.routing == "some unrouted":
+        ids_TK[torch.rand(count, case.chosen, generator=generator) < 0.3] = -1
+    return x_TD, ids_TK, torch.rand(count, case.chosen, generator=generator)
+
+
+def layer_twice(step_group: StepGroup, case: Case) -> Tensor:
+    group = step_group.expert_group
+    layer = layer_of(case, group)
+    group.begin_step(case.tokens_of_rank)
+    tokens = tokens_of(case, group.rank)
+    once, again = layer(*tokens), layer(*tokens)
+    assert torch.equal(once, again)
+    return once
+
+
+def on_a_single_rank(case: Case) -> list[Tensor]:
+    parts = [tokens_of(case, rank) for rank in range(len(case.tokens_of_rank))]
+    layer = layer_of(replace(case, redundant=0), ExpertGroup.single(torch.device("cpu")))
+    together = layer(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return list(together.split(list(case.tokens_of_rank)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_every_number_of_ranks_gives_the_bits_of_one_rank(case: Case, dtype: torch.dtype) -> None:
+    case = replace(case, dtype=dtype)
+
+    parts = run_ranks(layer_twice, len(case.tokens_of_rank), case)
+
+    for part, whole in zip(parts, on_a_single_rank(case), strict=True):
+        assert torch.equal(part, whole)
+
+
+@pytest.mark.parametrize("name", ["unrouted ids", "counts exchanged"])
+def test_fast_numerics_agree_with_exact_ones_to_rounding(name: str) -> None:
+    case = CASES[name]
+
+    parts = run_ranks(layer_twice, len(case.tokens_of_rank), replace(case, numerics="fast"))
+
+    for part, whole in zip(parts, on_a_single_rank(case), strict=True):
+        torch.testing.assert_close(part, whole, rtol=1e-4, atol=1e-5)
+
+
+def test_the_cases_cover_both_forms_of_exchange() -> None:
+    padded = {
+        name: sends_padded(case.tokens_of_rank, num_chosen=case.chosen, row_bytes=WIDTH * 2)
+        for name, case in CASES.items()
+    }
+    assert padded["an idle rank"]
+    assert not padded["counts exchanged"]
