@@ -49,6 +49,7 @@ class Cluster:
     ) -> None:
         self.clock = clock
         self.view = ClusterView()
+        self.retries = 0
         self.topology_changed = anyio.Event()
         self.attempts = Attempts(clock)
         self.links = WorkerLinks(

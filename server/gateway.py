@@ -8,6 +8,7 @@ from pathlib import Path
 
 import anyio
 import uvicorn
+from prometheus_client import CollectorRegistry
 
 from protocol.errors import ConfigError
 from runtime.keys import load_key
@@ -36,9 +37,8 @@ def run(settings: GatewaySettings, scheduler: SchedulerSettings) -> int:
     return 0
 
 
-async def _serve(
-    settings: GatewaySettings, scheduler: SchedulerSettings, text: ModelText
-) -> None:
+async def _serve(settings: GatewaySettings, scheduler: SchedulerSettings, text: ModelText) -> None:
+    registry = CollectorRegistry()
     with _bound(settings.host, settings.port) as listener:
         async with open_serving(
             settings.bus.scheduler,
@@ -47,10 +47,11 @@ async def _serve(
             max_waiting=settings.max_waiting_requests,
             lease_s=scheduler.lease_s,
             heartbeat_s=scheduler.heartbeat_s,
+            registry=registry,
         ) as serving:
             server = _Server(
                 uvicorn.Config(
-                    create_app(serving, text, settings),
+                    create_app(serving, text, settings, registry=registry),
                     http="httptools",
                     loop="none",  # this one
                     lifespan="off",

@@ -58,6 +58,7 @@ async def run_request(
                 if number == MAX_ATTEMPTS or not may_help_elsewhere(error, attempt):
                     raise
                 log.warning("trying elsewhere", request=request.request_id, error=str(error))
+                cluster.retries += 1
                 failed.update(ref.worker_id for ref in attempt.workers)
                 continue
             yield first_chunk(first)

@@ -9,6 +9,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 
 import anyio
+from prometheus_client import CollectorRegistry
 
 from protocol.ids import GatewayId, new_request_id
 from protocol.requests import GenerateRequest
@@ -17,6 +18,7 @@ from runtime.clock import Clock, MonotonicClock
 from runtime.keys import ClusterKey
 from server.canary import Canary
 from server.cluster import Cluster
+from server.cluster_metrics import ClusterMetrics
 from server.cluster_watch import ClusterWatch
 from server.generation import Readiness, ServedModel, TokenChunk
 from server.request_flow import run_request
@@ -68,11 +70,13 @@ async def open_serving(
     max_waiting: int = MAX_WAITING_REQUESTS,
     lease_s: float = LEASE_S,
     heartbeat_s: float = HEARTBEAT_S,
+    registry: CollectorRegistry | None = None,
 ) -> AsyncGenerator[Serving]:
     """Serve with the workers that announce themselves at the address ``scheduler``.
 
     With ``embed_scheduler`` the scheduler runs here and listens at that address; port 0 takes a
-    free one, see ``Serving.scheduler_address``. Otherwise it is another process.
+    free one, see ``Serving.scheduler_address``. Otherwise it is another process. ``registry`` gets
+    what the gateway knows of the cluster.
 
     Raises:
         ConfigError: the scheduler cannot listen there.
@@ -91,6 +95,8 @@ async def open_serving(
         cluster = Cluster(
             gateway_id=gateway_id, tasks=tasks, clock=clock, max_waiting=max_waiting, key=key
         )
+        if registry is not None:
+            registry.register(ClusterMetrics(cluster))
         watch = ClusterWatch(scheduler, cluster, gateway_id=gateway_id, clock=clock, key=key)
         canary = Canary(cluster)
         tasks.start_soon(watch.run)

@@ -1,0 +1,87 @@
+"""What a gateway knows of the cluster, for /metrics. It is read when somebody asks, and not before.
+
+headrace_gateway_attempts_in_flight             attempts at workers, canaries included
+headrace_gateway_waiting_requests               waiting because every decode rank is full
+headrace_gateway_stale_frames_total             dropped: of an old attempt, worker or place
+headrace_gateway_retries_total                  attempts that were tried again elsewhere
+headrace_worker_up{worker,role}                 1 while this gateway has a link to it
+headrace_worker_running_requests{worker,role}   by the worker's own account, like all below
+headrace_worker_queued_requests{worker,role}
+headrace_worker_queued_tokens{worker,role}
+headrace_worker_blocks{worker,role,state}       state is free, cached, quarantined or total
+headrace_worker_step_seconds{worker,role}
+headrace_worker_tokens_per_second{worker,role}
+headrace_worker_prefix_hit_tokens_total{worker,role}
+"""
+
+from collections.abc import Iterable
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from server.cluster import Cluster
+
+_WORKER = ("worker", "role")
+
+
+class ClusterMetrics(Collector):
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+
+    def collect(self) -> Iterable[Metric]:
+        cluster = self._cluster
+        yield GaugeMetricFamily(
+            "headrace_gateway_attempts_in_flight",
+            "Attempts at workers now",
+            value=len(cluster.attempts.by_request),
+        )
+        yield GaugeMetricFamily(
+            "headrace_gateway_waiting_requests",
+            "Requests that wait for a decode rank",
+            value=cluster.waiting_requests,
+        )
+        yield CounterMetricFamily(
+            "headrace_gateway_stale_frames",
+            "Messages about nothing current",
+            value=cluster.links.stale_frames,
+        )
+        yield CounterMetricFamily(
+            "headrace_gateway_retries", "Attempts tried again elsewhere", value=cluster.retries
+        )
+        yield from self._workers()
+
+    def _workers(self) -> Iterable[Metric]:
+        up = GaugeMetricFamily("headrace_worker_up", "The gateway has a link to it", labels=_WORKER)
+        blocks = GaugeMetricFamily(
+            "headrace_worker_blocks", "KV blocks", labels=(*_WORKER, "state")
+        )
+        hits = CounterMetricFamily(
+            "headrace_worker_prefix_hit_tokens",
+            "Prompt tokens found in the prefix cache",
+            labels=_WORKER,
+        )
+        loads = {
+            name: GaugeMetricFamily(f"headrace_worker_{name}", text, labels=_WORKER)
+            for name, text in (
+                ("running_requests", "Requests in the batch"),
+                ("queued_requests", "Requests that wait at the worker"),
+                ("queued_tokens", "Prompt tokens that wait or are being computed"),
+                ("step_seconds", "Smoothed duration of a step"),
+                ("tokens_per_second", "Smoothed rate of tokens"),
+            )
+        }
+        for state in self._cluster.members:
+            load = state.load
+            labels = [state.info.ref.worker_id, state.info.role]
+            up.add_metric(labels, float(self._cluster.links.is_up(state.info.ref)))
+            blocks.add_metric([*labels, "free"], load.free_blocks)
+            blocks.add_metric([*labels, "cached"], load.cached_blocks)
+            blocks.add_metric([*labels, "quarantined"], load.quarantined_blocks)
+            blocks.add_metric([*labels, "total"], load.total_blocks)
+            hits.add_metric(labels, load.prefix_hit_tokens)
+            loads["running_requests"].add_metric(labels, load.running_requests)
+            loads["queued_requests"].add_metric(labels, load.queued_requests)
+            loads["queued_tokens"].add_metric(labels, load.queued_tokens)
+            loads["step_seconds"].add_metric(labels, load.step_seconds)
+            loads["tokens_per_second"].add_metric(labels, load.tokens_per_second)
+        yield from (up, blocks, hits, *loads.values())
