@@ -6,11 +6,11 @@ tokens together, so that attention gathers whole rows; an ``mla`` block is (bloc
 Which block belongs to whom is not known here.
 """
 
-# Shape suffixes: B blocks   L layers   N tokens   G KV heads   T tokens of a block   D head width
-# C latent and roped width   X bytes
+# Shape suffixes: L layers   B blocks   K kinds of row   G KV heads   T tokens of a block
+# D row width   N tokens   I, J any number of blocks   X bytes
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,31 +20,74 @@ from protocol.kv import KVLayout
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
+Step = TypeVar("Step")
+Plan = TypeVar("Plan")
+
+
+class OncePerStep:
+    """Keeps what was worked out for a step, so that its layers share it: one entry."""
+
+    def __init__(self) -> None:
+        self._step: object = None
+        self._plan: Any = None
+
+    def get(self, step: Step, build: Callable[[Step], Plan]) -> Plan:
+        """``build(step)``, or what it returned when the same step object came last."""
+        if self._step is not step:
+            self._plan = build(step)
+            self._step = step
+        plan: Plan = self._plan
+        return plan
+
+
 class LayerCache:
-    """The blocks of one layer. Every tensor here is a view of the storage, never a copy."""
+    """The blocks of one layer as rows. Every tensor here is a view of the storage, never a copy.
 
-    def __init__(self, layout: KVLayout, blocks: Tensor) -> None:
-        self.layout = layout
+    A block has ``row_kinds`` kinds of row (keys and values, or latents alone) for ``heads`` heads.
+    """
+
+    def __init__(self, layout: KVLayout, blocks: Tensor, plans: OncePerStep) -> None:
         self.block_tokens = layout.block_tokens
-        self.blocks = blocks  # (B, 2, G, T, D) for gqa, (B, T, C) for mla
+        self.row_kinds = 2 if layout.kind == "gqa" else 1
+        self.heads = layout.kv_heads
+        self.width = layout.key_width
+        self.plans = plans  # shared by all layers
+        self.block_rows = blocks.view(-1, layout.block_tokens * self.width)  # (B * K * G, T * D)
+        self.token_rows = blocks.view(-1, self.width)  # (B * K * G * T, D)
 
-    def write_gqa(self, key_NGD: Tensor, value_NGD: Tensor, slot_mapping_N: Tensor) -> None:
-        """Store each token's key and value at its slot, block_id * block_tokens + offset."""
+    def rows_of_blocks(self, block_IJ: Tensor) -> Tensor:
+        """Indexes into ``block_rows``: (K, I, G, J), so that a gather puts a head's tokens of
+        the J blocks next to each other.
+        """
+        per_block = self.row_kinds * self.heads
+        lanes_KG = torch.arange(per_block, device=block_IJ.device).view(self.row_kinds, -1)
+        return block_IJ[None, :, None, :] * per_block + lanes_KG[:, None, :, None]
+
+    def rows_of_slots(self, slot_mapping_N: Tensor) -> Tensor:
+        """Indexes into ``token_rows``: (K, N * G)."""
         block_N = slot_mapping_N // self.block_tokens
         offset_N = slot_mapping_N % self.block_tokens
-        self.blocks[block_N, 0, :, offset_N] = key_NGD
-        self.blocks[block_N, 1, :, offset_N] = value_NGD
+        lanes_KING = self.rows_of_blocks(block_N[:, None]).transpose(2, 3)
+        return (lanes_KING * self.block_tokens + offset_N[:, None, None]).flatten(1)
 
-    def write_mla(self, row_NC: Tensor, slot_mapping_N: Tensor) -> None:
-        """Store each token's cat(latent, roped key) at its slot."""
-        self.blocks.view(-1, row_NC.shape[-1]).index_copy_(0, slot_mapping_N, row_NC)
+    def write(self, rows_K: Sequence[Tensor], index_KN: Tensor) -> None:
+        """Store new tokens: per kind of row (N, G, D) or, for one head, (N, D).
+
+        ``index_KN`` is ``rows_of_slots`` of the tokens' slots.
+        """
+        for rows, index_N in zip(rows_K, index_KN, strict=True):
+            self.token_rows.index_copy_(0, index_N, rows.reshape(-1, self.width))
 
 
 class KVStorage:
     """All layers' blocks of one rank, in memory of its own or in a caller's buffer.
 
     ``buffer`` (CPU only) is a writable buffer such as a mapped file; it must hold
-    ``num_blocks * layout.block_bytes`` and stay mapped while the storage lives.
+    ``num_blocks * layout.block_bytes`` finite numbers, such as zeros, and stay mapped while the
+    storage lives.
+
+    Raises:
+        ValueError: the buffer is too small, or the layout is none that fits here.
     """
 
     def __init__(
@@ -58,17 +101,21 @@ class KVStorage:
         self.layout = layout
         self.num_blocks = num_blocks
         num_bytes = num_blocks * layout.block_bytes
+        # Zeros, because masked keys still take part with weight zero, and 0 * NaN is NaN.
         if buffer is None:
             flat_X = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         else:
+            given = memoryview(buffer).nbytes
+            if given < num_bytes:
+                raise ValueError(
+                    f"buffer has {given} bytes, but {num_blocks} blocks take {num_bytes} bytes"
+                )
             flat_X = torch.frombuffer(buffer, dtype=torch.uint8, count=num_bytes)
         self._owner = buffer
         self._blocks_LBX = flat_X.view(layout.num_layers, num_blocks, layout.layer_block_bytes)
-        shape: tuple[int, ...] = (num_blocks, layout.block_tokens, layout.key_width)
-        if layout.kind == "gqa":
-            shape = (num_blocks, 2, layout.kv_heads, layout.block_tokens, layout.key_width)
+        plans = OncePerStep()
         self._layers = tuple(
-            LayerCache(layout, layer_BX.view(DTYPES[layout.dtype]).view(shape))
+            LayerCache(layout, layer_BX.view(DTYPES[layout.dtype]), plans)
             for layer_BX in self._blocks_LBX.unbind()
         )
 

@@ -1,10 +1,7 @@
-"""A matrix product: weights laid out once for this machine, rows that do not see each other.
+"""A matrix product with weights that are laid out once for this machine.
 
 With ``exact`` numerics a row's result is the same bits whatever the other rows are and however
-many there are. A GEMM library chooses its kernel by the number of rows, so only a fixed list of
-row counts (tile heights) is ever run, and a height is used only after it has been shown, in this
-process and for this shape, to give the same bits as the reference height. Rows are padded with
-zeros up to a height. ``fast`` runs whatever count comes. It does not know what is multiplied.
+many there are (``engine.exact``); ``fast`` multiplies whatever comes in one product.
 """
 
 # Shape suffixes: N rows   I input features   O output features
@@ -16,11 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-Numerics = Literal["exact", "fast"]
+from engine.exact import PROBE_ROWS, REFERENCE_HEIGHT, Product, RowTiles, cancelling
 
-REFERENCE_HEIGHT = 8
-# Steps of at most 1.5, so padding wastes at most a third of the work.
-TILE_HEIGHTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+Numerics = Literal["exact", "fast"]
 
 _onednn: Any = torch.ops.mkldnn
 
@@ -36,23 +31,18 @@ class Linear:
         self, weight_OI: Tensor, bias_O: Tensor | None = None, *, numerics: Numerics
     ) -> None:
         self.out_features, self.in_features = weight_OI.shape
-        self.dtype = weight_OI.dtype
-        self.device = weight_OI.device
-        self.numerics = numerics
         self._bias_O = bias_O
         self._packed = _can_pack(weight_OI)
         self._weight = _pack(weight_OI) if self._packed else weight_OI
-        self._tiles = _tiles_of(
-            self.out_features, self.in_features, self.dtype, self.device, torch.get_num_threads()
-        )
+        self._tiles = _tiles_of(weight_OI, bias_O) if numerics == "exact" else None
 
     def __call__(self, x_NI: Tensor) -> Tensor:
         """(N, O); N may be 0."""
         if x_NI.shape[0] == 0:
             return x_NI.new_empty((0, self.out_features))
-        if self.numerics == "fast":
+        if self._tiles is None:
             return self._multiply(x_NI)
-        return self._multiply_in_tiles(x_NI)
+        return self._tiles.multiply(x_NI, self._multiply)
 
     def _multiply(self, x_NI: Tensor) -> Tensor:
         if self._packed:
@@ -61,66 +51,6 @@ class Linear:
             )
             return out_NO
         return functional.linear(x_NI, self._weight, self._bias_O)
-
-    def _multiply_in_tiles(self, x_NI: Tensor) -> Tensor:
-        num_rows = x_NI.shape[0]
-        height = self._height_for(num_rows)
-        if height == num_rows:
-            return self._multiply(x_NI)
-        if height > num_rows:
-            return self._multiply(functional.pad(x_NI, (0, 0, 0, height - num_rows)))[:num_rows]
-        parts = [self._multiply_in_tiles(part) for part in torch.split(x_NI, height)]
-        return torch.cat(parts)
-
-    def _height_for(self, num_rows: int) -> int:
-        """The smallest proven height that holds all rows, or the largest proven one."""
-        chosen = self._tiles.chosen.get(num_rows)
-        if chosen is None:
-            fitting = (height for height in TILE_HEIGHTS if height >= num_rows)
-            fallback = (height for height in reversed(TILE_HEIGHTS) if height < num_rows)
-            chosen = next(height for height in (*fitting, *fallback) if self._same_bits(height))
-            self._tiles.chosen[num_rows] = chosen
-        return chosen
-
-    def _same_bits(self, height: int) -> bool:
-        """Does a tile of ``height`` give what reference tiles give, row by row? Asked once."""
-        proven = self._tiles.proven
-        if height not in proven:
-            proven[height] = height == REFERENCE_HEIGHT or self._compare_to_reference(height)
-        return proven[height]
-
-    def _compare_to_reference(self, height: int) -> bool:
-        generator = torch.Generator().manual_seed(height)
-        rows = max(height, REFERENCE_HEIGHT)
-        x_NI = torch.randn(rows, self.in_features, generator=generator)
-        x_NI = x_NI.to(device=self.device, dtype=self.dtype)
-        got_NO = self._multiply(x_NI[:height].contiguous())
-        starts = {0, (rows - REFERENCE_HEIGHT) // 2, rows - REFERENCE_HEIGHT}
-        for start in starts:
-            tile_NI = x_NI[start : start + REFERENCE_HEIGHT].contiguous()
-            want_NO = self._multiply(tile_NI)[: max(height - start, 0)]
-            if not torch.equal(got_NO[start : start + want_NO.shape[0]], want_NO):
-                return False
-        return True
-
-
-class _Tiles:
-    """What this process has found out about one GEMM shape; all layers of the shape share it."""
-
-    def __init__(self) -> None:
-        self.proven: dict[int, bool] = {}
-        self.chosen: dict[int, int] = {}
-
-
-@cache
-def _tiles_of(
-    _out_features: int,
-    _in_features: int,
-    _dtype: torch.dtype,
-    _device: torch.device,
-    _num_threads: int,
-) -> _Tiles:
-    return _Tiles()
 
 
 def _can_pack(weight_OI: Tensor) -> bool:
@@ -134,3 +64,34 @@ def _can_pack(weight_OI: Tensor) -> bool:
 def _pack(weight_OI: Tensor) -> Tensor:
     packed: Tensor = _onednn._reorder_linear_weight(weight_OI.contiguous(), REFERENCE_HEIGHT)
     return packed
+
+
+def _tiles_of(weight_OI: Tensor, bias_O: Tensor | None) -> RowTiles:
+    return _shared_tiles(
+        weight_OI.shape[0],
+        weight_OI.shape[1],
+        weight_OI.dtype,
+        weight_OI.device,
+        bias_O is not None,
+        torch.get_num_threads(),
+    )
+
+
+@cache
+def _shared_tiles(
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    has_bias: bool,
+    _num_threads: int,  # kernels differ by it too
+) -> RowTiles:
+    def probe() -> tuple[Tensor, Product]:
+        distinct = min(out_features, PROBE_ROWS)
+        x_NI, weight_OI = cancelling((PROBE_ROWS, in_features), (distinct, in_features))
+        weight_OI = weight_OI.to(dtype)[torch.arange(out_features) % distinct]
+        bias_O = torch.zeros(out_features, device=device, dtype=dtype) if has_bias else None
+        linear = Linear(weight_OI.to(device), bias_O, numerics="fast")
+        return x_NI.to(device=device, dtype=dtype), linear
+
+    return RowTiles(probe)
