@@ -45,7 +45,7 @@ def weights(
     logits_RV: Tensor, best_R: Tensor, temperature_R1: Tensor, min_p_R1: Tensor | None
 ) -> Tensor:
     """Probabilities relative to the most likely token's, (R, V) float32; min-p applied."""
-    weights_RV = ((logits_RV - best_R[:, None]) / temperature_R1).exp_()
+    weights_RV = (logits_RV - best_R[:, None]).div_(temperature_R1).exp_()
     if min_p_R1 is not None:
         weights_RV.masked_fill_(weights_RV < min_p_R1, 0.0)
     return weights_RV

@@ -139,13 +139,13 @@ def test_a_request_draws_the_same_alone_as_beside_any_others() -> None:
     ]
     logits = some_logits(len(mates) + 1, seed=3).bfloat16().float()  # many ties
     together = {
-        name: generate([*mates, a_request("me", sampling=seeded(params, 77))], logits, steps=20)[
+        name: generate([*mates, a_request("me", sampling=seeded(params, 77))], logits, steps=10)[
             "me"
         ]
         for name, params in EVERYTHING.items()
     }
     alone = {
-        name: generate([a_request("me", sampling=seeded(params, 77))], logits[-1:], steps=20)["me"]
+        name: generate([a_request("me", sampling=seeded(params, 77))], logits[-1:], steps=10)["me"]
         for name, params in EVERYTHING.items()
     }
     assert together == alone
@@ -309,3 +309,23 @@ def test_a_bias_for_a_token_that_does_not_exist_names_the_field() -> None:
     with pytest.raises(InvalidRequest, match="700 is outside the vocabulary of 700") as failure:
         Sampler(VOCAB, "cpu").admit(request)
     assert failure.value.param == "logit_bias"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_draws_the_tokens_that_a_cpu_draws() -> None:
+    requests = [
+        a_request(name, sampling=seeded(params, 6), prompt=(1, 5))
+        for name, params in EVERYTHING.items()
+    ]
+    logits = some_logits(len(requests), seed=6)
+    outputs = {}
+    for device in ("cpu", "cuda"):
+        sampler = Sampler(VOCAB, device)
+        for request in requests:
+            sampler.admit(request)
+        refs = [request.ref for request in requests]
+        outputs[device] = [
+            sampler.sample(logits.clone().to(device), refs).token_ids for _ in range(20)
+        ]
+    assert outputs["cuda"] == outputs["cpu"]
