@@ -1,29 +1,45 @@
-"""``headrace status``: what a running system serves, asked over HTTP like any client would."""
+"""``headrace status``: what a running system serves, asked over HTTP like any client would.
+
+The workers' rows are the gateway's own metrics, so the command shows what a dashboard shows.
+"""
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import httpx
+from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.exits import DONE, FAILED
 
-_COLUMNS = (
-    ("worker", "worker"),
-    ("role", "role"),
-    ("state", "state"),
-    ("running", "running"),
-    ("queued", "queued"),
-    ("free blocks", "free_blocks"),
-    ("of", "total_blocks"),
-    ("tokens/s", "tokens_per_second"),
-)
+_WORKER_METRIC = "headrace_worker_"
+_COLUMNS = {
+    "up": "linked",
+    "running_requests": "running",
+    "queued_requests": "queued",
+    "blocks_free": "free blocks",
+    "blocks_cached": "cached",
+    "blocks_total": "of",
+    "tokens_per_second": "tokens/s",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class State:
+    """``workers``: for each its role and its figures by the name of their metric."""
+
+    url: str
+    healthy: bool
+    ready: bool
+    reason: str
+    models: Sequence[str]
+    workers: dict[str, dict[str, str | float]]
 
 
 def show_status(url: str, *, as_json: bool, timeout_s: float, api_key_file: Path | None) -> int:
     """Print the state of the gateway at ``url``; failed when it is not ready or not there."""
-    url = url.rstrip("/")
     headers = {}
     if api_key_file is not None:
         try:
@@ -33,61 +49,67 @@ def show_status(url: str, *, as_json: bool, timeout_s: float, api_key_file: Path
             return FAILED
     try:
         with httpx.Client(timeout=timeout_s, trust_env=False, headers=headers) as client:
-            ready = client.get(f"{url}/ready")
-            health = client.get(f"{url}/health")
-            models = client.get(f"{url}/v1/models")
-            cluster = client.get(f"{url}/cluster")
-    except httpx.HTTPError as error:
+            state = ask(client, url.rstrip("/"))
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         print(f"headrace: no gateway answers at {url}: {error}", file=sys.stderr)
         return FAILED
-    state = {
-        "url": url,
-        "healthy": health.status_code == httpx.codes.OK,
-        "ready": ready.status_code == httpx.codes.OK,
-        "readiness": _json(ready),
-        "models": [model.get("id") for model in _list(_json(models), "data")],
-        "workers": _list(_json(cluster), "workers"),
-    }
-    if as_json:
-        print(json.dumps(state, indent=2))
-    else:
-        print(_table(state))
-    return DONE if state["ready"] else FAILED
+    print(json.dumps(asdict(state), indent=2) if as_json else "\n".join(lines_of(state)))
+    return DONE if state.ready else FAILED
 
 
-def _json(response: httpx.Response) -> object:
-    try:
-        return response.json() if response.status_code == httpx.codes.OK else None
-    except ValueError:
-        return None
+def ask(client: httpx.Client, url: str) -> State:
+    """
+    Raises:
+        HTTPError: nobody answers at ``url``, or not in time.
+        ValueError: whoever answers there is not a gateway of headrace.
+    """
+    ready = client.get(f"{url}/ready")
+    readiness = ready.json()
+    models = client.get(f"{url}/v1/models")
+    metrics = client.get(f"{url}/metrics")
+    if not isinstance(readiness, dict) or "ready" not in readiness:
+        raise ValueError("this is not a gateway of headrace")
+    return State(
+        url=url,
+        healthy=client.get(f"{url}/health").is_success,
+        ready=ready.is_success,
+        reason=str(readiness.get("reason") or ""),
+        models=[model["id"] for model in models.json()["data"]] if models.is_success else [],
+        workers=_workers(metrics.text) if metrics.is_success else {},
+    )
 
 
-def _list(document: object, key: str) -> list[Mapping[str, object]]:
-    rows = document.get(key) if isinstance(document, dict) else None
-    return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+def _workers(metrics: str) -> dict[str, dict[str, str | float]]:
+    workers: dict[str, dict[str, str | float]] = {}
+    for family in text_string_to_metric_families(metrics):
+        for sample in family.samples:
+            if not sample.name.startswith(_WORKER_METRIC) or "worker" not in sample.labels:
+                continue
+            row = workers.setdefault(sample.labels["worker"], {})
+            row["role"] = sample.labels.get("role", "")
+            name = sample.name.removeprefix(_WORKER_METRIC)
+            if "state" in sample.labels:
+                name = f"{name}_{sample.labels['state']}"
+            row[name] = sample.value
+    return dict(sorted(workers.items()))
 
 
-def _table(state: Mapping[str, object]) -> str:
-    models = state["models"]
-    workers = state["workers"]
-    assert isinstance(models, list)
-    assert isinstance(workers, list)
-    word = "ready" if state["ready"] else "not ready"
-    lines = [f"{state['url']}  {word}  models: {', '.join(map(str, models)) or 'none'}"]
-    if workers:
-        rows = [[title for title, _ in _COLUMNS]]
-        rows += [[_cell(worker.get(key)) for _, key in _COLUMNS] for worker in workers]
-        lines += ["", *_aligned(rows)]
-    return "\n".join(lines)
-
-
-def _cell(value: object) -> str:
-    return f"{value:.1f}" if isinstance(value, float) else "" if value is None else str(value)
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+def lines_of(state: State) -> list[str]:
+    word = "ready" if state.ready else f"not ready: {state.reason}"
+    lines = [f"{state.url}  {word}", f"models: {', '.join(state.models) or 'none'}"]
+    if not state.workers:
+        return [*lines, "no workers"]
+    rows = [["worker", "role", *_COLUMNS.values()]]
+    for name, figures in state.workers.items():
+        cells = [figures.get(column) for column in _COLUMNS]
+        rows.append([name, str(figures["role"]), *(_cell(cell) for cell in cells)])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    table = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
-    ]
+    )
+    return [*lines, "", *table]
+
+
+def _cell(value: str | float | None) -> str:
+    return "" if value is None else f"{value:.0f}" if isinstance(value, float) else str(value)

@@ -4,7 +4,15 @@ import pytest
 
 from decode.settings import DecodeSettings
 from deploy.cli import main, parser
-from deploy.config import KEYS, Configuration, WrongSetting, from_environment, from_flag, from_yaml
+from deploy.config import (
+    KEYS,
+    ROLES,
+    Configuration,
+    WrongSetting,
+    from_environment,
+    from_flag,
+    from_yaml,
+)
 from deploy.options import configuration
 from prefill.settings import PrefillSettings
 from server.settings import GatewaySettings
@@ -188,3 +196,9 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
     assert code == 2
     assert message in printed.err.splitlines()[-1]
     assert printed.out == ""
+
+
+def test_the_example_of_a_cluster_file_is_valid_for_every_role() -> None:
+    found = Configuration(from_yaml(Path(__file__).parents[3] / "deploy" / "cluster.example.yaml"))
+    for role, kind in ROLES.items():
+        assert found.settings(role, kind).model_fields_set != set()
