@@ -1,0 +1,110 @@
+"""How ranks that share experts agree on every step: one row per rank, one decision for all.
+
+A rank that skips a collective hangs all the others, so no rank decides alone. Before each step
+every rank exchanges its ``StepRow`` with all ranks, and each applies ``decide`` to the same rows.
+Whatever a rank has to do or to wait for, it makes the same collective calls as the others. How
+rows travel and what a step computes is unknown here.
+"""
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from enum import IntEnum
+from typing import Literal
+
+from protocol.errors import ProtocolError
+
+ROW_VERSION = 1
+EXPECTING_PACE_S = 0.001
+IDLE_PACE_S = 0.02
+
+
+class RankState(IntEnum):
+    """``DRAINING`` finishes what it has; ``LEAVING`` has nothing left and waits for the others."""
+
+    SERVING = 0
+    DRAINING = 1
+    LEAVING = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRow:
+    """What one rank tells the others before a step."""
+
+    epoch: int
+    state: RankState
+    tokens: int  # that it brings to this step; 0 when it has none to decode
+    expecting: bool  # it has granted blocks: tokens may come at any moment
+    free_blocks: int
+    version: int = ROW_VERSION
+
+    def to_ints(self) -> tuple[int, ...]:
+        return tuple(int(value) for value in astuple(self))
+
+    @classmethod
+    def from_ints(cls, row: Sequence[int]) -> "StepRow":
+        """
+        Raises:
+            ProtocolError: the row is of another version.
+        """
+        if len(row) != ROW_WIDTH or row[-1] != ROW_VERSION:
+            raise ProtocolError(
+                f"a rank sent a step row of another version: {tuple(row)}; all ranks of a decode "
+                f"worker must run the same release (row version {ROW_VERSION})"
+            )
+        epoch, state, tokens, expecting, free_blocks, _ = row
+        return cls(
+            epoch=epoch,
+            state=RankState(state),
+            tokens=tokens,
+            expecting=bool(expecting),
+            free_blocks=free_blocks,
+        )
+
+
+ROW_WIDTH = 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """What every rank does next.
+
+    ``decode``: all ranks run the model, those without tokens with an empty batch, and
+    ``tokens_of_rank`` is what each brings. ``idle``: no rank computes; exchange rows again after
+    ``pace_s``, or sooner if work comes. ``stop``: all ranks have left; exchange nothing any more.
+    """
+
+    kind: Literal["decode", "idle", "stop"]
+    tokens_of_rank: tuple[int, ...]
+    pace_s: float
+    draining: bool  # some rank takes no new requests
+    free_blocks_of_rank: tuple[int, ...]
+
+
+def decide(rows: Sequence[StepRow]) -> StepPlan:
+    """The plan that follows from the rows, the same on every rank. ``rows`` are in rank order.
+
+    Raises:
+        ProtocolError: the ranks are not of one epoch, or a row contradicts itself. Every rank
+            raises it, for they all see the same rows.
+    """
+    epochs = sorted({row.epoch for row in rows})
+    if len(epochs) != 1:
+        raise ProtocolError(f"ranks of different epochs met: {epochs}")
+    for rank, row in enumerate(rows):
+        if row.tokens < 0 or (row.tokens and row.state is RankState.LEAVING):
+            raise ProtocolError(f"rank {rank} is {row.state.name} with {row.tokens} tokens")
+    kind: Literal["decode", "idle", "stop"]
+    if any(row.tokens for row in rows):
+        kind, pace_s = "decode", 0.0
+    elif all(row.state is RankState.LEAVING for row in rows):
+        kind, pace_s = "stop", 0.0
+    else:
+        expecting = any(row.expecting for row in rows)
+        kind, pace_s = "idle", EXPECTING_PACE_S if expecting else IDLE_PACE_S
+    return StepPlan(
+        kind=kind,
+        tokens_of_rank=tuple(row.tokens for row in rows),
+        pace_s=pace_s,
+        draining=any(row.state is not RankState.SERVING for row in rows),
+        free_blocks_of_rank=tuple(row.free_blocks for row in rows),
+    )
