@@ -14,7 +14,7 @@ from typing import Literal
 from protocol.errors import ProtocolError
 
 ROW_VERSION = 1
-EXPECTING_PACE_S = 0.001
+EXPECTING_PACE_S = 0.005
 IDLE_PACE_S = 0.02
 
 

@@ -11,19 +11,19 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from decode.intake import Arrived, Intake, Lost
-from decode.lockstep import RankState, StepPlan, StepRow, decide
+from decode.lockstep import RankState, StepRow, decide
 from decode.scheduler import DecodeScheduler, DecodeStep
 from decode.swap import SwapSpace
+from engine.collectives import StepGroup
 from engine.model_runner import ModelRunner, SequenceStep, batch_from
 from engine.sampling.sampler import Sampled, Sampler
 from engine.sampling.stopping import finish_reason
 from kvtransfer.interface import SinkEvent
-from protocol.errors import ServingError, WorkerLost
+from protocol.errors import Cancelled, DeadlineExceeded, ServingError, WorkerLost
 from protocol.ids import AttemptRef, WorkerRef
 from protocol.messages import (
     GATEWAY_SILENT_S,
@@ -51,18 +51,6 @@ SWEEP_S = 1.0
 STEP_SMOOTHING = 0.1
 
 
-class Group(Protocol):
-    """The other ranks, as ``engine.collectives.StepGroup`` offers them."""
-
-    epoch: int
-
-    def exchange(self, row: StepRow) -> list[StepRow]: ...
-
-    def begin_step(self, tokens_of_rank: tuple[int, ...]) -> None: ...
-
-    def close(self) -> None: ...
-
-
 @dataclass(slots=True, kw_only=True)
 class _Running:
     """A committed request. ``num_output`` counts the first token, which prefill sampled."""
@@ -81,13 +69,14 @@ class DecodeLoop:
         swap: SwapSpace,
         runner: ModelRunner,
         sampler: Sampler,
-        form_group: Callable[[Callable[[], bool]], Group],
+        form_group: Callable[[int, Callable[[], bool]], StepGroup],
         outbox: Outbox[ToPeer],
-        on_membership: Callable[[], None],
+        on_membership: Callable[[], object],
         device: torch.device,
     ) -> None:
-        """``form_group`` blocks until all ranks have met, or until its argument says to give up;
-        it raises WorkerLost when it gives up. ``on_membership``: ``epoch`` has changed."""
+        """``form_group(last_epoch, given_up)`` blocks until all ranks have met, and raises a
+        ``ServingError`` when they do not. ``on_membership`` is called when ``epoch`` has changed.
+        """
         self._worker = worker
         self._scheduler = scheduler
         self._intake = intake
@@ -137,12 +126,14 @@ class DecodeLoop:
 
     def _serve(self) -> None:
         """Form groups, one after another, until the ranks leave together or this one is stopped."""
+        last_epoch = 0
         while not self._stopped.is_set():
             try:
-                group = self._form_group(self._stopped.is_set)
-            except WorkerLost as error:
+                group = self._form_group(last_epoch, self._stopped.is_set)
+            except (WorkerLost, DeadlineExceeded, Cancelled) as error:
                 log.warning("the group is not complete", reason=str(error))
                 continue
+            last_epoch = group.epoch
             try:
                 self._enter(group.epoch)
                 while self._turn(group):
@@ -150,6 +141,7 @@ class DecodeLoop:
                 return
             except WorkerLost as error:
                 log.warning("the group has broken", reason=str(error), epoch=group.epoch)
+                self._enter(None)
                 self._abandon(error)
             finally:
                 group.close()
@@ -159,7 +151,10 @@ class DecodeLoop:
         self.epoch = epoch
         self._on_membership()
 
-    def _turn(self, group: Group) -> bool:
+    def _turn(self, group: StepGroup) -> bool:
+        """One step of the group; False when it was the last."""
+        if self._stopped.is_set():
+            return False
         for work in self._inbox.drain():
             work()
         now = time.monotonic()
@@ -170,17 +165,17 @@ class DecodeLoop:
             self._swap.put(swap.ref, swap.blocks)
         for swap in step.swap_in:
             self._swap.take(swap.ref, swap.blocks)
-        plan = decide(group.exchange(self._row(step, group.epoch)))
-        if plan.stop:
-            return False
-        if plan.compute:
-            group.begin_step(plan.tokens_of_rank)
+        rows = group.exchange(self._row(step, group.epoch).to_ints())
+        plan = decide([StepRow.from_ints(row) for row in rows])
+        if plan.kind == "decode":
+            group.expert_group.begin_step(plan.tokens_of_rank)
             self._compute(step)
             self._note_step(time.monotonic() - now)
-        else:
+        elif plan.kind == "idle":
             self._account()
-            self._inbox.wait(plan.wait_s)
-        return True
+            # Alone there is nobody to keep pace with.
+            self._inbox.wait(plan.pace_s if group.world_size > 1 else IDLE_WAIT_S)
+        return plan.kind != "stop"
 
     def _compute(self, step: DecodeStep) -> None:
         try:
@@ -194,10 +189,10 @@ class DecodeLoop:
                 block_tokens=self._runner.storage.layout.block_tokens,
                 device=self._device,
             )
-            logits_RV = self._runner.run(batch)
+            logits = self._runner.run(batch)
             if not step.refs:
                 return
-            sampled = self._sampler.sample(logits_RV, step.refs)
+            sampled = self._sampler.sample(logits, step.refs)
         except ServingError:
             raise
         except Exception as error:
@@ -310,7 +305,17 @@ class DecodeLoop:
     # What is told --------------------------------------------------------------------------------
 
     def _row(self, step: DecodeStep, epoch: int) -> StepRow:
-        raise AssertionError
+        state = RankState.SERVING
+        if self._intake.draining:
+            busy = self._running or len(self._intake)
+            state = RankState.DRAINING if busy else RankState.LEAVING
+        return StepRow(
+            epoch=epoch,
+            state=state,
+            tokens=len(step.refs),
+            expecting=len(self._intake) > 0,
+            free_blocks=self.load.free_blocks,
+        )
 
     def _note_step(self, seconds: float) -> None:
         self._step_seconds += STEP_SMOOTHING * (seconds - self._step_seconds)

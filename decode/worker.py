@@ -4,6 +4,7 @@ import asyncio
 import functools
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
 
 import anyio
@@ -14,24 +15,31 @@ from decode.loop import DecodeLoop
 from decode.scheduler import DecodeScheduler
 from decode.settings import DecodeSettings
 from decode.swap import SwapSpace
-from engine.collectives import ExpertGroup
+from engine.collectives import ExpertGroup, StepGroup
 from engine.kvcache.block_pool import BlockPool
 from engine.kvcache.storage import KVStorage
 from engine.loading import LoadedModel, load, resolve_numerics
 from engine.model_runner import ModelRunner
+from engine.rendezvous import FormingProgress, form_group
 from engine.sampling.sampler import Sampler
 from kvtransfer.memory import allocate_shared, buffer
 from kvtransfer.sink import TRANSPORTS, make_sink
 from protocol.codec import Decoder
+from protocol.errors import Cancelled
 from protocol.ids import WorkerId, WorkerRef, new_incarnation
 from protocol.messages import ToDecode
 from protocol.workers import WorkerInfo
 from runtime.keys import ClusterKey, load_key
+from runtime.log import get_log
 from runtime.mailbox import Outbox
 from runtime.parent import die_with_parent
 from runtime.registration import Registration
 from runtime.reporting import report, weights_progress
 from runtime.worker_process import ToPeer, WorkerProcess
+
+log = get_log(__name__)
+
+QUIET_S = 5.0  # ranks start at different speeds; only a longer wait is worth a line
 
 
 def run(settings: DecodeSettings) -> int:
@@ -69,7 +77,30 @@ def run(settings: DecodeSettings) -> int:
     return 0
 
 
-def _make_engine(
+def _form_group(
+    settings: DecodeSettings, group: ExpertGroup, last_epoch: int, given_up: Callable[[], bool]
+) -> StepGroup:
+    def progress(forming: FormingProgress) -> None:
+        if given_up():
+            raise Cancelled("the rank was told to stop")
+        if forming.waited_s > QUIET_S:
+            missing = ",".join(map(str, forming.missing_ranks))
+            log.info("waiting for the other ranks", missing=missing, waited_s=forming.waited_s)
+
+    return form_group(
+        group.rank,
+        group.world_size,
+        settings.group.rendezvous.removeprefix("tcp://"),
+        device=group.device,
+        deadline_s=settings.group.rendezvous_timeout_s,
+        collective_timeout_s=settings.group.step_timeout_s,
+        last_epoch=last_epoch,
+        expert_group=group,
+        on_progress=progress,
+    )
+
+
+def _make_engine(  # noqa: PLR0917  partially applied
     settings: DecodeSettings,
     loaded: LoadedModel,
     group: ExpertGroup,
@@ -94,7 +125,7 @@ def _make_engine(
     sink = make_sink(
         memory,
         worker,
-        lambda event: loop.post_transfer(event),
+        lambda event: loop.post_transfer(event),  # noqa: PLW0108  made below
         transports=TRANSPORTS if settings.kv.transport == "auto" else (settings.kv.transport,),
         cluster_key=None if key is None else key.derive("kv"),
     )
@@ -139,7 +170,5 @@ def _make_engine(
             host=platform.node(),
         )
 
-    registration = Registration(
-        settings.bus.scheduler, info=info, load=lambda: loop.load, key=key
-    )
+    registration = Registration(settings.bus.scheduler, info=info, load=lambda: loop.load, key=key)
     return loop, registration

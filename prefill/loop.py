@@ -190,8 +190,11 @@ class PrefillLoop:
             raise Cancelled("the request was cancelled before its prefill")
         if not request.prompt_token_ids:
             raise InvalidRequest("the prompt is empty: it needs at least one token", param="prompt")
-        if not 0 <= min(request.prompt_token_ids) <= max(request.prompt_token_ids) < (
-            self._vocab_size
+        if (
+            not 0
+            <= min(request.prompt_token_ids)
+            <= max(request.prompt_token_ids)
+            < (self._vocab_size)
         ):
             raise InvalidRequest(
                 f"a prompt token id is outside 0..{self._vocab_size - 1}", param="prompt"
@@ -208,7 +211,7 @@ class PrefillLoop:
         except ServingError as error:
             self._fail_step(step, error)
             return
-        except Exception as error:  # noqa: BLE001  a fault in a request must not end the worker
+        except Exception as error:
             log.exception("prefill step failed", requests=len(step.chunks))
             self._fail_step(step, EngineError(f"computing failed: {type(error).__name__}"))
             return
@@ -273,9 +276,7 @@ class PrefillLoop:
                 self._finish(chunk.ref, held, sampled, row, now)
             row += chunk.final
 
-    def _finish(
-        self, ref: AttemptRef, held: _Held, sampled: Sampled, row: int, now: float
-    ) -> None:
+    def _finish(self, ref: AttemptRef, held: _Held, sampled: Sampled, row: int, now: float) -> None:
         token_id = sampled.token_ids[row]
         reason = finish_reason(held.request.stop, token_id, 1)
         hand_off = HandOff(token_id=token_id, finish_reason=reason)
@@ -328,9 +329,7 @@ class PrefillLoop:
             self._scheduler.cancel(ref)
         else:
             self._scheduler.reject(ref)
-        self._held[ref].push.abort(
-            reason, lambda: self._inbox.put(lambda: self._release(ref))
-        )
+        self._held[ref].push.abort(reason, lambda: self._inbox.put(lambda: self._release(ref)))
 
     def _release(self, ref: AttemptRef) -> None:
         if self._held.pop(ref, None) is not None:

@@ -30,12 +30,10 @@ class PrefixFeed:
     def take(self, snapshot: bool) -> PrefixEvents | None:
         """What changed since the last report, or all that is cached; None when nothing changed."""
         with self._lock:
-            if snapshot:
-                stored, removed = tuple(self._known), ()
-            elif self._stored or self._removed:
-                stored, removed = tuple(self._stored), tuple(self._removed)
-            else:
+            if not snapshot and not self._stored and not self._removed:
                 return None
+            stored = tuple(self._known if snapshot else self._stored)
+            removed = () if snapshot else tuple(self._removed)
             self._stored.clear()
             self._removed.clear()
             self._sequence += 1

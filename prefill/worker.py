@@ -66,7 +66,7 @@ def run(settings: PrefillSettings) -> int:
     return 0
 
 
-def _make_engine(
+def _make_engine(  # noqa: PLR0917  partially applied
     settings: PrefillSettings,
     loaded: LoadedModel,
     device: torch.device,

@@ -12,16 +12,16 @@ import msgspec
 import torch
 
 from decode.intake import Intake
-from decode.lockstep import StepRow
 from decode.loop import DecodeLoop
 from decode.scheduler import DecodeScheduler
 from decode.swap import SwapSpace
-from engine.collectives import ExpertGroup
+from engine.collectives import ExpertGroup, StepGroup
 from engine.kvcache.block_pool import BlockPool
 from engine.kvcache.prefix_index import PrefixIndex
 from engine.kvcache.storage import KVStorage
 from engine.loading import LoadedModel, load
 from engine.model_runner import ModelRunner
+from engine.rendezvous import form_group
 from engine.sampling.sampler import Sampler
 from kvtransfer.memory import allocate_shared, buffer, wrap
 from kvtransfer.sink import make_sink
@@ -95,19 +95,6 @@ class Gateway:
             assert self._changed.wait_for(lambda: condition(self), WAIT_S), vars(self)
 
 
-class Alone:
-    """The group of a single rank, as ``engine.collectives`` forms it, without its start-up."""
-
-    epoch = 1
-
-    def exchange(self, row: StepRow) -> list[StepRow]:
-        return [row]
-
-    def begin_step(self, tokens_of_rank: tuple[int, ...]) -> None: ...
-
-    def close(self) -> None: ...
-
-
 @dataclass(kw_only=True)
 class Pair:
     model: LoadedModel
@@ -118,7 +105,9 @@ class Pair:
     gateway: Gateway = field(default_factory=Gateway)
     requests: int = 0
 
-    def a_request(self, prompt: Iterable[int], max_tokens: int, **sampling: float) -> GenerateRequest:
+    def a_request(
+        self, prompt: Iterable[int], max_tokens: int, **sampling: float
+    ) -> GenerateRequest:
         self.requests += 1
         params = SamplingParams(**({"temperature": 0.0} | sampling))  # type: ignore[arg-type]
         return GenerateRequest(
@@ -189,7 +178,9 @@ def running_pair(
 
     gateway = Gateway()
     model = loaded(0)
-    prefill, prefill_scheduler = _prefill(model, gateway, prefill_blocks, max_batch_tokens, transport)
+    prefill, prefill_scheduler = _prefill(
+        model, gateway, prefill_blocks, max_batch_tokens, transport
+    )
     decode, decode_scheduler = _decode(
         loaded(split_dense_experts) if split_dense_experts else model, gateway, decode_blocks
     )
@@ -248,16 +239,25 @@ def _prefill(
     return loop, scheduler
 
 
+def alone(last_epoch: int) -> StepGroup:
+    return form_group(
+        0,
+        1,
+        "127.0.0.1:0",
+        device=torch.device("cpu"),
+        deadline_s=WAIT_S,
+        last_epoch=last_epoch,
+    )
+
+
 def _decode(
     model: LoadedModel, gateway: Gateway, num_blocks: int
 ) -> tuple[DecodeLoop, DecodeScheduler]:
     worker = WorkerRef(WorkerId("decode-0/0"), new_incarnation())
     memory = allocate_shared(model.layout, num_blocks)
-    storage = KVStorage(
-        model.layout, num_blocks, device=torch.device("cpu"), buffer=buffer(memory)
-    )
+    storage = KVStorage(model.layout, num_blocks, device=torch.device("cpu"), buffer=buffer(memory))
     scheduler = DecodeScheduler(BlockPool(num_blocks), block_tokens=BLOCK_TOKENS, max_batch=32)
-    sink = make_sink(memory, worker, lambda event: loop.post_transfer(event))
+    sink = make_sink(memory, worker, lambda event: loop.post_transfer(event))  # noqa: PLW0108
     loop = DecodeLoop(
         worker=worker,
         scheduler=scheduler,
@@ -272,7 +272,7 @@ def _decode(
         swap=SwapSpace(storage),
         runner=ModelRunner(model.model, storage),
         sampler=Sampler(model.config.vocab_size, "cpu"),
-        form_group=lambda _stop: Alone(),
+        form_group=lambda last_epoch, _given_up: alone(last_epoch),
         outbox=gateway,  # type: ignore[arg-type]
         on_membership=lambda: None,
         device=torch.device("cpu"),

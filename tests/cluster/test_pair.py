@@ -54,7 +54,9 @@ def test_dense_layers_split_into_experts_give_the_same_tokens(tiny_checkpoint: C
         assert got == reference(folder, prompt, NEW_TOKENS)
 
 
-def test_a_second_prompt_with_the_same_beginning_computes_only_the_rest(tiny_checkpoint: Checkpoints) -> None:
+def test_a_second_prompt_with_the_same_beginning_computes_only_the_rest(
+    tiny_checkpoint: Checkpoints,
+) -> None:
     folder = tiny_checkpoint("llama")
     with running_pair(folder) as pair:
         (prompt,) = prompts(pair.model.config.vocab_size, [70])
@@ -66,7 +68,9 @@ def test_a_second_prompt_with_the_same_beginning_computes_only_the_rest(tiny_che
         assert pair.gateway.cached[again] == 70 // BLOCK_TOKENS * BLOCK_TOKENS
 
 
-def test_requests_that_outgrow_the_blocks_are_preempted_and_still_right(tiny_checkpoint: Checkpoints) -> None:
+def test_requests_that_outgrow_the_blocks_are_preempted_and_still_right(
+    tiny_checkpoint: Checkpoints,
+) -> None:
     folder = tiny_checkpoint("llama")
     with running_pair(folder, decode_blocks=9) as pair:
         asked = prompts(pair.model.config.vocab_size, [20, 24, 28])
@@ -76,7 +80,9 @@ def test_requests_that_outgrow_the_blocks_are_preempted_and_still_right(tiny_che
         pair.assert_nothing_is_held()
 
 
-def test_a_request_of_one_token_ends_at_prefill_and_frees_its_grant(tiny_checkpoint: Checkpoints) -> None:
+def test_a_request_of_one_token_ends_at_prefill_and_frees_its_grant(
+    tiny_checkpoint: Checkpoints,
+) -> None:
     with running_pair(tiny_checkpoint("llama")) as pair:
         (prompt,) = prompts(pair.model.config.vocab_size, [20])
         ref = pair.start(pair.a_request(prompt, 1))
@@ -98,7 +104,9 @@ def test_a_cancel_at_any_moment_frees_everything(tiny_checkpoint: Checkpoints) -
         pair.assert_nothing_is_held()
 
 
-def test_a_prompt_that_the_engine_must_not_see_is_refused_and_nothing_is_held(tiny_checkpoint: Checkpoints) -> None:
+def test_a_prompt_that_the_engine_must_not_see_is_refused_and_nothing_is_held(
+    tiny_checkpoint: Checkpoints,
+) -> None:
     with running_pair(tiny_checkpoint("llama")) as pair:
         ref = pair.start(pair.a_request([1, 10**6], 4))
         pair.gateway.wait_for(lambda g: ref in g.failed)
