@@ -34,6 +34,7 @@ from protocol.errors import ProtocolError, TransferError, TransferTimeout
 from protocol.ids import BlockId, Generation
 from protocol.kv import Grant, KVLayout
 
+_LISTEN_BYTES = 4 * 1024 * 1024  # how much is sent before a look at what the peer has said
 OnFinished = Callable[[TransferError | None], None]
 
 
@@ -110,10 +111,13 @@ class Channel:
         self._lock = threading.Lock()  # over the queue and _ended, so that no command is lost
         self._queue: deque[tuple[Pushing, Command | None]] = deque()
         self._ended: TransferError | None = None
+        self._asleep = False  # or about to be; a command that is queued then wakes the thread
         self._closing = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._pushes: dict[Generation, Pushing] = {}
         self._inbox = bytearray()
+        self._unit = layout.layer_block_bytes
+        self._unheard_bytes = 0
         self._thread = threading.Thread(target=self._run, name=f"kv-out-{name}", daemon=True)
         self._thread.start()
 
@@ -141,7 +145,9 @@ class Channel:
             if self._ended is not None:
                 return False
             self._queue.append((push, command))
-            os.eventfd_write(self._wake, 1)
+            if self._asleep:
+                self._asleep = False
+                os.eventfd_write(self._wake, 1)
             return True
 
     def _run(self) -> None:
@@ -180,13 +186,17 @@ class Channel:
         poller.register(line.sock, select.POLLIN)
         poller.register(self._wake, select.POLLIN)
         while not self._closing:
-            poller.poll(self._wait_ms())
+            with self._lock:
+                self._asleep = not self._queue
+            poller.poll(self._wait_ms() if self._asleep else 0)
+            self._asleep = False
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake)
             self._listen(line)
             while self._queue:
                 push, command = self._queue.popleft()
                 self._execute(line, push, command)
+            line.outlet.flush()
             self._expire(line)
         return TransferError("the prefill worker is shutting down")
 
@@ -200,11 +210,13 @@ class Channel:
         if command is None:
             self._pushes[push.grant.generation] = push
             push.deadline = time.monotonic() + self._limits.open_s
-            self._say(line, push, Kind.OPEN, encode_attempt(push.grant.ref))
+            self._say(line, push.grant.generation, Kind.OPEN, encode_attempt(push.grant.ref))
         elif push.state == "ended":
             _answer(command, push.error)
         elif isinstance(command, Abort):
-            self._say(line, push, Kind.ABORT, encode_error(TransferError(command.reason)))
+            self._say(
+                line, push.grant.generation, Kind.ABORT, encode_error(TransferError(command.reason))
+            )
             self._fail(push, TransferError(command.reason))
             command.on_done()
         elif push.state == "opening":
@@ -214,7 +226,7 @@ class Channel:
         else:
             push.state, push.on_finished = "finishing", command.on_done
             push.deadline = time.monotonic() + self._limits.commit_s
-            self._say(line, push, Kind.FINISH, command.payload)
+            self._say(line, push.grant.generation, Kind.FINISH, command.payload)
 
     def _send(self, line: Line, push: Pushing, send: Send) -> None:
         chunk, granted = send.chunk, push.grant.block_ids
@@ -226,9 +238,12 @@ class Channel:
             max_bytes=self._limits.frame_bytes,
         )
         for piece in pieces:
-            self._listen(line)  # a CANCEL that has come meanwhile ends the push here
+            if self._unheard_bytes >= _LISTEN_BYTES:
+                self._unheard_bytes = 0
+                self._listen(line)  # a CANCEL that has come meanwhile ends the push here
             if push.state != "open" or self._closing:
                 return
+            self._unheard_bytes += piece.num_layers * piece.num_blocks * self._unit
             first = piece.first_block - chunk.first_block
             line.outlet.write(
                 push.grant.generation,
@@ -264,8 +279,7 @@ class Channel:
             error = decode_error(payload)
             if push is not None:
                 self._fail(push, error)
-            drained = control(Kind.DRAINED, frame.generation, line.outgoing, encode_error(error))
-            send_all(line.sock, [drained], self._limits.stall_s)
+            self._say(line, frame.generation, Kind.DRAINED, encode_error(error))
         elif push is None:
             return
         elif frame.kind is Kind.OPENED and push.state == "opening":
@@ -286,11 +300,12 @@ class Channel:
         for push in [push for push in self._pushes.values() if push.deadline <= now]:
             waited_for = "committed" if push.state == "finishing" else "opened"
             error = TransferTimeout(f"the decode rank has not {waited_for} the grant in time")
-            self._say(line, push, Kind.ABORT, encode_error(error))
+            self._say(line, push.grant.generation, Kind.ABORT, encode_error(error))
             self._fail(push, error)
 
-    def _say(self, line: Line, push: Pushing, kind: Kind, payload: bytes) -> None:
-        frame = control(kind, push.grant.generation, line.outgoing, payload)
+    def _say(self, line: Line, generation: Generation, kind: Kind, payload: bytes) -> None:
+        line.outlet.flush()
+        frame = control(kind, generation, line.outgoing, payload)
         send_all(line.sock, [frame], self._limits.stall_s)
 
     def _fail(self, push: Pushing, error: TransferError) -> None:

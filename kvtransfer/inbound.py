@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from kvtransfer import shm, tcp
-from kvtransfer.checksum import Checksum, crc32_of
+from kvtransfer.checksum import Checksum, ChecksumChoice, chunk_crc
 from kvtransfer.frames import FROM_SOURCE, Frame, Kind, Seal, check_tag, control, decode
 from kvtransfer.handshake import Admitted, admit
 from kvtransfer.inlet import Inlet, Reader
@@ -20,7 +20,7 @@ from kvtransfer.interface import KVMemory
 from kvtransfer.ledger import ConnectionId, GrantLedger, Notice, NoticeKind, Step
 from kvtransfer.limits import TransferLimits
 from kvtransfer.memory import buffer
-from kvtransfer.plan import Chunk, extents
+from kvtransfer.plan import Chunk, Geometry
 from kvtransfer.reports import decode_attempt, decode_error, encode_error
 from protocol.errors import ProtocolError, ServingError, TransferError
 from protocol.ids import BlockId, Generation, WorkerRef
@@ -44,7 +44,7 @@ class LedgerOwner(Protocol):
     @property
     def cluster_key(self) -> bytes | None: ...
     @property
-    def checksum(self) -> Checksum: ...
+    def checksum(self) -> ChecksumChoice: ...
     @property
     def limits(self) -> TransferLimits: ...
 
@@ -65,6 +65,9 @@ class Inbound:
         self._sink = sink
         self._number = number
         self._one_sided = one_sided
+        self._checksum = _checksum(sink.checksum, one_sided=one_sided)
+        self._view = buffer(sink.memory)
+        self._geometry = Geometry(sink.memory.layout, sink.memory.num_blocks)
         self._sock = sock
         self._outgoing = Seal(None)
         self._thread = threading.Thread(target=self._run, name=f"kv-in-{number}", daemon=True)
@@ -113,7 +116,7 @@ class Inbound:
                 decode=sink.worker,
                 layout_digest=memory.layout.digest(),
                 num_blocks=memory.num_blocks,
-                checksum=sink.checksum,
+                checksum=self._checksum,
                 cluster_key=sink.cluster_key,
                 timeout_s=sink.limits.handshake_s,
             )
@@ -143,13 +146,14 @@ class Inbound:
         self._sink.apply(lambda ledger: ledger.connection_lost(self._number, lost))
 
     def _serve(self, reader: Reader, admitted: Admitted) -> None:
-        memory = self._sink.memory
-        inlet: Inlet = shm.ShmInlet() if self._one_sided else tcp.TcpInlet(reader, memory)
+        inlet: Inlet = shm.ShmInlet()
+        if not self._one_sided:
+            inlet = tcp.TcpInlet(reader, self._sink.memory)
         while (header := reader.header()) is not None:
             frame = decode(header, FROM_SOURCE)
             if frame.kind is Kind.CHUNK:
                 check_tag(header, b"", admitted.incoming)
-                self._take_chunk(frame, inlet, memory)
+                self._take_chunk(frame, inlet)
             else:
                 payload = reader.payload(frame.length)
                 check_tag(header, payload, admitted.incoming)
@@ -165,9 +169,9 @@ class Inbound:
         error = decode_error(payload)
         return lambda ledger: ledger.source_stopped(generation, error, connection=number)
 
-    def _take_chunk(self, frame: Frame, inlet: Inlet, memory: KVMemory) -> None:
+    def _take_chunk(self, frame: Frame, inlet: Inlet) -> None:
         sink, generation, chunk = self._sink, frame.generation, frame.chunk
-        unit = memory.layout.layer_block_bytes
+        unit = self._geometry.unit
         if frame.length != chunk.num_layers * chunk.num_blocks * unit:
             raise ProtocolError("a chunk's length is not that of its blocks", bytes=frame.length)
         if frame.length > max(MAX_CHUNK_BYTES, unit):
@@ -176,15 +180,15 @@ class Inbound:
         if blocks is None:
             inlet.discard(frame.length)
             return
-        places = extents(
-            memory.layout,
-            first_layer=chunk.first_layer,
-            num_layers=chunk.num_layers,
-            blocks=blocks,
-            num_blocks=memory.num_blocks,
-        )
+        places = self._geometry.extents(chunk, blocks)
         complete = inlet.receive(places, lambda: sink.may_copy(generation))
-        intact = True
-        if complete and sink.checksum == "full":
-            intact = crc32_of(buffer(memory), places) == frame.crc
+        intact = not complete or frame.crc == chunk_crc(
+            self._checksum, self._view, self._geometry, chunk, blocks
+        )
         sink.apply(lambda ledger: ledger.end_chunk(generation, chunk, intact=intact))
+
+
+def _checksum(choice: ChecksumChoice, *, one_sided: bool) -> Checksum:
+    if choice == "auto":
+        return "sampled" if one_sided else "full"
+    return choice

@@ -30,6 +30,10 @@ class Outlet(Protocol):
         """
         ...
 
+    def flush(self) -> None:
+        """Announce all that has been written; due before any control frame. Raises as ``write``."""
+        ...
+
 
 def send_all(sock: socket.socket, buffers: Sequence[bytes | memoryview], stall_s: float) -> None:
     """Send every byte, straight from where it lies. ``sock`` is non-blocking.

@@ -11,6 +11,8 @@ from typing import NamedTuple
 from protocol.ids import BlockId
 from protocol.kv import KVLayout
 
+Extent = tuple[int, int]  # (offset, length): bytes of one rank's memory
+
 
 class Chunk(NamedTuple):
     """Layers ``first_layer ...`` of the grant's blocks ``first_block ...``."""
@@ -21,19 +23,58 @@ class Chunk(NamedTuple):
     num_blocks: int
 
 
-class Extent(NamedTuple):
-    """``length`` bytes at ``offset`` of one rank's memory."""
-
-    offset: int
-    length: int
-
-
-class Span(NamedTuple):
-    """``length`` bytes, contiguous at both ends."""
+class Run(NamedTuple):
+    """``length`` blocks that follow each other in memory at both ends."""
 
     source: int
-    destination: int
+    target: int
     length: int
+
+
+def chunks(
+    layout: KVLayout, *, layers: range, first_block: int, num_blocks: int, max_bytes: int
+) -> Iterator[Chunk]:
+    """Cut a rectangle into chunks of at most ``max_bytes``, or of one block of one layer.
+
+    Whole layers are kept together where they fit, so that runs of blocks stay long.
+    """
+    if not layers or not num_blocks:
+        return
+    unit = layout.layer_block_bytes
+    blocks_per_chunk = min(num_blocks, max(1, max_bytes // unit))
+    layers_per_chunk = max(1, max_bytes // (num_blocks * unit))
+    for layer in range(layers.start, layers.stop, layers_per_chunk):
+        for block in range(0, num_blocks, blocks_per_chunk):
+            yield Chunk(
+                layer,
+                min(layers_per_chunk, layers.stop - layer),
+                first_block + block,
+                min(blocks_per_chunk, num_blocks - block),
+            )
+
+
+def runs(source_blocks: Sequence[BlockId], target_blocks: Sequence[BlockId]) -> list[Run]:
+    """Pair blocks in order, neighbours merged where both sides are contiguous.
+
+    Raises:
+        ValueError: the two sides do not name the same number of blocks.
+    """
+    if len(source_blocks) != len(target_blocks):
+        raise ValueError(f"{len(source_blocks)} source blocks for {len(target_blocks)} blocks")
+    if _is_contiguous(source_blocks) and _is_contiguous(target_blocks):
+        return [Run(source_blocks[0], target_blocks[0], len(source_blocks))]
+    found: list[Run] = []
+    first_source = first_target = length = 0
+    for source, target in zip(source_blocks, target_blocks, strict=True):
+        if length and source == first_source + length and target == first_target + length:
+            length += 1
+            continue
+        if length:
+            found.append(Run(first_source, first_target, length))
+        first_source, first_target, length = source, target, 1
+    if length:
+        found.append(Run(first_source, first_target, length))
+    return found
 
 
 def check_blocks(blocks: Sequence[BlockId], num_blocks: int, *, side: str) -> None:
@@ -55,80 +96,42 @@ def check_layers(layers: range, layout: KVLayout) -> None:
         raise ValueError(f"layers {layers} are not within 0 ... {layout.num_layers - 1}")
 
 
-def chunks(
-    layout: KVLayout, *, layers: range, first_block: int, num_blocks: int, max_bytes: int
-) -> Iterator[Chunk]:
-    """Cut a rectangle into chunks of at most ``max_bytes``, or of one block of one layer.
+class Geometry:
+    """Where one rank keeps its blocks. Layers and blocks that come here are in range already."""
 
-    Whole layers are kept together where they fit, so that runs of blocks stay long.
-    """
-    if not layers or not num_blocks:
-        return
-    check_layers(layers, layout)
-    blocks_per_chunk = min(num_blocks, max(1, max_bytes // layout.layer_block_bytes))
-    layer_bytes = num_blocks * layout.layer_block_bytes
-    layers_per_chunk = max(1, max_bytes // layer_bytes) if blocks_per_chunk == num_blocks else 1
-    for layer in range(layers.start, layers.stop, layers_per_chunk):
-        for block in range(0, num_blocks, blocks_per_chunk):
-            yield Chunk(
-                layer,
-                min(layers_per_chunk, layers.stop - layer),
-                first_block + block,
-                min(blocks_per_chunk, num_blocks - block),
-            )
+    __slots__ = ("layer_bytes", "num_blocks", "num_layers", "unit")
 
+    def __init__(self, layout: KVLayout, num_blocks: int) -> None:
+        self.unit = layout.layer_block_bytes  # bytes of one block of one layer
+        self.num_layers = layout.num_layers
+        self.num_blocks = num_blocks
+        self.layer_bytes = num_blocks * self.unit
 
-def extents(
-    layout: KVLayout,
-    *,
-    first_layer: int,
-    num_layers: int,
-    blocks: Sequence[BlockId],
-    num_blocks: int,
-) -> list[Extent]:
-    """Where one side keeps the chunk of these blocks, in the chunk's order, neighbours merged.
+    def extents(self, chunk: Chunk, blocks: Sequence[BlockId]) -> list[Extent]:
+        """The bytes of the chunk that is in these blocks, in its order, neighbours merged."""
+        if _is_contiguous(blocks):
+            at, size = blocks[0] * self.unit, len(blocks) * self.unit
+            if size == self.layer_bytes:
+                return [(chunk.first_layer * size, chunk.num_layers * size)]
+            return [(start + at, size) for start in self._layers(chunk)]
+        pieces = [(run.source * self.unit, run.length * self.unit) for run in runs(blocks, blocks)]
+        return [(start + at, size) for start in self._layers(chunk) for at, size in pieces]
 
-    Raises:
-        ValueError: a layer or block is out of range.
-    """
-    check_layers(range(first_layer, first_layer + num_layers), layout)
-    check_blocks(blocks, num_blocks, side="a")
-    unit = layout.layer_block_bytes
-    runs: list[Extent] = []
-    for block in blocks:
-        if runs and runs[-1].offset + runs[-1].length == block * unit:
-            runs[-1] = Extent(runs[-1].offset, runs[-1].length + unit)
-        else:
-            runs.append(Extent(block * unit, unit))
-    layer_bytes = num_blocks * unit
-    found: list[Extent] = []
-    for layer in range(first_layer, first_layer + num_layers):
-        base = layer * layer_bytes
-        for offset, length in runs:
-            if found and found[-1].offset + found[-1].length == base + offset:
-                found[-1] = Extent(found[-1].offset, found[-1].length + length)
-            else:
-                found.append(Extent(base + offset, length))
-    return found
+    def sample(self, chunk: Chunk, blocks: Sequence[BlockId]) -> list[Extent]:
+        """One block of each layer of the chunk, another one from layer to layer."""
+        unit, count, layer = self.unit, len(blocks), chunk.first_layer
+        return [
+            (start + blocks[(layer + i) % count] * unit, unit)
+            for i, start in enumerate(self._layers(chunk))
+        ]
+
+    def _layers(self, chunk: Chunk) -> range:
+        first = chunk.first_layer * self.layer_bytes
+        return range(first, first + chunk.num_layers * self.layer_bytes, self.layer_bytes)
 
 
-def spans(source: Sequence[Extent], destination: Sequence[Extent]) -> list[Span]:
-    """The copies that carry a chunk from one side's extents to the other's.
-
-    Raises:
-        ValueError: the two sides do not hold the same number of bytes.
-    """
-    if sum(extent.length for extent in source) != sum(extent.length for extent in destination):
-        raise ValueError("the two sides of a chunk hold different numbers of bytes")
-    found: list[Span] = []
-    sources = iter(source)
-    here, left = 0, 0
-    for offset, length in destination:
-        there, wanted = offset, length
-        while wanted:
-            if not left:
-                here, left = next(sources)
-            step = min(left, wanted)
-            found.append(Span(here, there, step))
-            here, there, left, wanted = here + step, there + step, left - step, wanted - step
-    return found
+def _is_contiguous(blocks: Sequence[BlockId]) -> bool:
+    count = len(blocks)
+    if not count or blocks[-1] - blocks[0] != count - 1:
+        return False
+    return list(blocks) == list(range(blocks[0], blocks[0] + count))

@@ -7,26 +7,27 @@ source's DRAINED, or after the end of the connection, which the source closes on
 stopped writing. The kernel unmaps a killed process's memory before it closes its sockets.
 """
 
-import ctypes
 import fcntl
 import os
 import secrets
 import socket
 from collections.abc import Callable, Sequence
 
-from isal.isal_zlib import crc32
+import numpy as np
+import numpy.typing as npt
 
-from kvtransfer.checksum import PIECE_BYTES
+from kvtransfer.checksum import chunk_crc
 from kvtransfer.frames import Frame, Kind, encode
 from kvtransfer.handshake import Connected
 from kvtransfer.interface import Fence, KVMemory
 from kvtransfer.memory import buffer, map_shared
 from kvtransfer.outlet import send_all
-from kvtransfer.plan import Chunk, Extent, extents, spans
+from kvtransfer.plan import Chunk, Extent, Geometry, check_blocks, runs
 from protocol.errors import TransferError
 from protocol.ids import BlockId, Generation
 
 FENCE: Fence = "one_sided"
+_ANNOUNCE_BYTES = 4 * 1024 * 1024  # waking the other process costs as much as copying 100 KB
 
 
 def listen() -> tuple[socket.socket, str]:
@@ -82,13 +83,18 @@ class ShmOutlet:
     def __init__(
         self, sock: socket.socket, memory: KVMemory, connected: Connected, stall_s: float
     ) -> None:
+        target = map_shared(memory.layout, connected.num_blocks, _receive_fd(sock))
         self._sock = sock
-        self._source = memory
         self._seal = connected.outgoing
         self._checksum = connected.checksum
         self._stall_s = stall_s
-        self._target = map_shared(memory.layout, connected.num_blocks, _receive_fd(sock))
         self._view = buffer(memory)
+        self._geometry = Geometry(memory.layout, memory.num_blocks)
+        self._target_blocks = target.num_blocks
+        self._rows = _rows(memory)
+        self._target_rows = _rows(target)
+        self._notices: list[bytes] = []
+        self._unannounced_bytes = 0
 
     def write(
         self,
@@ -97,28 +103,32 @@ class ShmOutlet:
         source_blocks: Sequence[BlockId],
         target_blocks: Sequence[BlockId],
     ) -> None:
-        layout = self._source.layout
-        rows = {"first_layer": chunk.first_layer, "num_layers": chunk.num_layers}
-        here = extents(layout, blocks=source_blocks, num_blocks=self._source.num_blocks, **rows)
-        there = extents(layout, blocks=target_blocks, num_blocks=self._target.num_blocks, **rows)
-        crc = num_bytes = 0
-        for source, destination, length in spans(here, there):
-            crc = self._copy(source, destination, length, crc)
-            num_bytes += length
-        frame = Frame(Kind.CHUNK, generation, chunk, num_bytes, crc)
-        send_all(self._sock, [encode(frame, self._seal)], self._stall_s)
+        check_blocks(target_blocks, self._target_blocks, side="granted")
+        unit = self._geometry.unit
+        first, last = chunk.first_layer, chunk.first_layer + chunk.num_layers
+        source, target = self._rows, self._target_rows
+        for here, there, count in runs(source_blocks, target_blocks):
+            np.copyto(
+                target[first:last, there * unit : (there + count) * unit],
+                source[first:last, here * unit : (here + count) * unit],
+            )
+        crc = chunk_crc(self._checksum, self._view, self._geometry, chunk, source_blocks)
+        length = chunk.num_layers * chunk.num_blocks * unit
+        notice = Frame(Kind.CHUNK, generation, chunk, length, crc)
+        self._notices.append(encode(notice, self._seal))
+        self._unannounced_bytes += length
+        if self._unannounced_bytes >= _ANNOUNCE_BYTES:
+            self.flush()
 
-    def _copy(self, source: int, destination: int, length: int, crc: int) -> int:
-        """Copies, and with a checksum reads each piece again while the core still has it."""
-        to, here = self._target.address + destination, self._source.address + source
-        if self._checksum == "off":
-            ctypes.memmove(to, here, length)
-            return 0
-        for at in range(0, length, PIECE_BYTES):
-            step = min(PIECE_BYTES, length - at)
-            ctypes.memmove(to + at, here + at, step)
-            crc = crc32(self._view[source + at : source + at + step], crc)
-        return crc
+    def flush(self) -> None:
+        if self._notices:
+            notices, self._notices, self._unannounced_bytes = self._notices, [], 0
+            send_all(self._sock, notices, self._stall_s)
+
+
+def _rows(memory: KVMemory) -> npt.NDArray[np.uint8]:
+    """(layers, bytes of a layer): one copy moves a run of blocks of several layers."""
+    return np.frombuffer(buffer(memory), np.uint8).reshape(memory.layout.num_layers, -1)
 
 
 def _receive_fd(sock: socket.socket) -> int:

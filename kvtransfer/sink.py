@@ -18,7 +18,7 @@ from dataclasses import asdict
 from typing import Literal
 
 from kvtransfer import shm, tcp
-from kvtransfer.checksum import Checksum
+from kvtransfer.checksum import ChecksumChoice
 from kvtransfer.inbound import Inbound
 from kvtransfer.interface import KVMemory, OnSinkEvent
 from kvtransfer.ledger import ConnectionId, GrantLedger, Step
@@ -47,7 +47,7 @@ def make_sink(
     port: int = 0,
     advertise_host: str | None = None,
     cluster_key: bytes | None = None,
-    checksum: Checksum = "full",
+    checksum: ChecksumChoice = "auto",
     limits: TransferLimits | None = None,
 ) -> "Sink":
     """A sink that listens already. ``shm`` is left out where ``memory`` cannot be shared.
@@ -99,13 +99,13 @@ class Sink:
         listeners: dict[Transport, socket.socket],
         endpoint: KVEndpoint,
         cluster_key: bytes | None,
-        checksum: Checksum,
+        checksum: ChecksumChoice,
         limits: TransferLimits,
     ) -> None:
         self.memory = memory
         self.worker = worker
         self.cluster_key = cluster_key
-        self.checksum: Checksum = checksum
+        self.checksum: ChecksumChoice = checksum
         self.limits = limits
         self._endpoint = endpoint
         self._on_event = on_event

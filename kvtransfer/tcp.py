@@ -9,14 +9,14 @@ thrown away, and an aborted grant is quiet as soon as the receiver has looked.
 import socket
 from collections.abc import Callable, Sequence
 
-from kvtransfer.checksum import crc32_of
+from kvtransfer.checksum import chunk_crc
 from kvtransfer.frames import Frame, Kind, encode
 from kvtransfer.handshake import Connected
 from kvtransfer.inlet import Reader
 from kvtransfer.interface import Fence, KVMemory
 from kvtransfer.memory import buffer
 from kvtransfer.outlet import send_all
-from kvtransfer.plan import Chunk, Extent, extents
+from kvtransfer.plan import Chunk, Extent, Geometry
 from protocol.ids import BlockId, Generation
 
 FENCE: Fence = "receiver_checked"
@@ -71,8 +71,8 @@ class TcpOutlet:
         self, sock: socket.socket, memory: KVMemory, connected: Connected, stall_s: float
     ) -> None:
         self._sock = sock
-        self._memory = memory
         self._view = buffer(memory)
+        self._geometry = Geometry(memory.layout, memory.num_blocks)
         self._seal = connected.outgoing
         self._checksum = connected.checksum
         self._stall_s = stall_s
@@ -84,18 +84,16 @@ class TcpOutlet:
         source_blocks: Sequence[BlockId],
         target_blocks: Sequence[BlockId],
     ) -> None:
-        places = extents(
-            self._memory.layout,
-            first_layer=chunk.first_layer,
-            num_layers=chunk.num_layers,
-            blocks=source_blocks,
-            num_blocks=self._memory.num_blocks,
-        )
-        crc = crc32_of(self._view, places) if self._checksum == "full" else 0
-        length = sum(place.length for place in places)
+        geometry = self._geometry
+        crc = chunk_crc(self._checksum, self._view, geometry, chunk, source_blocks)
+        length = chunk.num_layers * chunk.num_blocks * geometry.unit
         header = encode(Frame(Kind.CHUNK, generation, chunk, length, crc), self._seal)
+        places = geometry.extents(chunk, source_blocks)
         pages = [self._view[offset : offset + size] for offset, size in places]
         send_all(self._sock, [header, *pages], self._stall_s)
+
+    def flush(self) -> None:
+        """Nothing is held back."""
 
 
 class TcpInlet:
