@@ -9,8 +9,8 @@ from kvtransfer.plan import Chunk, Extent, Geometry
 from protocol.ids import BlockId
 
 Checksum = Literal["full", "sampled", "off"]
-"""``full``: both ends read every byte once more. ``sampled``: one block of each layer of each
-chunk, which finds bytes in the wrong place but not a flipped bit. ``off``: nothing is read."""
+"""``full``: both ends read every byte once more. ``sampled``: 4 KB of each layer of each chunk,
+which finds bytes in the wrong place but not a flipped bit. ``off``: nothing is read."""
 ChecksumChoice = Literal["auto", "full", "sampled", "off"]
 """``auto``: full where bytes cross a wire, sampled where one machine copies its own memory."""
 

@@ -110,7 +110,7 @@ class Inbound:
         sink, memory = self._sink, self._sink.memory
         try:
             if not self._one_sided:
-                tcp.tune(self._sock)
+                tcp.tune(self._sock, sink.limits.socket_buffer_bytes)
             admitted = admit(
                 self._sock,
                 decode=sink.worker,

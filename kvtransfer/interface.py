@@ -4,8 +4,8 @@ Bytes flow one way, prefill to decode. A grant's chunks, its finish and its abor
 ordered connection per pair of workers, so nothing can overtake anything. A transport says with
 ``fence`` whether the receiver can refuse late bytes: ``receiver_checked`` (tcp: it copies each
 frame itself) or ``one_sided`` (shm: the sender writes into the granted pages). Both run the same
-state machine; what differs is when a page of an aborted grant is proven quiet
-(``facts``: a timeout is never proof).
+state machine; what differs is when a page of an aborted grant is proven quiet. A timeout is
+never proof.
 """
 
 from collections.abc import Callable, Sequence
@@ -40,7 +40,9 @@ class KVMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Committed:
-    """Every byte of the grant has arrived and matched, and prefill has said that it is done."""
+    """Every block of the grant has arrived, each chunk has matched its checksum, and prefill has
+    said that it is done.
+    """
 
     ref: AttemptRef
     generation: Generation
@@ -75,13 +77,18 @@ class KVSink(Protocol):
     def endpoint(self) -> KVEndpoint: ...
 
     def expect(self, grant: Grant) -> None:
-        """Accept chunks for ``grant`` from now on. Thread-safe, returns at once."""
+        """Accept chunks for ``grant`` from now on. Thread-safe, returns at once.
+
+        Raises:
+            ValueError: the grant is not this rank's or names blocks that it cannot name.
+        """
         ...
 
     def abort(self, grant: Grant) -> None:
-        """Accept nothing more for ``grant``; ``Quiet`` follows when that is proven.
+        """Accept nothing more for ``grant``. Thread-safe, returns at once.
 
-        After ``Committed`` there is nothing to abort and no event follows.
+        ``Quiet`` follows once, when it is proven, maybe from within this call; also where the
+        grant has committed meanwhile. No ``Quiet`` follows where one has been reported before.
         """
         ...
 
@@ -94,10 +101,12 @@ class Push(Protocol):
     def send(self, layers: range, first_block: int, source_blocks: Sequence[BlockId]) -> None:
         """Queue the given layers of grant blocks ``first_block ...``; returns at once.
 
-        ``source_blocks`` must stay unchanged until ``finish`` or ``abort`` has completed.
+        ``source_blocks`` must stay unchanged until ``finish`` or ``abort`` has completed, which
+        one of them must be called for every push, also after an error.
 
         Raises:
             TransferError: the connection is down or the peer has aborted the grant.
+            ValueError: layers or blocks out of range.
         """
         ...
 
@@ -116,15 +125,18 @@ class KVSource(Protocol):
     """The prefill side: opens a push over the best transport that both ends have."""
 
     def open(self, grant: Grant) -> Push:
-        """
+        """Returns at once: what goes wrong with connecting shows at the push.
+
         Raises:
             LayoutMismatch: the two ends' layouts differ.
-            TransferError: no transport reaches the decode rank.
+            TransferError: the two ends have no transport in common.
         """
         ...
 
     def close(self) -> None: ...
 
 
-OnSinkEvent = Callable[[SinkEvent], None]  # called from transport threads; must not block
+OnSinkEvent = Callable[[SinkEvent], None]
+"""Called one at a time, from transport threads and from within ``abort``; must not block."""
+
 MakeSink = Callable[[KVMemory, WorkerRef, OnSinkEvent], KVSink]

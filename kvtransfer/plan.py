@@ -11,6 +11,7 @@ from typing import NamedTuple
 from protocol.ids import BlockId
 from protocol.kv import KVLayout
 
+SAMPLE_BYTES = 4096
 Extent = tuple[int, int]  # (offset, length): bytes of one rank's memory
 
 
@@ -118,10 +119,11 @@ class Geometry:
         return [(start + at, size) for start in self._layers(chunk) for at, size in pieces]
 
     def sample(self, chunk: Chunk, blocks: Sequence[BlockId]) -> list[Extent]:
-        """One block of each layer of the chunk, another one from layer to layer."""
+        """The head of one block of each layer of the chunk, of another from layer to layer."""
         unit, count, layer = self.unit, len(blocks), chunk.first_layer
+        size = min(unit, SAMPLE_BYTES)
         return [
-            (start + blocks[(layer + i) % count] * unit, unit)
+            (start + blocks[(layer + i) % count] * unit, size)
             for i, start in enumerate(self._layers(chunk))
         ]
 

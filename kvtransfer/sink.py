@@ -58,6 +58,7 @@ def make_sink(
     Raises:
         ConfigError: the address cannot be bound, or would be open to strangers.
     """
+    limits = limits or TransferLimits()
     if "tcp" in transports and cluster_key is None and not _is_loopback(host):
         raise ConfigError(
             f"KV host is {host!r}: only loopback is open without a cluster key; set the key"
@@ -70,7 +71,7 @@ def make_sink(
         listeners["shm"], addresses["shm"] = shm.listen()
     if "tcp" in transports:
         try:
-            listeners["tcp"] = tcp.listen(host, port)
+            listeners["tcp"] = tcp.listen(host, port, limits.socket_buffer_bytes)
         except OSError as error:
             raise ConfigError(f"cannot listen for KV on {host}:{port}: {error}") from error
         addresses["tcp"] = tcp.address_of(listeners["tcp"], advertise_host or host)
@@ -83,7 +84,7 @@ def make_sink(
         endpoint=endpoint,
         cluster_key=cluster_key,
         checksum=checksum,
-        limits=limits or TransferLimits(),
+        limits=limits,
     )
 
 

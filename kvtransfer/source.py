@@ -147,22 +147,26 @@ class Source:
         raise problem
 
     def _connect(self, decode: WorkerRef, name: str, address: str) -> Line:
-        transport = shm if name == "shm" else tcp
         make_outlet: Callable[[socket.socket, KVMemory, Connected, float], Outlet] = (
             shm.ShmOutlet if name == "shm" else tcp.TcpOutlet
         )
+        limits = self._limits
         with contextlib.ExitStack() as undo:
             try:
-                sock = undo.enter_context(transport.connect(address, self._limits.handshake_s))
+                sock = undo.enter_context(
+                    shm.connect(address, limits.handshake_s)
+                    if name == "shm"
+                    else tcp.connect(address, limits.handshake_s, limits.socket_buffer_bytes)
+                )
                 connected = connect(
                     sock,
                     source=self._worker,
                     decode=decode,
                     layout_digest=self._digest,
                     cluster_key=self._cluster_key,
-                    timeout_s=self._limits.handshake_s,
+                    timeout_s=limits.handshake_s,
                 )
-                outlet = make_outlet(sock, self._memory, connected, self._limits.stall_s)
+                outlet = make_outlet(sock, self._memory, connected, limits.stall_s)
             except TransferError:
                 raise
             except (ServingError, OSError, ValueError) as error:

@@ -20,11 +20,10 @@ from kvtransfer.plan import Chunk, Extent, Geometry
 from protocol.ids import BlockId, Generation
 
 FENCE: Fence = "receiver_checked"
-SOCKET_BUFFER_BYTES = 4 * 1024 * 1024
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 5, 2, 3
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, buffer_bytes: int) -> socket.socket:
     """A listener on ``host``; port 0 takes any.
 
     Raises:
@@ -34,7 +33,7 @@ def listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SOCKET_BUFFER_BYTES)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
         listener.bind((host, port))
         listener.listen(64)
     except OSError:
@@ -47,17 +46,17 @@ def address_of(listener: socket.socket, advertise_host: str) -> str:
     return f"{advertise_host}:{listener.getsockname()[1]}"
 
 
-def connect(address: str, timeout_s: float) -> socket.socket:
+def connect(address: str, timeout_s: float, buffer_bytes: int) -> socket.socket:
     host, _, port = address.rpartition(":")
     sock = socket.create_connection((host, int(port)), timeout_s)
-    tune(sock)
+    tune(sock, buffer_bytes)
     return sock
 
 
-def tune(sock: socket.socket) -> None:
+def tune(sock: socket.socket, buffer_bytes: int) -> None:
     """No delay for small frames, room for large ones, and notice of a host that has vanished."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BUFFER_BYTES)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer_bytes)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, KEEPALIVE_INTERVAL_S)
