@@ -17,6 +17,7 @@ class Console:
         self._out = out
         self._terminal = out.isatty()
         self._started = time.monotonic()
+        self._restarted: dict[str, float] = {}
         self._weights: dict[str, tuple[float, float]] = {}  # process -> bytes done, bytes in all
         self._bar_shown = False
 
@@ -33,10 +34,12 @@ class Console:
         elif report.event == "listening":
             self.phase(process, f"listening on {report.fields.get('address')}")
         elif report.event == "ready":
-            self.phase(process, f"ready after {time.monotonic() - self._started:.1f} s")
+            since = self._restarted.get(process, self._started)
+            self.phase(process, f"ready after {time.monotonic() - since:.1f} s")
 
     def restarting(self, process: str, reason: str, pause_s: float) -> None:
         self._weights.pop(process, None)
+        self._restarted[process] = time.monotonic()
         self.phase(process, f"{reason}; starting it again in {pause_s:.1f} s")
 
     def _weights_read(self, process: str, report: Report) -> None:
