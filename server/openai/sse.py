@@ -89,19 +89,16 @@ class EventStream:
             Exception: what ``produce`` raised before anything was sent; the caller answers it.
         """
         failure: Exception | None = None
-        completed = False
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._watch_connection, tasks.cancel_scope)
-            tasks.start_soon(self._watch_clock, tasks.cancel_scope)
+            tasks.start_soon(self._watch, tasks.cancel_scope)
             try:
                 await produce(self)
                 await self._complete()
-                completed = True  # from here on the watch of the connection reports its end
-            except Exception as error:  # noqa: BLE001  the boundary of the request; described below
+            except Exception as error:
                 failure = error
+                if self._started and not isinstance(error, ServingError):
+                    log.exception("stream failed")
             tasks.cancel_scope.cancel()
-        if completed:
-            return Outcome.COMPLETE
         if failure is None:
             assert self._ended_by is not None
             return self._ended_by
@@ -117,32 +114,35 @@ class EventStream:
 
     async def _complete(self) -> None:
         await self.write(DONE)
+        self._ended_by = Outcome.COMPLETE  # servers report a disconnect after the last byte too
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _break_off(self, failure: Exception) -> None:
         """Say what happened. The body stays unfinished, so the server cuts the connection."""
-        if not isinstance(failure, ServingError):
-            log.error("stream failed", exception=repr(failure))
         with anyio.move_on_after(self._times.write_stall_s):
             await self.write(b"event: error\ndata: " + describe(failure).body() + b"\n\n")
 
-    async def _watch_connection(self, scope: anyio.CancelScope) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self._ended_by = self._ended_by or Outcome.HUNG_UP
+    async def _watch(self, scope: anyio.CancelScope) -> None:
+        """One task for the connection and the clock: a task costs as much as several tokens."""
+        while self._ended_by is None:
+            with anyio.move_on_after(self._times.tick_s):
+                if (await self._receive())["type"] == "http.disconnect":
+                    self._ended_by = self._ended_by or Outcome.HUNG_UP
+                continue
+            await self._mind_the_clock()
         scope.cancel()
 
-    async def _watch_clock(self, scope: anyio.CancelScope) -> None:
+    async def _mind_the_clock(self) -> None:
         times = self._times
-        while True:
-            await anyio.sleep(times.tick_s)
-            quiet_s = monotonic() - self._quiet_since
-            if self._writing:
-                if quiet_s > times.write_stall_s:
-                    self._ended_by = Outcome.STALLED
-                    scope.cancel()
-            elif quiet_s >= (times.keep_alive_s if self._started else times.early_headers_s):
+        quiet_s = monotonic() - self._quiet_since
+        if self._writing:
+            if quiet_s > times.write_stall_s:
+                self._ended_by = Outcome.STALLED
+        elif quiet_s >= (times.keep_alive_s if self._started else times.early_headers_s):
+            with anyio.move_on_after(times.write_stall_s) as patience:
                 await self.write(_KEEP_ALIVE)
+            if patience.cancelled_caught:
+                self._ended_by = Outcome.STALLED
 
 
 async def unless_hung_up(receive: Receive, work: Callable[[], Awaitable[None]]) -> bool:

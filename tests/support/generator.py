@@ -1,5 +1,6 @@
 """An in-process ``Generator`` whose answers follow from the request alone, for HTTP tests."""
 
+import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,8 +16,9 @@ from server.text.model_text import ModelText
 class ScriptedGenerator:
     """Says ``reply``, then ends; at most ``max_tokens`` tokens of it.
 
-    ``gate`` is awaited before each chunk with its number, so that a test decides when tokens come
-    and what fails. ``opened`` and ``closed`` count generators: a leak is a difference.
+    Before the token ``block_at`` it waits until ``resume`` is set, or for ever; before the token
+    ``fail_at`` it raises ``error``. ``opened`` and ``closed`` count generators: a leak is a
+    difference.
     """
 
     text: ModelText
@@ -26,6 +28,7 @@ class ScriptedGenerator:
     fail_at: int | None = None
     error: Exception = field(default_factory=lambda: ServingError("/secret/path 0x7f00"))
     block_at: int | None = None
+    resume: threading.Event = field(default_factory=threading.Event)
     model_ids: Sequence[str] = ("tiny",)
     max_model_len: int = 512
     ready: bool = True
@@ -63,10 +66,10 @@ class ScriptedGenerator:
         return [*ids, *request.stop.stop_token_ids[:1]][: request.stop.max_tokens] or [0]
 
     async def _gate(self, number: int) -> None:
+        while number == self.block_at and not self.resume.is_set():  # noqa: ASYNC110  other thread
+            await anyio.sleep(0.005)
         if number == self.fail_at:
             raise self.error
-        if number == self.block_at:
-            await anyio.sleep_forever()
         await anyio.lowlevel.checkpoint()
 
     def _logprobs(

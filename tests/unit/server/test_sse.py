@@ -1,0 +1,146 @@
+"""The wire of a stream, byte by byte, and what it does while nothing happens."""
+
+import socket
+import threading
+from collections.abc import Generator
+from contextlib import contextmanager
+
+import anyio
+import httpx
+import pytest
+from starlette.types import Message
+
+from protocol.errors import WorkerLost
+from server.app import create_app
+from server.openai.sse import EventStream, Outcome, StreamTimes
+from server.settings import GatewaySettings
+from tests.support.generator import ScriptedGenerator
+from tests.support.http_server import eventually, serve
+from tests.support.model_text import byte_model_text
+
+TEXT = byte_model_text()
+BODY = {"model": "tiny", "stream": True, "messages": [{"role": "user", "content": "hi"}]}
+IMPATIENT = StreamTimes(early_headers_s=0.04, keep_alive_s=0.04, write_stall_s=30.0)
+
+
+@contextmanager
+def served(
+    generator: ScriptedGenerator, times: StreamTimes | None = None
+) -> Generator[httpx.Client]:
+    app = create_app(generator, TEXT, GatewaySettings(), times=times)
+    with serve(app) as url, httpx.Client(base_url=url, timeout=10) as client:
+        yield client
+
+
+def test_a_complete_stream_ends_with_done_and_says_how_to_be_proxied() -> None:
+    with served(ScriptedGenerator(text=TEXT)) as client:
+        response = client.post("/v1/chat/completions", json=BODY)
+    assert response.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert response.headers["cache-control"] == "no-cache"
+    assert response.headers["x-accel-buffering"] == "no"
+    assert response.text.endswith("data: [DONE]\n\n")
+    assert response.text.count("[DONE]") == 1
+
+
+def read_until_cut(response: httpx.Response) -> str:
+    parts: list[str] = []
+    with pytest.raises(httpx.RemoteProtocolError):
+        parts.extend(response.iter_text())
+    return "".join(parts)
+
+
+def test_a_broken_stream_ends_with_an_error_event_and_a_cut_connection() -> None:
+    generator = ScriptedGenerator(text=TEXT, fail_at=3, error=WorkerLost("gone", stage="decode"))
+    with served(generator) as client, client.stream("POST", "/v1/chat/completions", json=BODY) as r:
+        text = read_until_cut(r)
+    *events, last, rest = text.split("\n\n")
+    assert rest == ""
+    assert last.startswith('event: error\ndata: {"error":{"message":')
+    assert '"code":"worker_lost"' in last
+    assert "stage: decode" in last
+    assert all('"finish_reason":null' in event for event in events)
+    assert "[DONE]" not in text
+
+
+def test_a_long_silence_is_filled_with_comments_from_the_headers_on() -> None:
+    generator = ScriptedGenerator(text=TEXT, block_at=0)
+    with (
+        served(generator, IMPATIENT) as client,
+        client.stream("POST", "/v1/chat/completions", json=BODY) as response,
+    ):
+        assert response.status_code == 200
+        parts = response.iter_text()
+        assert next(parts).startswith(": keep-alive\n\n")
+        assert next(parts).startswith(": keep-alive\n\n")
+    assert eventually(lambda: generator.closed == 1)
+
+
+def test_a_pause_in_mid_stream_is_filled_with_comments() -> None:
+    generator = ScriptedGenerator(text=TEXT, block_at=2)
+    with (
+        served(generator, IMPATIENT) as client,
+        client.stream("POST", "/v1/chat/completions", json=BODY) as response,
+    ):
+        text = ""
+        for part in response.iter_text():
+            text += part
+            if text.count(": keep-alive") == 2:
+                break
+    assert text.index('"content":"e"') < text.index(": keep-alive")
+
+
+def test_a_failure_after_early_headers_is_an_error_event() -> None:
+    resume = threading.Event()
+    generator = ScriptedGenerator(text=TEXT, block_at=0, resume=resume, fail_at=0)
+    with (
+        served(generator, IMPATIENT) as client,
+        client.stream("POST", "/v1/chat/completions", json=BODY) as response,
+    ):
+        assert response.status_code == 200  # so the headers are out before anything fails
+        resume.set()
+        text = read_until_cut(response)
+    assert text.startswith(": keep-alive\n\n")
+    assert "event: error" in text
+
+
+def test_a_client_that_stops_reading_is_dropped() -> None:
+    generator = ScriptedGenerator(text=TEXT, reply="x" * 90_000, max_model_len=100_000)
+    times = StreamTimes(write_stall_s=0.1)
+    app = create_app(generator, TEXT, GatewaySettings(), times=times)
+    with serve(app) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.socket() as deaf:
+            deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            deaf.connect((host, int(port)))
+            body = b'{"model":"tiny","stream":true,"prompt":"hi","max_tokens":90000}'
+            head = (
+                "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+                f"content-length: {len(body)}\r\n\r\n"
+            )
+            deaf.sendall(head.encode() + body)
+            assert eventually(lambda: generator.opened == 1)
+            assert eventually(lambda: generator.closed == 1)
+
+
+def test_the_outcome_is_complete_although_the_server_then_reports_a_disconnect() -> None:
+    """Servers say ``http.disconnect`` after the last byte of a response too."""
+
+    async def scenario() -> Outcome:
+        over = anyio.Event()
+
+        async def receive() -> Message:
+            await over.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: Message) -> None:
+            if message["type"] == "http.response.body" and not message["more_body"]:
+                over.set()
+                await anyio.lowlevel.checkpoint()
+                await anyio.lowlevel.checkpoint()
+
+        async def produce(stream: EventStream) -> None:
+            await stream.write(b"data: 1\n\n")
+
+        return await EventStream(receive, send, headers=[], times=StreamTimes()).run(produce)
+
+    assert anyio.run(scenario) is Outcome.COMPLETE
