@@ -44,6 +44,18 @@ class Backend(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RankConnection:
+    """``control`` carries step rows in host memory, ``experts`` carries rows of the device.
+
+    They are one and the same on CPU. ``store`` is held because on rank 0 it serves the others.
+    """
+
+    control: Backend
+    experts: Backend
+    store: Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PendingRows:
     """Rows on their way to this rank."""
 
@@ -130,21 +142,15 @@ class StepGroup:
     """
 
     def __init__(
-        self,
-        expert_group: ExpertGroup,
-        *,
-        epoch: int,
-        control: Backend,
-        experts: Backend,
-        store: Store,
+        self, expert_group: ExpertGroup, *, epoch: int, connection: RankConnection | None
     ) -> None:
-        """``control`` carries step rows from host memory, ``experts`` rows from the device's."""
+        """``connection`` is None for a rank that is alone."""
+        assert (connection is None) == (expert_group.world_size == 1)
         self.expert_group = expert_group
         self.epoch = epoch
-        self._backends = [control] if control is experts else [control, experts]
-        self._control = control
-        self._store: Store | None = store  # on rank 0 its server lives as long as this
-        expert_group.connect(experts)
+        self._connection = connection
+        if connection is not None:
+            expert_group.connect(connection.experts)
 
     @property
     def rank(self) -> int:
@@ -164,17 +170,20 @@ class StepGroup:
             WorkerLost: a rank failed or did not come within the collective timeout. The group is
                 closed; form the next one.
         """
-        if self._store is None:
+        if self.world_size == 1:
+            return [tuple(row)]
+        if self._connection is None:
             raise WorkerLost("the ranks of this decode worker are not connected", stage="decode")
         mine = torch.tensor(row, dtype=torch.int64)
         rows = mine.new_empty(self.world_size, len(row))
         gather, broadcast = dist.GatherOptions(), dist.BroadcastOptions()
         gather.rootRank = broadcast.rootRank = 0
+        control = self._connection.control
         try:
             with losing(f"exchange of step rows in epoch {self.epoch}"):
                 outputs = [list(rows.unbind(0))] if self.rank == 0 else []
-                self._control.gather(outputs, [mine], gather).wait()
-                self._control.broadcast([rows], broadcast).wait()
+                control.gather(outputs, [mine], gather).wait()
+                control.broadcast([rows], broadcast).wait()
         except WorkerLost:
             self.close()
             raise
@@ -185,12 +194,12 @@ class StepGroup:
 
         Call it after any ``WorkerLost``, also one from an expert layer. Calling it twice is fine.
         """
-        if self._store is not None:
+        if self._connection is not None:
             self.expert_group.disconnect()
-            for backend in self._backends:
-                backend.abort()
-            self._backends.clear()
-            self._store = None
+            self._connection.experts.abort()
+            if self._connection.control is not self._connection.experts:
+                self._connection.control.abort()
+            self._connection = None
 
 
 @contextmanager

@@ -10,7 +10,7 @@ whose ticket is not on the roll has been replaced or is late, and tries again. C
 under the epoch and the roll's own random number, so nothing of an earlier life can join.
 """
 
-import ipaddress
+import errno
 import secrets
 import socket
 import time
@@ -25,11 +25,13 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from engine.collectives import Backend, ExpertGroup, StepGroup
+from engine.collectives import ExpertGroup, RankConnection, StepGroup
 from protocol.errors import ConfigError, DeadlineExceeded, WorkerLost
 
 _POLL_S = 0.02
 _RETRY_S = 0.1
+_CONNECT_S = 1.0
+_PORT_GRACE_S = 2.0  # the previous rank 0 may still be on its way out
 _ROLL_KEY = "roll"
 
 
@@ -80,6 +82,8 @@ def form_group(
     """
     group = expert_group or ExpertGroup(rank=rank, world_size=world_size, device=device)
     assert (group.rank, group.world_size) == (rank, world_size)
+    if world_size == 1:
+        return StepGroup(group, epoch=last_epoch + 1, connection=None)
     host, port = _parse(rendezvous)
     waiting = _Waiting(deadline_s, on_progress)
     while True:
@@ -111,8 +115,11 @@ class _Waiting:
         self.missing_ranks: tuple[int, ...] = ()
         self.last_failure = ""
 
+    def waited_s(self) -> float:
+        return time.monotonic() - self._start
+
     def pause(self, seconds: float) -> None:
-        waited_s = time.monotonic() - self._start
+        waited_s = self.waited_s()
         if waited_s >= self._deadline_s:
             missing = ", ".join(map(str, self.missing_ranks)) or "not known here"
             raise DeadlineExceeded(
@@ -155,10 +162,8 @@ class _Attempt:
         if roll.tickets[rank] != self.ticket.number:
             raise WorkerLost("another process has taken this rank's place, or it came too late")
         with _failing("connecting"):
-            control, experts = self._backends(PrefixStore(f"{roll.epoch}/{roll.number}", store))
-        step_group = StepGroup(
-            self.group, epoch=roll.epoch, control=control, experts=experts, store=store
-        )
+            connection = self._open(store, f"{roll.epoch}/{roll.number}")
+        step_group = StepGroup(self.group, epoch=roll.epoch, connection=connection)
         rows = step_group.exchange([roll.epoch])
         assert rows == [(roll.epoch,)] * self.group.world_size
         return step_group
@@ -168,7 +173,11 @@ class _Attempt:
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         with socket.socket(family, socket.SOCK_STREAM) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind((self.host, self.port))
+            try:
+                listener.bind((self.host, self.port))
+            except OSError as error:
+                self._explain(error)
+                raise
             return TCPStore(
                 self.host,
                 self.port,
@@ -178,14 +187,28 @@ class _Attempt:
                 master_listen_fd=listener.detach(),
             )
 
+    def _explain(self, error: OSError) -> None:
+        """Raise what only an operator can change; what may pass by itself is tried again."""
+        where = f"rank 0 cannot listen at {self.host}:{self.port} for the other decode ranks"
+        if error.errno == errno.EADDRINUSE and self.waiting.waited_s() > _PORT_GRACE_S:
+            raise ConfigError(
+                f"{where}: the port is in use; stop what listens there or choose another port"
+            ) from error
+        if error.errno in {errno.EADDRNOTAVAIL, errno.EACCES}:
+            raise ConfigError(
+                f"{where}: {error.strerror}; choose an address of this host and a port above 1023"
+            ) from error
+
     def _connect(self) -> Store:
-        return TCPStore(
+        store = TCPStore(
             self.host,
             self.port,
             is_master=False,
             wait_for_workers=False,
-            timeout=timedelta(seconds=self.attempt_s),
+            timeout=timedelta(seconds=min(_CONNECT_S, self.attempt_s)),
         )
+        store.set_timeout(timedelta(seconds=self.attempt_s))
+        return store
 
     def _call_roll(self, store: Store) -> _Roll:
         keys = [f"ticket/{rank}" for rank in range(self.group.world_size)]
@@ -209,22 +232,23 @@ class _Attempt:
             self.waiting.pause(_POLL_S)
         return msgspec.json.decode(store.get(_ROLL_KEY), type=_Roll)
 
-    def _backends(self, store: Store) -> tuple[Backend, Backend]:
+    def _open(self, store: Store, prefix: str) -> RankConnection:
+        store_of_life = PrefixStore(prefix, store)
         rank, world_size = self.group.rank, self.group.world_size
         gloo: Any = dist.ProcessGroupGloo  # its stubs lack the options that it needs
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname=self._own_address())]
         options._timeout = timedelta(seconds=self.attempt_s)
         options._threads = 2
-        control = gloo(PrefixStore("control", store), rank, world_size, options)
+        control = gloo(PrefixStore("control", store_of_life), rank, world_size, options)
         control._set_default_timeout(timedelta(seconds=self.collective_timeout_s))
         if self.group.device.type != "cuda":
-            return control, control
+            return RankConnection(control=control, experts=control, store=store)
         nccl: Any = dist.ProcessGroupNCCL
         nccl_options = nccl.Options()
         nccl_options._timeout = timedelta(seconds=self.collective_timeout_s)
-        experts = nccl(PrefixStore("experts", store), rank, world_size, nccl_options)
-        return control, experts
+        experts = nccl(PrefixStore("experts", store_of_life), rank, world_size, nccl_options)
+        return RankConnection(control=control, experts=experts, store=store)
 
     def _own_address(self) -> str:
         """The address of the interface that reaches rank 0; peers connect to it."""
@@ -238,12 +262,14 @@ def _parse(rendezvous: str) -> tuple[str, int]:
     host, _, port = rendezvous.rpartition(":")
     host = host.strip("[]")
     try:
-        resolved = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0][4]
+        found = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)
     except (ValueError, OSError) as error:
         raise ConfigError(
             f"rendezvous must be host:port of rank 0, such as 127.0.0.1:29500, not {rendezvous!r}"
         ) from error
-    return str(ipaddress.ip_address(resolved[0])), int(port)
+    # Every rank must settle on the same of several addresses: IPv4, which is seldom switched off.
+    found.sort(key=lambda entry: entry[0] != socket.AF_INET)
+    return str(found[0][4][0]), int(port)
 
 
 @contextmanager

@@ -11,11 +11,11 @@ R rows in an exchange   W width of a row
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from engine.collectives import ExpertGroup
 from engine.experts.transport import Arrived, Dispatch, Returned
 
 _ALIGNMENT = 8
@@ -30,8 +30,29 @@ class _Column:
     dtype: torch.dtype
 
 
+class RowsOnTheWay(Protocol):
+    def wait(self) -> Tensor: ...
+
+
+class RowGroup(Protocol):
+    """What is needed of ``engine.collectives.ExpertGroup``, which says what each part means."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def world_size(self) -> int: ...
+
+    @property
+    def tokens_of_rank(self) -> tuple[int, ...]: ...
+
+    def exchange_rows(
+        self, rows_RW: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
+    ) -> RowsOnTheWay: ...
+
+
 class AllToAllTransport:
-    def __init__(self, group: ExpertGroup, *, slots_per_rank: int) -> None:
+    def __init__(self, group: RowGroup, *, slots_per_rank: int) -> None:
         self._group = group
         self._slots_per_rank = slots_per_rank
 
@@ -55,7 +76,7 @@ class _AllToAllDispatch:
 
     def __init__(
         self,
-        group: ExpertGroup,
+        group: RowGroup,
         slots_per_rank: int,
         payloads: Sequence[Tensor],
         slot_TK: Tensor,

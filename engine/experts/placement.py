@@ -6,7 +6,7 @@ torch, no weights, no load statistics.
 """
 
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 
 from protocol.errors import ConfigError
 
@@ -61,6 +61,8 @@ class ExpertPlacement:
         )
 
     def validate(self) -> None:
+        if not self.slots:
+            raise ConfigError("a placement needs at least one rank")
         if len({len(held) for held in self.slots}) != 1:
             raise ConfigError("every rank must have the same number of expert slots")
         for rank, held in enumerate(self.slots):
@@ -78,11 +80,10 @@ class ExpertPlacement:
 
 
 def place_evenly(num_experts: int, num_ranks: int, redundant: int = 0) -> ExpertPlacement:
-    """Contiguous runs of experts, ranks' counts differing by at most one; then replicas.
+    """Contiguous runs of experts; ranks' counts differ by at most one, experts' copies too.
 
-    ``redundant`` asks for at least that many slots beyond ``num_experts``; rounding up to whole
-    ranks may give more. Slots that are left go to second copies of the first experts, and so on,
-    as long as an expert has a rank that does not hold it yet.
+    ``slots_per_rank`` is ``ceil((num_experts + redundant) / num_ranks)``. There are ``redundant``
+    further copies, or fewer where an expert would have to be twice on a rank.
 
     Raises:
         ConfigError: a count is out of range.
@@ -93,23 +94,12 @@ def place_evenly(num_experts: int, num_ranks: int, redundant: int = 0) -> Expert
             "experts and ranks must be at least 1, redundant at least 0"
         )
     per_rank = -(-(num_experts + redundant) // num_ranks)
-    fewest, larger = divmod(num_experts, num_ranks)
-    held: list[list[int]] = []
-    first = 0
-    for rank in range(num_ranks):
-        count = fewest + (rank < larger)
-        held.append(list(range(first, first + count)))
-        first += count
-    _add_replicas(held, num_experts, per_rank, redundant)
+    # Experts in a circle, cut into runs: a run of at most a whole circle has none twice.
+    copies = min(num_experts + redundant, num_experts * num_ranks)
+    bounds = [rank * copies // num_ranks for rank in range(num_ranks + 1)]
+    runs = [
+        tuple(copy % num_experts for copy in range(first, end)) for first, end in pairwise(bounds)
+    ]
     return ExpertPlacement(
-        num_experts, tuple(tuple(run + [EMPTY] * (per_rank - len(run))) for run in held)
+        num_experts, tuple(run + (EMPTY,) * (per_rank - len(run)) for run in runs)
     )
-
-
-def _add_replicas(held: list[list[int]], num_experts: int, per_rank: int, redundant: int) -> None:
-    """Put up to ``redundant`` copies where room is; the emptiest rank without the expert first."""
-    for copy in range(redundant):
-        expert = copy % num_experts
-        open_ranks = [run for run in held if len(run) < per_rank and expert not in run]
-        if open_ranks:
-            min(open_ranks, key=len).append(expert)

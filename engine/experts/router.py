@@ -45,7 +45,7 @@ def group_limited_top_k(
     Returns:
         Expert ids (T, K) int64, best biased score first, and weights (T, K) fp32.
     """
-    scores_TE = _sigmoid_by_row(logits_TE.float())
+    scores_TE = _sigmoid(logits_TE.float())
     biased_TE = scores_TE + bias_E.float()
     if kept_groups < num_groups:
         biased_TGM = biased_TE.reshape(-1, num_groups, biased_TE.shape[1] // num_groups)
@@ -72,5 +72,7 @@ def every_expert(num_tokens: int, num_experts: int, device: torch.device) -> tup
     return ids_E.expand(num_tokens, -1), weights_E.expand(num_tokens, -1)
 
 
-def _sigmoid_by_row(logits_TE: Tensor) -> Tensor:
-    return torch.sigmoid(logits_TE)
+def _sigmoid(logits_TE: Tensor) -> Tensor:
+    # torch.sigmoid rounds differently in its vector loop and in its scalar tail: a row's scores
+    # would depend on where in the batch it is.
+    return 1 / (1 + torch.exp(-logits_TE))
