@@ -20,7 +20,7 @@ from protocol.errors import (
     Overloaded,
     ServingError,
 )
-from protocol.ids import AttemptRef, Generation, WorkerRef
+from protocol.ids import AttemptRef, BlockId, Generation, WorkerRef
 from protocol.kv import Grant
 from protocol.messages import Granted, HandOff, Rejected, Reserve
 from protocol.reports import report_of
@@ -39,6 +39,7 @@ class Arrived:
 
     request: GenerateRequest
     hand_off: HandOff
+    block_ids: tuple[BlockId, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,11 +142,10 @@ class Intake:
         if isinstance(event, TransferFailed):
             self._scheduler.quarantine(event.ref)
             return Lost(ref=event.ref, error=event.error)
-        return self._arrived(expected.request, event)
-
-    def _arrived(self, request: GenerateRequest, event: Committed) -> Arrived:
         return Arrived(
-            request=request, hand_off=msgspec.msgpack.decode(event.payload, type=HandOff)
+            request=expected.request,
+            hand_off=msgspec.msgpack.decode(event.payload, type=HandOff),
+            block_ids=expected.grant.block_ids,
         )
 
     def cancel(self, ref: AttemptRef) -> bool:

@@ -9,7 +9,7 @@ threads only post work to its inbox.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +24,7 @@ from engine.sampling.sampler import Sampled, Sampler
 from engine.sampling.stopping import finish_reason
 from kvtransfer.interface import SinkEvent
 from protocol.errors import Cancelled, DeadlineExceeded, ServingError, WorkerLost
-from protocol.ids import AttemptRef, WorkerRef
+from protocol.ids import AttemptRef, BlockId, WorkerRef
 from protocol.messages import (
     GATEWAY_SILENT_S,
     Cancel,
@@ -72,10 +72,12 @@ class DecodeLoop:
         form_group: Callable[[int, Callable[[], bool]], StepGroup],
         outbox: Outbox[ToPeer],
         on_membership: Callable[[], object],
+        land: Callable[[Sequence[BlockId]], None],
         device: torch.device,
     ) -> None:
         """``form_group(last_epoch, given_up)`` blocks until all ranks have met, and raises a
         ``ServingError`` when they do not. ``on_membership`` is called when ``epoch`` has changed.
+        ``land`` brings arrived blocks from where the transports wrote to where the engine reads.
         """
         self._worker = worker
         self._scheduler = scheduler
@@ -86,6 +88,7 @@ class DecodeLoop:
         self._form_group = form_group
         self._outbox = outbox
         self._on_membership = on_membership
+        self._land = land
         self._device = device
         self._inbox: Inbox[Callable[[], None]] = Inbox()
         self._clients = Clients(silent_s=GATEWAY_SILENT_S)
@@ -257,6 +260,7 @@ class DecodeLoop:
             self._scheduler.finish(request.ref)
             self._clients.disown(request.ref)
             return
+        self._land(arrived.block_ids)
         self._running[request.ref] = _Running(request=request)
         self._sampler.admit(request, (hand_off.token_id,))
 

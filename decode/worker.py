@@ -4,7 +4,7 @@ import asyncio
 import functools
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import anyio
@@ -17,6 +17,7 @@ from decode.settings import DecodeSettings
 from decode.swap import SwapSpace
 from engine.collectives import ExpertGroup, StepGroup
 from engine.kvcache.block_pool import BlockPool
+from engine.kvcache.mirror import HostMirror
 from engine.kvcache.storage import KVStorage
 from engine.loading import LoadedModel, load, resolve_numerics
 from engine.model_runner import ModelRunner
@@ -26,7 +27,7 @@ from kvtransfer.memory import allocate_shared, buffer
 from kvtransfer.sink import TRANSPORTS, make_sink
 from protocol.codec import Decoder
 from protocol.errors import Cancelled
-from protocol.ids import WorkerId, WorkerRef, new_incarnation
+from protocol.ids import BlockId, WorkerId, WorkerRef, new_incarnation
 from protocol.messages import ToDecode
 from protocol.workers import WorkerInfo
 from runtime.keys import ClusterKey, load_key
@@ -77,6 +78,10 @@ def run(settings: DecodeSettings) -> int:
     return 0
 
 
+def _landed_already(_block_ids: Sequence[BlockId]) -> None:
+    """On a CPU the transports write into the engine's own blocks."""
+
+
 def _form_group(
     settings: DecodeSettings, group: ExpertGroup, last_epoch: int, given_up: Callable[[], bool]
 ) -> StepGroup:
@@ -113,7 +118,12 @@ def _make_engine(  # noqa: PLR0917  partially applied
     layout = loaded.layout
     num_blocks = settings.num_blocks or max(1, settings.kv_cache_bytes // layout.block_bytes)
     memory = allocate_shared(layout, num_blocks)
-    storage = KVStorage(layout, num_blocks, device=group.device, buffer=buffer(memory))
+    if group.device.type == "cpu":
+        storage = KVStorage(layout, num_blocks, device=group.device, buffer=buffer(memory))
+        land: Callable[[Sequence[BlockId]], None] = _landed_already
+    else:
+        storage = KVStorage(layout, num_blocks, device=group.device)
+        land = HostMirror(storage, buffer(memory)).load
     max_model_len = min(
         settings.model.max_model_len or loaded.config.max_model_len,
         loaded.config.max_model_len,
@@ -146,6 +156,7 @@ def _make_engine(  # noqa: PLR0917  partially applied
         sampler=Sampler(loaded.config.vocab_size, group.device),
         form_group=functools.partial(_form_group, settings, group),
         outbox=outbox,
+        land=land,
         on_membership=lambda: events.call_soon_threadsafe(registration.changed),
         device=group.device,
     )

@@ -3,6 +3,7 @@
 import functools
 import os
 import platform
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import anyio
@@ -10,19 +11,20 @@ import torch
 
 from engine.collectives import ExpertGroup
 from engine.kvcache.block_pool import BlockPool
+from engine.kvcache.mirror import HostMirror
 from engine.kvcache.prefix_index import PrefixIndex
 from engine.kvcache.storage import KVStorage
 from engine.loading import LoadedModel, load, resolve_numerics
 from engine.model_runner import ModelRunner
 from engine.sampling.sampler import Sampler
-from kvtransfer.memory import wrap
+from kvtransfer.memory import allocate_shared, buffer, wrap
 from kvtransfer.source import make_source
 from prefill.loop import PrefillLoop
 from prefill.prefix_feed import PrefixFeed
 from prefill.scheduler import PrefillLimits, PrefillScheduler
 from prefill.settings import PrefillSettings
 from protocol.codec import Decoder
-from protocol.ids import WorkerId, WorkerRef, new_incarnation
+from protocol.ids import BlockId, WorkerId, WorkerRef, new_incarnation
 from protocol.messages import ToPrefill
 from protocol.prefix import fingerprint_digest
 from protocol.workers import WorkerInfo
@@ -66,6 +68,10 @@ def run(settings: PrefillSettings) -> int:
     return 0
 
 
+def _lies_there_already(_layers: range, _block_ids: Sequence[BlockId]) -> None:
+    """On a CPU the transports read the engine's own blocks."""
+
+
 def _make_engine(  # noqa: PLR0917  partially applied
     settings: PrefillSettings,
     loaded: LoadedModel,
@@ -78,11 +84,17 @@ def _make_engine(  # noqa: PLR0917  partially applied
     layout = loaded.layout
     num_blocks = settings.num_blocks or max(1, settings.kv_cache_bytes // layout.block_bytes)
     storage = KVStorage(layout, num_blocks, device=device)
+    if device.type == "cpu":
+        memory = wrap(layout, num_blocks, address=storage.memory_address, owner=storage)
+        lift: Callable[[range, Sequence[BlockId]], None] = _lies_there_already
+    else:
+        memory = allocate_shared(layout, num_blocks)
+        lift = HostMirror(storage, buffer(memory)).store
     pool = BlockPool(num_blocks)
     prefix_index = PrefixIndex(pool)
     feed = PrefixFeed()
     source = make_source(
-        wrap(layout, num_blocks, address=storage.memory_address, owner=storage),
+        memory,
         worker,
         transport=settings.kv.transport,
         cluster_key=None if key is None else key.derive("kv"),
@@ -107,6 +119,7 @@ def _make_engine(  # noqa: PLR0917  partially applied
         pool=pool,
         prefix_index=prefix_index,
         prefix_feed=feed,
+        lift=lift,
         layers_per_push=settings.layers_per_push,
         vocab_size=loaded.config.vocab_size,
         device=device,

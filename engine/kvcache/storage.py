@@ -127,10 +127,13 @@ class KVStorage:
         """Of the first byte; valid while the storage lives."""
         return self._blocks_LBX.data_ptr()
 
-    def read_blocks(self, block_ids: Sequence[int]) -> Tensor:
-        """A copy in host memory of all layers of the blocks: (L, B, layer_block_bytes) uint8."""
+    def read_blocks(self, block_ids: Sequence[int], layers: range | None = None) -> Tensor:
+        """A copy in host memory of the blocks: (L, B, layer_block_bytes) uint8, all layers or
+        a range of consecutive ones. It waits for the device.
+        """
         index_B = torch.tensor(block_ids, dtype=torch.int64, device=self._blocks_LBX.device)
-        return self._blocks_LBX.index_select(1, index_B).cpu()
+        chosen = slice(None) if layers is None else slice(layers.start, layers.stop)
+        return self._blocks_LBX[chosen].index_select(1, index_B).cpu()
 
     def write_blocks(self, block_ids: Sequence[int], contents_LBX: Tensor) -> None:
         """Put back, bit for bit, what ``read_blocks`` of as many blocks returned."""

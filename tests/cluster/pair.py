@@ -17,6 +17,7 @@ from decode.scheduler import DecodeScheduler
 from decode.swap import SwapSpace
 from engine.collectives import ExpertGroup, StepGroup
 from engine.kvcache.block_pool import BlockPool
+from engine.kvcache.mirror import HostMirror
 from engine.kvcache.prefix_index import PrefixIndex
 from engine.kvcache.storage import KVStorage
 from engine.loading import LoadedModel, load
@@ -161,7 +162,9 @@ def running_pair(
     prefill_blocks: int = 64,
     max_batch_tokens: int = 64,
     split_dense_experts: int = 0,
+    mirrored: bool = False,
 ) -> Iterator[Pair]:
+    """``mirrored``: engines and transports on separate memory, as on a GPU."""
     device = torch.device("cpu")
     single = ExpertGroup.single(device)
 
@@ -179,10 +182,13 @@ def running_pair(
     gateway = Gateway()
     model = loaded(0)
     prefill, prefill_scheduler = _prefill(
-        model, gateway, prefill_blocks, max_batch_tokens, transport
+        model, gateway, prefill_blocks, max_batch_tokens, transport, mirrored=mirrored
     )
     decode, decode_scheduler = _decode(
-        loaded(split_dense_experts) if split_dense_experts else model, gateway, decode_blocks
+        loaded(split_dense_experts) if split_dense_experts else model,
+        gateway,
+        decode_blocks,
+        mirrored=mirrored,
     )
     threads = [threading.Thread(target=loop.run) for loop in (prefill, decode)]
     for thread in threads:
@@ -205,10 +211,19 @@ def running_pair(
 
 
 def _prefill(
-    model: LoadedModel, gateway: Gateway, num_blocks: int, max_batch_tokens: int, transport: str
+    model: LoadedModel,
+    gateway: Gateway,
+    num_blocks: int,
+    max_batch_tokens: int,
+    transport: str,
+    *,
+    mirrored: bool,
 ) -> tuple[PrefillLoop, PrefillScheduler]:
     worker = WorkerRef(WorkerId("prefill-0"), new_incarnation())
     storage = KVStorage(model.layout, num_blocks, device=torch.device("cpu"))
+    memory = wrap(model.layout, num_blocks, address=storage.memory_address, owner=storage)
+    if mirrored:
+        memory = allocate_shared(model.layout, num_blocks)
     pool = BlockPool(num_blocks)
     index = PrefixIndex(pool)
     scheduler = PrefillScheduler(
@@ -224,7 +239,7 @@ def _prefill(
         runner=ModelRunner(model.model, storage),
         sampler=Sampler(model.config.vocab_size, "cpu"),
         source=make_source(
-            wrap(model.layout, num_blocks, address=storage.memory_address, owner=storage),
+            memory,
             worker,
             transport=transport,  # type: ignore[arg-type]
         ),
@@ -232,6 +247,9 @@ def _prefill(
         pool=pool,
         prefix_index=index,
         prefix_feed=PrefixFeed(),
+        lift=HostMirror(storage, buffer(memory)).store
+        if mirrored
+        else lambda _layers, _blocks: None,
         layers_per_push=1,
         vocab_size=model.config.vocab_size,
         device=torch.device("cpu"),
@@ -251,7 +269,7 @@ def alone(last_epoch: int) -> StepGroup:
 
 
 def _decode(
-    model: LoadedModel, gateway: Gateway, num_blocks: int
+    model: LoadedModel, gateway: Gateway, num_blocks: int, *, mirrored: bool
 ) -> tuple[DecodeLoop, DecodeScheduler]:
     worker = WorkerRef(WorkerId("decode-0/0"), new_incarnation())
     memory = allocate_shared(model.layout, num_blocks)
@@ -275,6 +293,7 @@ def _decode(
         form_group=lambda last_epoch, _given_up: alone(last_epoch),
         outbox=gateway,  # type: ignore[arg-type]
         on_membership=lambda: None,
+        land=HostMirror(storage, buffer(memory)).load if mirrored else lambda _blocks: None,
         device=torch.device("cpu"),
     )
     return loop, scheduler

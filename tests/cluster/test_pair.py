@@ -46,6 +46,16 @@ def test_greedy_tokens_are_those_of_the_reference(
         pair.assert_nothing_is_held()
 
 
+def test_kv_that_goes_through_host_copies_on_both_sides_gives_the_same_tokens(
+    tiny_checkpoint: Checkpoints,
+) -> None:
+    folder = tiny_checkpoint("deepseek_v3")
+    with running_pair(folder, mirrored=True) as pair:
+        (prompt,) = prompts(pair.model.config.vocab_size, [150])
+        (got,) = pair.finish(pair.start(pair.a_request(prompt, NEW_TOKENS)))
+        assert got == reference(folder, prompt, NEW_TOKENS)
+
+
 def test_dense_layers_split_into_experts_give_the_same_tokens(tiny_checkpoint: Checkpoints) -> None:
     folder = tiny_checkpoint("llama")
     with running_pair(folder, split_dense_experts=4) as pair:
