@@ -4,16 +4,22 @@ Shared memory is an anonymous memfd. It has no name, so nothing can be left behi
 its size is sealed, so no holder can shrink it under another's feet.
 """
 
+import contextlib
 import ctypes
-import errno
 import fcntl
 import mmap
 import os
+from pathlib import Path
 
 from kvtransfer.interface import KVMemory
 from protocol.errors import ConfigError, LayoutMismatch, TransferError
 from protocol.kv import KVLayout
 
+_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP_FILES = (
+    (_CGROUP / "memory.max", _CGROUP / "memory.current"),
+    (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes"),
+)
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -29,18 +35,28 @@ class SharedPages:
         os.close(self.share)
 
 
-def allocate_shared(layout: KVLayout, num_blocks: int) -> KVMemory:
+def allocate_shared(
+    layout: KVLayout, num_blocks: int, *, available_bytes: int | None = None
+) -> KVMemory:
     """Zeroed memory for ``num_blocks`` that other processes of this host can map by ``share``.
 
     All of it is backed by pages on return, so running out of memory shows here and not later.
-    ``buffer`` gives it to ``torch.frombuffer``.
+    ``buffer`` gives it to ``torch.frombuffer``. ``available_bytes`` is what may be taken at most,
+    by default what the host and the container have left: the kernel itself sets shared memory no
+    limit, it would kill other processes to make room.
 
     Raises:
-        ConfigError: the host has not got that much memory.
+        ConfigError: there is not that much memory; nothing was allocated.
     """
     if num_blocks < 1:
         raise ConfigError(f"num_blocks is {num_blocks}; KV memory needs at least 1 block")
     num_bytes = num_blocks * layout.block_bytes
+    room = free_bytes() if available_bytes is None else available_bytes
+    if num_bytes > room:
+        raise ConfigError(
+            f"num_blocks is {num_blocks}: KV memory would take {num_bytes} bytes, {room} are "
+            f"free; use at most {room // layout.block_bytes} blocks"
+        )
     share = os.memfd_create("headrace-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.posix_fallocate(share, 0, num_bytes)
@@ -48,13 +64,26 @@ def allocate_shared(layout: KVLayout, num_blocks: int) -> KVMemory:
         mapping = _map(share, num_bytes)
     except OSError as error:
         os.close(share)
-        if error.errno not in {errno.ENOSPC, errno.ENOMEM, errno.EFBIG}:
-            raise
         raise ConfigError(
-            f"num_blocks is {num_blocks}: no room for {num_bytes} bytes of shared KV memory; "
-            "use fewer blocks"
+            f"num_blocks is {num_blocks}: no {num_bytes} bytes of shared KV memory: {error}"
         ) from error
     return _memory(layout, num_blocks, SharedPages(share, mapping))
+
+
+def free_bytes() -> int:
+    """What this process could still take: the host's free memory, or less in a container."""
+    free = _meminfo("MemAvailable")
+    for limit, used in _CGROUP_FILES:
+        with contextlib.suppress(OSError, ValueError):  # no such cgroup, or "max"
+            free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return max(0, free)
+
+
+def _meminfo(name: str) -> int:
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise ConfigError(f"/proc/meminfo has no {name}: this kernel is too old")
 
 
 def map_shared(layout: KVLayout, num_blocks: int, share: int) -> KVMemory:
