@@ -74,7 +74,8 @@ class GenerationEndpoint:
         self._open.count += 1
         self._in_flight.inc()
         try:
-            with bind(request=scope["state"]["request_id"]):
+            state = scope["state"]
+            with bind(request=state["request_id"], answer=state["answer_id"]):
                 outcome = await self._answer(scope, receive, send, arrived)
         except (ServingError, HttpError) as error:
             outcome = outcome_of(describe(error).status)

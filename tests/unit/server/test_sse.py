@@ -13,7 +13,7 @@ from starlette.types import Message
 from protocol.errors import WorkerLost
 from server.app import create_app
 from server.openai.sse import EventStream, Outcome, StreamTimes
-from server.settings import GatewaySettings
+from server.settings import GatewaySettings, LimitSettings
 from tests.support.generator import ScriptedGenerator
 from tests.support.http_server import eventually, serve
 from tests.support.model_text import byte_model_text
@@ -120,6 +120,30 @@ def test_a_client_that_stops_reading_is_dropped() -> None:
             deaf.sendall(head.encode() + body)
             assert eventually(lambda: generator.opened == 1)
             assert eventually(lambda: generator.closed == 1)
+
+
+@pytest.mark.parametrize("chunked", [False, True], ids=["announced", "growing"])
+def test_an_upload_that_is_too_large_gets_its_answer(chunked: bool) -> None:
+    megabyte = b" " * 2**20
+    content = iter([megabyte] * 9) if chunked else megabyte * 9
+    headers = {"content-type": "application/json"}
+    with served(ScriptedGenerator(text=TEXT)) as client:
+        response = client.post("/v1/completions", content=content, headers=headers)
+    assert response.status_code == 413
+    assert "8388608" in response.json()["error"]["message"]
+
+
+def test_a_body_that_does_not_come_is_408() -> None:
+    settings = GatewaySettings(limits=LimitSettings(body_timeout_s=0.05))
+    head = (
+        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        b"content-length: 10\r\n\r\n{"
+    )
+    with serve(create_app(ScriptedGenerator(text=TEXT), TEXT, settings)) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as slow:
+            slow.sendall(head)
+            assert slow.recv(64).startswith(b"HTTP/1.1 408 ")
 
 
 def test_the_outcome_is_complete_although_the_server_then_reports_a_disconnect() -> None:
