@@ -69,6 +69,7 @@ class LedgerCounts:
     failed: int = 0
     aborted: int = 0
     corrupt: int = 0
+    chunks: int = 0
     duplicate_chunks: int = 0
     stale: int = 0
     unknown: int = 0
@@ -99,6 +100,11 @@ class GrantLedger:
     def num_live(self) -> int:
         """Grants that are expected, open or quarantined."""
         return len(self._live)
+
+    @property
+    def num_open(self) -> int:
+        """Live grants that a prefill worker has opened."""
+        return sum(entry.connection is not None for entry in self._live.values())
 
     @property
     def num_quarantined_blocks(self) -> int:
@@ -211,6 +217,7 @@ class GrantLedger:
         for start, stop in self._rows(entry, chunk):
             entry.arrived[start:stop] = b"\1" * (stop - start)
         pieces = chunk.num_layers * chunk.num_blocks
+        self.counts.chunks += 1
         entry.missing -= pieces
         entry.num_bytes += pieces * self._layout.layer_block_bytes
         return NOTHING

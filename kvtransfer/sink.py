@@ -142,6 +142,7 @@ class Sink:
                 "refused_connections": self._refused_connections,
                 "connections": len(self._connections),
                 "live_grants": self._ledger.num_live,
+                "open_grants": self._ledger.num_open,
                 "quarantined_blocks": self._ledger.num_quarantined_blocks,
             }
 
