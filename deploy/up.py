@@ -160,8 +160,9 @@ async def _announce(
 
 
 def _welcome(url: str, model: str) -> str:
-    message = {"model": model, "messages": [{"role": "user", "content": "What is a headrace?"}]}
-    streamed = json.dumps({**message, "stream": True})
+    question = {"model": model, "messages": [{"role": "user", "content": "What is a headrace?"}]}
+    streamed = json.dumps({**question, "stream": True})
+    short = json.dumps({**question, "max_tokens": 64})
     return f"""
 ready at {url}
 
@@ -169,7 +170,7 @@ ready at {url}
     -d '{streamed}'
 
   python3 -c 'import json, urllib.request as u; print(json.load(u.urlopen(u.Request(
-    "{url}/v1/chat/completions", json.dumps({json.dumps(message)}).encode(),
+    "{url}/v1/chat/completions", json.dumps({short}).encode(),
     {{"content-type": "application/json"}})))["choices"][0]["message"]["content"])'
 
 Any OpenAI client works with base_url="{url}/v1". Ctrl-C drains and stops.
