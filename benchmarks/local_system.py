@@ -18,6 +18,8 @@ from pathlib import Path
 import httpx
 import psutil
 
+from runtime.settings import PARENT_FD
+
 START_S = 180.0
 STOP_S = 30.0
 POLL_S = 0.05
@@ -57,15 +59,18 @@ def running_system(
     """
     port = free_port()
     command = [sys.executable, "-m", "deploy.cli", "up", model, "--port", str(port), *flags]
-    with tempfile.TemporaryDirectory(prefix="headrace-") as folder:
+    # The launcher dies with whoever holds the writing end: also when this process is killed.
+    lifeline, held = os.pipe()
+    with tempfile.TemporaryDirectory(prefix="headrace-") as folder, os.fdopen(held, "wb"):
         log = Path(folder) / "log"
-        with log.open("wb") as output:
+        with log.open("wb") as output, os.fdopen(lifeline, "rb"):
             launcher = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env={**os.environ, **(environment or {}), PARENT_FD: str(lifeline)},
+                pass_fds=(lifeline,),
                 start_new_session=True,
             )
         system = LocalSystem(url=f"http://127.0.0.1:{port}", launcher=launcher, log=log)

@@ -15,7 +15,7 @@ from protocol.errors import ProtocolError
 
 ROW_VERSION = 1
 EXPECTING_PACE_S = 0.005
-IDLE_PACE_S = 0.02
+IDLE_PACE_S = 0.05
 
 
 class RankState(IntEnum):

@@ -4,8 +4,8 @@ from http import HTTPStatus
 from importlib.metadata import PackageNotFoundError, version
 
 import orjson
+from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -69,7 +69,9 @@ def create_app(
     )
     models = ModelEndpoints(generator)
     operations = OperationEndpoints(generator, registry)
-    app = Starlette(
+    app = FastAPI(
+        openapi_url=None,  # the two large endpoints check their bodies themselves
+        redirect_slashes=False,  # clients drop the body when they follow
         routes=[
             Route("/v1/chat/completions", chat, methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
@@ -87,7 +89,6 @@ def create_app(
             Exception: answer_error,  # a bug: the server's own log gets the traceback
         },
     )
-    app.router.redirect_slashes = False  # clients drop the body when they follow
     return Admission(
         app,
         max_body_bytes=int(settings.limits.max_body_bytes),
