@@ -6,7 +6,9 @@ One repetition fills one grant and is timed from the first ``send`` to the peer'
 holds every copy, checksum, notice and thread change. ``send`` is called with pieces of the size in
 the figure's name, as prefill does for each chunk and layer group. Grants alternate between the
 halves of a pool much larger than the caches; memcpy copies the same bytes in the same pieces
-between two pools of the same kind of memory. Repetitions are interleaved and medians reported.
+between two pools of the same kind of memory, and the bare socket has the same buffer sizes.
+Repetitions are interleaved and medians reported; ``_best`` compares the shortest repetitions, for a
+machine that others use too.
 ``full`` reads every byte again for its checksum at both ends, ``sampled`` one block of each layer
 of each frame, ``off`` nothing. The defaults are ``sampled`` for shm, which the bars use, and
 ``full`` for tcp.
@@ -25,8 +27,10 @@ import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 
+from kvtransfer import tcp
 from kvtransfer.checksum import Checksum, crc32_of
 from kvtransfer.interface import KVMemory, SinkEvent
+from kvtransfer.limits import TransferLimits
 from kvtransfer.memory import allocate_shared, buffer
 from kvtransfer.plan import Chunk, Geometry
 from kvtransfer.sink import TRANSPORTS, Sink, make_sink
@@ -65,6 +69,7 @@ SMALL = KVLayout(
     key_width=64,
     value_width=64,
 )  # one block is 4 KB
+SOCKET_BUFFER_BYTES = TransferLimits().socket_buffer_bytes
 ALL_LAYERS = Chunk(0, LAYOUT.num_layers, 0, 0)
 SHM_DEFAULT, SHM_LIMIT = "sampled", 0.8
 CHECKSUMS: tuple[Checksum, ...] = ("full", "sampled", "off")
@@ -158,8 +163,12 @@ def summary(seconds: dict[str, list[float]], grant_bytes: int) -> dict[str, floa
         median = statistics.median(times)
         figures[key] = round(median * 1e6 if key.endswith("_us") else grant_bytes / median / 1e9, 2)
     for size in sizes(grant_bytes):
-        ratio = figures[f"tcp_full_{name(size)}"] / figures[f"socket_{name(size)}"]
-        figures[f"tcp_{name(size)}_of_socket"] = round(ratio, 3)
+        at = name(size)
+        figures[f"tcp_{at}_of_socket"] = round(
+            figures[f"tcp_full_{at}"] / figures[f"socket_{at}"], 3
+        )
+        best = min(seconds[f"memcpy_{at}"]) / min(seconds[f"shm_{SHM_DEFAULT}_{at}"])
+        figures[f"shm_{at}_of_memcpy_best"] = round(best, 3)
     return figures
 
 
@@ -169,7 +178,7 @@ class DecodeRank:
     def __init__(self, pipe: Connection) -> None:
         self._pipe = pipe
         self._endpoints, port, self._ref = pipe.recv()
-        self.bare = socket.create_connection(("127.0.0.1", port))
+        self.bare = tcp.connect(f"127.0.0.1:{port}", WAIT_S, SOCKET_BUFFER_BYTES)
         self._generation = 0
         self._last: tuple[tuple[BlockId, ...], tuple[BlockId, ...]] | None = None
 
@@ -218,7 +227,7 @@ def decode_rank(pipe: Connection, num_blocks: int) -> None:
     ):
         refs[key] = WorkerRef(WorkerId(f"decode-{key}"), new_incarnation())
         sinks[key] = make_sink(pool, refs[key], _forget, checksum=checksum)  # type: ignore[arg-type]
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = tcp.listen("127.0.0.1", 0, SOCKET_BUFFER_BYTES)
     endpoints = {key: sink.endpoint for key, sink in sinks.items()}
     pipe.send((endpoints, listener.getsockname()[1], refs))
     bare, _ = listener.accept()

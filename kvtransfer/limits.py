@@ -18,7 +18,7 @@ class TransferLimits:
     """A peer that takes or gives no byte in the middle of a frame for this long is cut off."""
     frame_bytes: int = 1024 * 1024
     """Cut of a chunk: small enough to stay in cache between copy and checksum, and to notice an
-    abort quickly; large enough that the frame's own cost does not show."""
+    abort quickly; large enough that the frame's own cost does not show. At most 16 MB."""
     socket_buffer_bytes: int = 256 * 1024
     """Of tcp. What is under way stays in cache: on loopback this is 2 to 4 times as fast as the
     kernel's own choice. A long fat link needs its bandwidth times its delay."""
