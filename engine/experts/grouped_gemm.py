@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from engine.exact import cancelling
+
 TILE = 8
 _WIDEST_PADDING = 256
+_LONGEST_PRODUCT = 512
 # What one product on its own costs beside its rows, in rows: measured with 512 x 512 weights on
 # two Zen 4 cores, where a call's overhead is 20 to 40 us and a further row 1 us.
 _CALL_IN_ROWS = 32
@@ -70,11 +73,6 @@ class GroupedExperts:
         self._exact = exact
         self._gate_up = weights.gate_up.transpose(1, 2)
         self._down = weights.down.transpose(1, 2)
-        self._round_to = TILE if exact else 1
-        self._only_tiles = exact and not (
-            _padding_suffices(self._gate_up[0].shape, weights.gate_up.dtype, weights.gate_up.device)
-            and _padding_suffices(self._down[0].shape, weights.down.dtype, weights.down.device)
-        )
 
     def __call__(self, x_BD: Tensor, slot_BK: Tensor) -> ExpertRows:
         """Apply to row b the expert in each slot ``slot_BK[b, k]`` that is not -1.
@@ -88,42 +86,29 @@ class GroupedExperts:
         # Rows of slot -1 sort first and are cut off.
         counts_S = torch.bincount(slot_R + 1, minlength=num_slots + 1)
         skipped, *counts = counts_S.tolist()  # host sync
+        only_tiles = self._exact and not self._padding_suffices()
         tiling = _tile(
             counts,
-            round_to=self._round_to,
-            widest=TILE if self._only_tiles else _WIDEST_PADDING,
+            round_to=TILE if self._exact else 1,
+            widest=TILE if only_tiles else _WIDEST_PADDING,
             copies=self.weights.gate_up[0].nbytes <= _LARGEST_COPIED_BYTES,
         )
         order_R = torch.argsort(slot_R, stable=True)[skipped:]
         place_R = _places(slot_R.index_select(0, order_R), counts, tiling)
         row_P = slot_R.new_zeros(tiling.num_places)  # padding computes row 0 again, for nothing
         row_P[place_R] = order_R // slot_BK.shape[1]
-        hidden_PI = self._activate(
-            self._multiply(x_BD.index_select(0, row_P), self._gate_up, tiling)
-        )
+        hidden_P2I = _multiply(x_BD.index_select(0, row_P), self._gate_up, tiling, only_tiles)
+        y_PD = _multiply(self._activate(hidden_P2I), self._down, tiling, only_tiles)
         place_BK = torch.zeros_like(slot_R)
         place_BK[order_R] = place_R
-        return ExpertRows(
-            y_PD=self._multiply(hidden_PI, self._down, tiling),
-            place_BK=place_BK.view_as(slot_BK),
-        )
+        return ExpertRows(y_PD=y_PD, place_BK=place_BK.view_as(slot_BK))
 
-    def _multiply(self, x_P: Tensor, weights_S: Tensor, tiling: _Tiling) -> Tensor:
-        width, num_batched = weights_S.shape[2], tiling.rows * len(tiling.batched)
-        y_P = x_P.new_empty(x_P.shape[0], width)
-        if num_batched:
-            tiles = x_P[:num_batched].view(len(tiling.batched), tiling.rows, -1)
-            out = y_P[:num_batched].view(len(tiling.batched), tiling.rows, width)
-            torch.bmm(tiles, _select(weights_S, tiling.batched), out=out)
-        for slot, first, rows in tiling.segments:
-            segment, out = x_P[first : first + rows], y_P[first : first + rows]
-            if self._only_tiles:
-                tiles = segment.view(-1, TILE, segment.shape[1])
-                weight = weights_S[slot].expand(tiles.shape[0], -1, -1)
-                torch.bmm(tiles, weight, out=out.view(-1, TILE, width))
-            else:
-                torch.mm(segment, weights_S[slot], out=out)
-        return y_P
+    def _padding_suffices(self) -> bool:
+        threads = torch.get_num_threads()
+        return all(
+            _padding_suffices(weights_S[0].shape, weights_S.dtype, weights_S.device, threads)
+            for weights_S in (self._gate_up, self._down)
+        )
 
     def _activate(self, hidden_P2I: Tensor) -> Tensor:
         gate_PI, up_PI = hidden_P2I.chunk(2, dim=-1)
@@ -143,6 +128,7 @@ class GroupedExperts:
         x_PD = x_BD.index_select(0, order_R // slot_BK.shape[1])
         hidden = functional.grouped_mm(x_PD, self._gate_up, offs=ends_S)
         y_PD = functional.grouped_mm(self._activate(hidden), self._down, offs=ends_S)
+        y_PD = y_PD.masked_fill(sorted_R.unsqueeze(1) == num_slots, 0)
         place_R = torch.empty_like(order_R)
         place_R[order_R] = torch.arange(order_R.shape[0], device=x_BD.device)
         return ExpertRows(y_PD=y_PD, place_BK=place_R.view_as(slot_BK))
@@ -203,6 +189,37 @@ def _places(slot_R: Tensor, counts: Sequence[int], tiling: _Tiling) -> Tensor:
     return place_R
 
 
+def _multiply(x_P: Tensor, weights_S: Tensor, tiling: _Tiling, only_tiles: bool) -> Tensor:
+    y_P = x_P.new_empty(x_P.shape[0], weights_S.shape[2])
+    num_batched = tiling.rows * len(tiling.batched)
+    if num_batched:
+        _multiply_batch(
+            x_P[:num_batched].view(len(tiling.batched), tiling.rows, -1),
+            _select(weights_S, tiling.batched),
+            y_P[:num_batched].view(len(tiling.batched), tiling.rows, -1),
+        )
+    for slot, first, rows in tiling.segments:
+        for start in range(first, first + rows, _LONGEST_PRODUCT):
+            end = min(start + _LONGEST_PRODUCT, first + rows)
+            x_MD, y_MD = x_P[start:end], y_P[start:end]
+            if only_tiles:
+                tiles = x_MD.view(-1, TILE, x_MD.shape[1])
+                weight = weights_S[slot].expand(len(tiles), -1, -1)
+                _multiply_batch(tiles, weight, y_MD.view(len(tiles), TILE, -1))
+            else:
+                torch.mm(x_MD, weights_S[slot], out=y_MD)
+    return y_P
+
+
+def _multiply_batch(tiles: Tensor, weights: Tensor, out: Tensor) -> None:
+    if len(tiles) == 1 and tiles.shape[1] == TILE:
+        # Threads share a batch out by whole products, but a single product by its columns or its
+        # sums, which changes bits: make it two.
+        out.copy_(torch.bmm(tiles.expand(2, -1, -1), weights.expand(2, -1, -1))[:1])
+    else:
+        torch.bmm(tiles, weights, out=out)
+
+
 def _select(weights_S: Tensor, slots: Sequence[int]) -> Tensor:
     if len(slots) == weights_S.shape[0]:
         return weights_S
@@ -215,22 +232,24 @@ def _round_up(rows: int, to: int) -> int:
 
 
 @lru_cache(maxsize=64)
-def _padding_suffices(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> bool:
+def _padding_suffices(
+    shape: torch.Size, dtype: torch.dtype, device: torch.device, threads: int
+) -> bool:
     """Whether products of any multiple of ``TILE`` rows give the bits of single tiles here.
 
-    Measured with random rows, once per shape: libraries promise nothing.
+    Measured once per shape and number of ``threads``: libraries promise nothing. Inputs cancel,
+    so that results are nothing but the rounding that another order of summation would change.
     """
-    rows = 2 * _WIDEST_PADDING
-    generator = torch.Generator(device=device).manual_seed(0)
-    x = torch.randn(rows, shape[0], generator=generator, device=device).to(dtype)
-    # As the experts are stored: the transposed view of a contiguous matrix.
-    weight = torch.randn(shape[1], shape[0], generator=generator, device=device).to(dtype).t()
+    del threads  # the kernels ask for it themselves
+    x, weight = cancelling((_LONGEST_PRODUCT, shape[0]), (shape[1], shape[0]))
+    x = x.to(device, dtype)
+    weight = weight.to(device, dtype).t()  # a transposed view, like those of the experts
 
     def batched(tile: int) -> Tensor:
-        tiles = x.view(rows // tile, tile, -1)
-        return torch.bmm(tiles, weight.expand(rows // tile, -1, -1)).view(rows, -1)
+        tiles = x.view(_LONGEST_PRODUCT // tile, tile, -1)
+        return torch.bmm(tiles, weight.expand(len(tiles), -1, -1)).view(_LONGEST_PRODUCT, -1)
 
     wanted = batched(TILE)
-    products = [batched(tile) for tile in (2 * TILE, 8 * TILE, _WIDEST_PADDING)]
-    products += [torch.mm(x[:some], weight) for some in (TILE, 5 * TILE, 33 * TILE, rows)]
+    products = [batched(tile) for tile in (2 * TILE, 8 * TILE, _WIDEST_PADDING, _LONGEST_PRODUCT)]
+    products += [torch.mm(x[: rows * TILE], weight) for rows in (1, 2, 3, 5, 11, 17, 33, 43, 64)]
     return all(torch.equal(product, wanted[: len(product)]) for product in products)
