@@ -12,9 +12,6 @@ from typing import Any
 
 from protocol.errors import ConfigError
 
-_GGUF_START = struct.Struct("<4sIQQ")  # magic, version, tensors, metadata entries
-_GGUF_MAGIC = b"GGUF"
-_GGUF_VERSIONS = (2, 3)
 _LENGTH = struct.Struct("<Q")  # a safetensors file starts with its header's length
 _MAX_HEADER_BYTES = 100 << 20  # the safetensors format's own limit
 
@@ -64,15 +61,10 @@ def free_port() -> int:
 
 
 def _check_gguf(file: Path) -> None:
-    with file.open("rb") as head:
-        start = head.read(_GGUF_START.size)
-    if len(start) < _GGUF_START.size or not start.startswith(_GGUF_MAGIC):
-        raise ConfigError(f"{file} is not a GGUF file")
-    _, version, tensors, _ = _GGUF_START.unpack(start)
-    if version not in _GGUF_VERSIONS:
-        raise ConfigError(f"{file} is GGUF version {version}; this release reads {_GGUF_VERSIONS}")
-    if tensors == 0:
-        raise ConfigError(f"{file} holds no tensors")
+    from engine.weights.gguf_header import GgufHeader, map_gguf  # needs numpy; folders do not
+
+    with map_gguf(file) as data:
+        GgufHeader(file, data)
 
 
 def _check_checkpoint(folder: Path) -> None:
