@@ -5,7 +5,7 @@ checked before anything large is allocated; what is loaded is only what this ran
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -17,19 +17,18 @@ from engine.config import ModelConfig, split_dense
 from engine.config_files import config_from_folder, config_from_gguf
 from engine.experts.placement import place_evenly
 from engine.layers.linear import Numerics
-from engine.models.decoder import Decoder, check_weights
+from engine.models.decoder import Decoder, describe_decoder
 from engine.models.parts import Setting
-from engine.models.registry import READ_LAYER
+from engine.models.registry import DESCRIBE_LAYER
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.gguf import GgufFile
-from engine.weights.reader import WeightReader
+from engine.weights.reader import Progress, WeightReader
 from engine.weights.source import TensorSource
 from protocol.codec import WIRE_VERSION
 from protocol.errors import ConfigError
 from protocol.kv import KVLayout
 
 DtypeChoice = Literal["auto", "float32", "bfloat16"]
-Progress = Callable[[int, int], None]  # bytes loaded, bytes in all; at most once a tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -82,7 +81,9 @@ def load(
             placement=place_evenly(experts, group.world_size) if experts else None,
         )
         chosen = resolve_dtype(dtype, device)
-        model = _load_checked(opened.source, setting, device, DTYPES[chosen], progress)
+        reader = WeightReader(opened.source, device=device, dtype=DTYPES[chosen], progress=progress)
+        weights = describe_decoder(reader, setting, DESCRIBE_LAYER[config.architecture])
+        model = Decoder(weights, reader, setting)
     finally:
         opened.source.close()
     layout = config.layout(dtype=chosen, block_tokens=block_tokens)
@@ -156,36 +157,6 @@ def _open(path: Path) -> _Opened:
         weights_digest=file.digest(),
         tokenizer_digest=file.tokenizer_digest,
     )
-
-
-def _load_checked(
-    source: TensorSource,
-    setting: Setting,
-    device: torch.device,
-    dtype: torch.dtype,
-    progress: Progress | None,
-) -> Decoder:
-    """Walk the model twice: on ``meta`` to check it and count bytes, then for good."""
-    total = 0
-    done = 0
-
-    def count(num_bytes: int) -> None:
-        nonlocal total
-        total += num_bytes
-
-    def report(num_bytes: int) -> None:
-        nonlocal done
-        done += num_bytes
-        if progress is not None:
-            progress(done, total)
-
-    read_layer = READ_LAYER[setting.config.architecture]
-    meta = torch.device("meta")
-    check_weights(
-        WeightReader(source, device=meta, dtype=dtype, on_bytes=count), setting, read_layer
-    )
-    weights = WeightReader(source, device=device, dtype=dtype, on_bytes=report)
-    return Decoder(weights, setting, read_layer)
 
 
 def _digest_tokenizer(folder: Path) -> str:

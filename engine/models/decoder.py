@@ -18,8 +18,8 @@ from engine.layers.embedding import Embedding
 from engine.layers.linear import Linear
 from engine.layers.norm import add_rms_norm, rms_norm
 from engine.layers.rope import Rope
-from engine.models.parts import Attention, FeedForward, LayerWeights, ReadLayer, Setting
-from engine.weights.reader import WeightReader
+from engine.models.parts import Attention, DescribeLayer, FeedForward, LayerWeights, Setting
+from engine.weights.reader import Wanted, WeightReader
 
 AfterLayer = Callable[[int], None]  # told the layer whose KV of this step is now in the cache
 
@@ -35,26 +35,24 @@ class DecoderLayer:
 class Decoder:
     """One rank's model. Read and built layer by layer, so weights are held once."""
 
-    def __init__(self, weights: WeightReader, setting: Setting, read_layer: ReadLayer) -> None:
+    def __init__(self, weights: "DecoderWeights", reader: WeightReader, setting: Setting) -> None:
         config = setting.config
-        embedding_VD, norm_D, head_VD = _read_ends(weights, setting)
+        embedding_VD = weights.embedding_VD.read()
+        head_VD = weights.head_VD.read() if weights.head_VD else embedding_VD
         self._embedding = Embedding(embedding_VD)
-        self._norm_D = norm_D
+        self._norm_D = weights.norm_D.read()
         self._head = Linear(head_VD, numerics=setting.numerics)
         self._epsilon = config.norm_epsilon
         kind = config.attention
         self._rope = Rope(
             config.rope,
             kind.head_width if isinstance(kind, GqaConfig) else kind.rope_width,
-            device=weights.device,
-            dtype=weights.dtype,
+            device=reader.device,
+            dtype=reader.dtype,
         )
         # Ranks agree on how many tokens pass a layer, so only a rank alone may let rows go early.
         self._may_drop_rows = setting.group.world_size == 1
-        self._layers = tuple(
-            _build(read_layer(weights, setting, index), setting)
-            for index in range(config.num_layers)
-        )
+        self._layers = tuple(_build(layer, setting) for layer in weights.layers)
 
     def forward(
         self, batch: ForwardBatch, cache: KVStorage, after_layer: AfterLayer | None = None
@@ -91,30 +89,38 @@ class Decoder:
         return self._head(x_RD).float()
 
 
-def check_weights(weights: WeightReader, setting: Setting, read_layer: ReadLayer) -> None:
-    """Ask for every tensor of the model, in the order of loading, and keep none.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecoderWeights:
+    embedding_VD: Wanted
+    norm_D: Wanted
+    head_VD: Wanted | None  # None: the embedding serves
+    layers: tuple[LayerWeights, ...]
+
+
+def describe_decoder(
+    reader: WeightReader, setting: Setting, describe_layer: DescribeLayer
+) -> DecoderWeights:
+    """All tensors of the model, known to be in the checkpoint; none is read.
 
     Raises:
         ConfigError: one is missing or has the wrong shape.
     """
-    _read_ends(weights, setting)
-    for index in range(setting.config.num_layers):
-        read_layer(weights, setting, index)
-
-
-def _read_ends(weights: WeightReader, setting: Setting) -> tuple[Tensor, Tensor, Tensor]:
-    vocabulary, hidden = setting.config.vocab_size, setting.config.hidden_width
-    embedding_VD = weights.take("model.embed_tokens.weight", vocabulary, hidden)
-    norm_D = weights.take("model.norm.weight", hidden)
-    if setting.config.tied_embeddings:
-        return embedding_VD, norm_D, embedding_VD
-    return embedding_VD, norm_D, weights.take("lm_head.weight", vocabulary, hidden)
+    config = setting.config
+    vocabulary, hidden = config.vocab_size, config.hidden_width
+    return DecoderWeights(
+        embedding_VD=reader.want("model.embed_tokens.weight", vocabulary, hidden),
+        norm_D=reader.want("model.norm.weight", hidden),
+        head_VD=(
+            None if config.tied_embeddings else reader.want("lm_head.weight", vocabulary, hidden)
+        ),
+        layers=tuple(describe_layer(reader, setting, layer) for layer in range(config.num_layers)),
+    )
 
 
 def _build(layer: LayerWeights, setting: Setting) -> DecoderLayer:
     return DecoderLayer(
-        attention_norm_D=layer.attention_norm_D,
+        attention_norm_D=layer.attention_norm_D.read(),
         attention=layer.attention.build(setting),
-        feed_forward_norm_D=layer.feed_forward_norm_D,
+        feed_forward_norm_D=layer.feed_forward_norm_D.read(),
         feed_forward=layer.feed_forward.build(setting),
     )

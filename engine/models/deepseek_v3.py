@@ -7,28 +7,30 @@ never asked for.
 
 import torch
 
-from engine.models.feed_forward import SparseWeights, read_dense, read_experts
-from engine.models.latent_attention import read_latent
+from engine.models.feed_forward import SparseWeights, describe_dense, describe_experts
+from engine.models.latent_attention import describe_latent
 from engine.models.parts import LayerWeights, Setting
 from engine.weights.reader import WeightReader
 
 
-def read_layer(weights: WeightReader, setting: Setting, layer: int) -> LayerWeights:
+def describe_layer(weights: WeightReader, setting: Setting, layer: int) -> LayerWeights:
     config = setting.config
     hidden, at = config.hidden_width, f"model.layers.{layer}"
     return LayerWeights(
-        attention_norm_D=weights.take(f"{at}.input_layernorm.weight", hidden),
-        attention=read_latent(weights, setting, f"{at}.self_attn"),
-        feed_forward_norm_D=weights.take(f"{at}.post_attention_layernorm.weight", hidden),
+        attention_norm_D=weights.want(f"{at}.input_layernorm.weight", hidden),
+        attention=describe_latent(weights, setting, f"{at}.self_attn"),
+        feed_forward_norm_D=weights.want(f"{at}.post_attention_layernorm.weight", hidden),
         feed_forward=(
-            _read_sparse(weights, setting, f"{at}.mlp")
+            _describe_sparse(weights, setting, f"{at}.mlp")
             if config.sparse_layers[layer]
-            else read_dense(weights, f"{at}.mlp", hidden=hidden, width=config.intermediate_width)
+            else describe_dense(
+                weights, f"{at}.mlp", hidden=hidden, width=config.intermediate_width
+            )
         ),
     )
 
 
-def _read_sparse(weights: WeightReader, setting: Setting, prefix: str) -> SparseWeights:
+def _describe_sparse(weights: WeightReader, setting: Setting, prefix: str) -> SparseWeights:
     experts, hidden = setting.config.experts, setting.config.hidden_width
     assert experts is not None
 
@@ -38,11 +40,11 @@ def _read_sparse(weights: WeightReader, setting: Setting, prefix: str) -> Sparse
 
     count = experts.num_experts
     return SparseWeights(
-        router_ED=weights.take(f"{prefix}.gate.weight", count, hidden, dtype=torch.float32),
-        bias_E=weights.take(f"{prefix}.gate.e_score_correction_bias", count, dtype=torch.float32),
-        experts=read_experts(weights, setting, names),
+        router_ED=weights.want(f"{prefix}.gate.weight", count, hidden, dtype=torch.float32),
+        bias_E=weights.want(f"{prefix}.gate.e_score_correction_bias", count, dtype=torch.float32),
+        experts=describe_experts(weights, setting, names),
         shared=(
-            read_dense(
+            describe_dense(
                 weights, f"{prefix}.shared_experts", hidden=hidden, width=experts.shared_width
             )
             if experts.shared_width

@@ -21,16 +21,17 @@ from engine.experts.router import every_expert, group_limited_top_k, softmax_top
 from engine.layers.activation import silu_and_mul
 from engine.layers.linear import Linear
 from engine.models.parts import Setting
-from engine.weights.reader import WeightReader
+from engine.weights.reader import Wanted, WeightReader, read_rows
 from engine.weights.source import Part
 
 ExpertNames = Callable[[int], tuple[str, str, str]]  # expert -> its gate, up and down tensors
+ExpertParts = tuple[Wanted, Wanted, Wanted]  # gate, up, down
 
 
 class DenseFeedForward:
     def __init__(self, weights: "DenseWeights", setting: Setting) -> None:
-        self._gate_up = Linear(weights.gate_up_FD, numerics=setting.numerics)
-        self._down = Linear(weights.down_DI, numerics=setting.numerics)
+        self._gate_up = Linear(read_rows(weights.gate_up), numerics=setting.numerics)
+        self._down = Linear(weights.down_DI.read(), numerics=setting.numerics)
 
     def __call__(self, x_ND: Tensor) -> Tensor:
         return self._down(silu_and_mul(self._gate_up(x_ND)))
@@ -41,8 +42,8 @@ class SparseFeedForward:
 
     def __init__(self, weights: "SparseWeights", config: ExpertsConfig, setting: Setting) -> None:
         self._config = config
-        self._router = Linear(weights.router_ED, numerics=setting.numerics)
-        self._bias_E = weights.bias_E
+        self._router = Linear(weights.router_ED.read(), numerics=setting.numerics)
+        self._bias_E = weights.bias_E.read() if weights.bias_E else None
         self._experts = _expert_layer(weights.experts, setting)
         self._shared = weights.shared.build(setting) if weights.shared else None
 
@@ -84,8 +85,8 @@ class SplitFeedForward:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenseWeights:
-    gate_up_FD: Tensor
-    down_DI: Tensor
+    gate_up: tuple[Wanted, Wanted]
+    down_DI: Wanted
 
     def build(self, setting: Setting) -> DenseFeedForward:
         return DenseFeedForward(self, setting)
@@ -93,9 +94,9 @@ class DenseWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SparseWeights:
-    router_ED: Tensor  # float32
-    bias_E: Tensor | None  # float32; None: experts are scored by softmax
-    experts: ExpertWeights
+    router_ED: Wanted  # float32
+    bias_E: Wanted | None  # float32; None: experts are scored by softmax
+    experts: "SlotWeights"
     shared: DenseWeights | None
 
     def build(self, setting: Setting) -> SparseFeedForward:
@@ -105,77 +106,97 @@ class SparseWeights:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitWeights:
-    experts: ExpertWeights
+    experts: "SlotWeights"
 
     def build(self, setting: Setting) -> SplitFeedForward:
         return SplitFeedForward(self, setting)
 
 
-def read_dense(weights: WeightReader, prefix: str, *, hidden: int, width: int) -> DenseWeights:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlotWeights:
+    """What goes into each expert slot of this rank; None leaves it empty."""
+
+    reader: WeightReader
+    hidden: int
+    width: int
+    slots: tuple[ExpertParts | None, ...]
+
+    def read(self) -> ExpertWeights:
+        gate_up_SFD = self._zeros(2 * self.width, self.hidden)
+        down_SDI = self._zeros(self.hidden, self.width)
+        for slot, parts in enumerate(self.slots):
+            if parts is not None:
+                gate, up, down = parts
+                gate_up_SFD[slot, : self.width] = gate.read()
+                gate_up_SFD[slot, self.width :] = up.read()
+                down_SDI[slot] = down.read()
+        return ExpertWeights(gate_up=gate_up_SFD, down=down_SDI)
+
+    def _zeros(self, rows: int, columns: int) -> Tensor:
+        shape = (len(self.slots), rows, columns)
+        return torch.zeros(shape, dtype=self.reader.dtype, device=self.reader.device)
+
+
+def describe_dense(weights: WeightReader, prefix: str, *, hidden: int, width: int) -> DenseWeights:
     """``gate_proj``, ``up_proj`` and ``down_proj`` under ``prefix``."""
     return DenseWeights(
-        gate_up_FD=weights.take_rows(
-            [f"{prefix}.gate_proj.weight", f"{prefix}.up_proj.weight"], [width, width], hidden
+        gate_up=(
+            weights.want(f"{prefix}.gate_proj.weight", width, hidden),
+            weights.want(f"{prefix}.up_proj.weight", width, hidden),
         ),
-        down_DI=weights.take(f"{prefix}.down_proj.weight", hidden, width),
+        down_DI=weights.want(f"{prefix}.down_proj.weight", hidden, width),
     )
 
 
-def read_split(weights: WeightReader, setting: Setting, prefix: str) -> SplitWeights:
+def describe_split(weights: WeightReader, setting: Setting, prefix: str) -> SplitWeights:
     """This rank's slices of a dense layer: rows of gate and up, columns of down."""
     config = setting.config
     hidden, whole = config.hidden_width, config.intermediate_width
     width = whole // config.split_dense_experts
 
-    def read(expert: int) -> tuple[Tensor, Tensor, Tensor]:
+    def describe(expert: int) -> ExpertParts:
         units = slice(expert * width, (expert + 1) * width)
         rows, columns = Part(rows=units), Part(columns=units)
         return (
-            weights.take(f"{prefix}.gate_proj.weight", whole, hidden, part=rows),
-            weights.take(f"{prefix}.up_proj.weight", whole, hidden, part=rows),
-            weights.take(f"{prefix}.down_proj.weight", hidden, whole, part=columns),
+            weights.want(f"{prefix}.gate_proj.weight", whole, hidden, part=rows),
+            weights.want(f"{prefix}.up_proj.weight", whole, hidden, part=rows),
+            weights.want(f"{prefix}.down_proj.weight", hidden, whole, part=columns),
         )
 
-    return SplitWeights(experts=_fill_slots(weights, setting, width, read))
+    return SplitWeights(experts=_describe_slots(weights, setting, width, describe))
 
 
-def read_experts(weights: WeightReader, setting: Setting, names: ExpertNames) -> ExpertWeights:
+def describe_experts(weights: WeightReader, setting: Setting, names: ExpertNames) -> SlotWeights:
     """The routed experts that this rank holds, each from three tensors of its own."""
     assert setting.config.experts is not None
     hidden, width = setting.config.hidden_width, setting.config.experts.intermediate_width
 
-    def read(expert: int) -> tuple[Tensor, Tensor, Tensor]:
+    def describe(expert: int) -> ExpertParts:
         gate, up, down = names(expert)
         return (
-            weights.take(gate, width, hidden),
-            weights.take(up, width, hidden),
-            weights.take(down, hidden, width),
+            weights.want(gate, width, hidden),
+            weights.want(up, width, hidden),
+            weights.want(down, hidden, width),
         )
 
-    return _fill_slots(weights, setting, width, read)
+    return _describe_slots(weights, setting, width, describe)
 
 
-def _fill_slots(
-    weights: WeightReader,
-    setting: Setting,
-    width: int,
-    read: Callable[[int], tuple[Tensor, Tensor, Tensor]],
-) -> ExpertWeights:
+def _describe_slots(
+    weights: WeightReader, setting: Setting, width: int, describe: Callable[[int], ExpertParts]
+) -> SlotWeights:
     assert setting.placement is not None
-    slots = setting.placement.slots_of(setting.group.rank)
-    hidden = setting.config.hidden_width
-
-    def empty(rows: int, columns: int) -> Tensor:
-        shape = (len(slots), rows, columns)
-        return torch.zeros(shape, dtype=weights.dtype, device=weights.device)
-
-    gate_up_SFD, down_SDI = empty(2 * width, hidden), empty(hidden, width)
-    for slot, expert in enumerate(slots):
-        if expert != EMPTY:
-            gate_up_SFD[slot, :width], gate_up_SFD[slot, width:], down_SDI[slot] = read(expert)
-    return ExpertWeights(gate_up=gate_up_SFD, down=down_SDI)
+    return SlotWeights(
+        reader=weights,
+        hidden=setting.config.hidden_width,
+        width=width,
+        slots=tuple(
+            None if expert == EMPTY else describe(expert)
+            for expert in setting.placement.slots_of(setting.group.rank)
+        ),
+    )
 
 
-def _expert_layer(experts: ExpertWeights, setting: Setting) -> ExpertLayer:
+def _expert_layer(experts: SlotWeights, setting: Setting) -> ExpertLayer:
     assert setting.placement is not None
-    return ExpertLayer(experts, setting.placement, setting.group, setting.numerics)
+    return ExpertLayer(experts.read(), setting.placement, setting.group, setting.numerics)

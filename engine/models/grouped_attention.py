@@ -3,7 +3,7 @@
 Query, key and value projections are one product, and queries and keys are rotated together.
 
 Shape suffixes: N tokens   D hidden   H query heads   G KV heads   W head width   J H + G heads
-S H + 2 G heads   P S * W projection rows   O H * W
+S H + 2 G heads   O H * W
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from engine.layers.linear import Linear
 from engine.layers.norm import rms_norm
 from engine.layers.rope import Rotation
 from engine.models.parts import Setting
-from engine.weights.reader import WeightReader
+from engine.weights.reader import Wanted, WeightReader, read_rows
 
 
 class GroupedQueryAttention:
@@ -27,10 +27,10 @@ class GroupedQueryAttention:
         self._width = config.head_width
         self._scale = config.head_width**-0.5
         self._epsilon = setting.config.norm_epsilon
-        self._project = Linear(weights.projection_PD, numerics=setting.numerics)
-        self._output = Linear(weights.output_DO, numerics=setting.numerics)
-        self._query_norm_W = weights.query_norm_W
-        self._key_norm_W = weights.key_norm_W
+        self._project = Linear(read_rows(weights.projections), numerics=setting.numerics)
+        self._output = Linear(weights.output_DO.read(), numerics=setting.numerics)
+        self._query_norm_W = weights.query_norm_W.read() if weights.query_norm_W else None
+        self._key_norm_W = weights.key_norm_W.read() if weights.key_norm_W else None
 
     def __call__(
         self, x_ND: Tensor, rotation: Rotation, cache: LayerCache, batch: ForwardBatch
@@ -57,10 +57,10 @@ class GroupedQueryAttention:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GroupedQueryWeights:
-    projection_PD: Tensor  # queries, then keys, then values
-    output_DO: Tensor
-    query_norm_W: Tensor | None
-    key_norm_W: Tensor | None
+    projections: tuple[Wanted, ...]  # of queries, keys and values
+    output_DO: Wanted
+    query_norm_W: Wanted | None
+    key_norm_W: Wanted | None
 
     def build(self, setting: Setting) -> GroupedQueryAttention:
         config = setting.config.attention
@@ -68,17 +68,21 @@ class GroupedQueryWeights:
         return GroupedQueryAttention(self, config, setting)
 
 
-def read_grouped_query(weights: WeightReader, setting: Setting, prefix: str) -> GroupedQueryWeights:
+def describe_grouped_query(
+    weights: WeightReader, setting: Setting, prefix: str
+) -> GroupedQueryWeights:
     """The tensors under ``prefix``, such as ``model.layers.0.self_attn``."""
     config, hidden = setting.config.attention, setting.config.hidden_width
     assert isinstance(config, GqaConfig)
     width = config.head_width
     queries, keys = config.num_heads * width, config.num_kv_heads * width
     return GroupedQueryWeights(
-        projection_PD=weights.take_rows(
-            [f"{prefix}.{kind}_proj.weight" for kind in "qkv"], [queries, keys, keys], hidden
+        projections=(
+            weights.want(f"{prefix}.q_proj.weight", queries, hidden),
+            weights.want(f"{prefix}.k_proj.weight", keys, hidden),
+            weights.want(f"{prefix}.v_proj.weight", keys, hidden),
         ),
-        output_DO=weights.take(f"{prefix}.o_proj.weight", hidden, queries),
-        query_norm_W=weights.take(f"{prefix}.q_norm.weight", width) if config.qk_norm else None,
-        key_norm_W=weights.take(f"{prefix}.k_norm.weight", width) if config.qk_norm else None,
+        output_DO=weights.want(f"{prefix}.o_proj.weight", hidden, queries),
+        query_norm_W=weights.want(f"{prefix}.q_norm.weight", width) if config.qk_norm else None,
+        key_norm_W=weights.want(f"{prefix}.k_norm.weight", width) if config.qk_norm else None,
     )

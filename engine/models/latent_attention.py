@@ -7,7 +7,7 @@ rows are put in half-split order at load, so the cached key has the order that
 
 Shape suffixes: N tokens   D hidden   H heads   Q query latent   C KV latent   P un-roped width
 R roped width   V value width   A rows of the first product   B rows of the query product
-O H * V
+X H * (P + V)   O H * V
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from engine.layers.norm import rms_norm
 from engine.layers.rope import Rotation, yarn_softmax_factor
 from engine.models.parts import Setting
 from engine.weights.orders import half_split_rows
-from engine.weights.reader import WeightReader
+from engine.weights.reader import Wanted, WeightReader
 
 
 class LatentAttention:
@@ -39,16 +39,18 @@ class LatentAttention:
         self._query_width = config.query_rank or config.num_heads * width
         self._scale = width**-0.5 * yarn_softmax_factor(setting.config.rope)
         self._epsilon = setting.config.norm_epsilon
-        self._project = Linear(weights.projection_AD, numerics=setting.numerics)
-        self._query_norm_Q = weights.query_norm_Q
-        self._expand_query = (
-            None
-            if weights.query_BQ is None
-            else Linear(weights.query_BQ, numerics=setting.numerics)
-        )
-        self._latent_norm_C = weights.latent_norm_C
-        self._key_HPC, self._value_HVC = weights.key_HPC, weights.value_HVC
-        self._output = Linear(weights.output_DO, numerics=setting.numerics)
+        self._project = Linear(weights.read_projection(config), numerics=setting.numerics)
+        self._query_norm_Q, self._expand_query = None, None
+        if weights.query_norm_Q is not None and weights.query_BQ is not None:
+            self._query_norm_Q = weights.query_norm_Q.read()
+            self._expand_query = Linear(
+                _by_part(weights.query_BQ.read(), config), numerics=setting.numerics
+            )
+        self._latent_norm_C = weights.latent_norm_C.read()
+        expand_HXC = weights.expand_XC.read().view(config.num_heads, -1, config.latent_width)
+        self._key_HPC = expand_HXC[:, : config.nope_width].contiguous()
+        self._value_HVC = expand_HXC[:, config.nope_width :].contiguous()
+        self._output = Linear(weights.output_DO.read(), numerics=setting.numerics)
 
     def __call__(
         self, x_ND: Tensor, rotation: Rotation, cache: LayerCache, batch: ForwardBatch
@@ -79,13 +81,24 @@ class LatentAttention:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LatentWeights:
-    projection_AD: Tensor  # query latent (or queries), KV latent, rotated key
-    query_norm_Q: Tensor | None  # None, as query_BQ: queries have no latent
-    query_BQ: Tensor | None  # un-roped rows of all heads, then roped rows of all heads
-    latent_norm_C: Tensor
-    key_HPC: Tensor
-    value_HVC: Tensor
-    output_DO: Tensor
+    queries: Wanted  # to the query latent, or to queries where they have no latent
+    query_norm_Q: Wanted | None  # None, as query_BQ: queries have no latent
+    query_BQ: Wanted | None
+    latent_and_key: Wanted
+    latent_norm_C: Wanted
+    expand_XC: Wanted
+    output_DO: Wanted
+
+    def read_projection(self, config: MlaConfig) -> Tensor:
+        """(A, D): query latent (or queries), KV latent, rotated key."""
+        first, latent_and_key = self.queries.read(), self.latent_and_key.read()
+        if config.query_rank is None:
+            first = _by_part(first, config)
+        latent_CD, key_RD = (
+            latent_and_key[: config.latent_width],
+            latent_and_key[config.latent_width :],
+        )
+        return torch.cat((first, latent_CD, _half_split(key_RD, config, heads=1)))
 
     def build(self, setting: Setting) -> LatentAttention:
         config = setting.config.attention
@@ -93,7 +106,7 @@ class LatentWeights:
         return LatentAttention(self, config, setting)
 
 
-def read_latent(weights: WeightReader, setting: Setting, prefix: str) -> LatentWeights:
+def describe_latent(weights: WeightReader, setting: Setting, prefix: str) -> LatentWeights:
     """The tensors under ``prefix``, such as ``model.layers.0.self_attn``."""
     config, hidden = setting.config.attention, setting.config.hidden_width
     assert isinstance(config, MlaConfig)
@@ -101,27 +114,23 @@ def read_latent(weights: WeightReader, setting: Setting, prefix: str) -> LatentW
     query_rows = heads * (config.nope_width + config.rope_width)
     query_norm_Q, query_BQ = None, None
     if rank is None:
-        first = _by_part(weights.take(f"{prefix}.q_proj.weight", query_rows, hidden), config)
+        queries = weights.want(f"{prefix}.q_proj.weight", query_rows, hidden)
     else:
-        first = weights.take(f"{prefix}.q_a_proj.weight", rank, hidden)
-        query_norm_Q = weights.take(f"{prefix}.q_a_layernorm.weight", rank)
-        query_BQ = _by_part(weights.take(f"{prefix}.q_b_proj.weight", query_rows, rank), config)
-    latent_and_key = weights.take(
-        f"{prefix}.kv_a_proj_with_mqa.weight", latent + config.rope_width, hidden
-    )
-    expand_rows = heads * (config.nope_width + config.value_width)
-    expand_HXC = weights.take(f"{prefix}.kv_b_proj.weight", expand_rows, latent).view(
-        heads, -1, latent
-    )
-    rotated_RD = _half_split(latent_and_key[latent:], config, heads=1)
+        queries = weights.want(f"{prefix}.q_a_proj.weight", rank, hidden)
+        query_norm_Q = weights.want(f"{prefix}.q_a_layernorm.weight", rank)
+        query_BQ = weights.want(f"{prefix}.q_b_proj.weight", query_rows, rank)
     return LatentWeights(
-        projection_AD=torch.cat((first, latent_and_key[:latent], rotated_RD)),
+        queries=queries,
         query_norm_Q=query_norm_Q,
         query_BQ=query_BQ,
-        latent_norm_C=weights.take(f"{prefix}.kv_a_layernorm.weight", latent),
-        key_HPC=expand_HXC[:, : config.nope_width].contiguous(),
-        value_HVC=expand_HXC[:, config.nope_width :].contiguous(),
-        output_DO=weights.take(f"{prefix}.o_proj.weight", hidden, heads * config.value_width),
+        latent_and_key=weights.want(
+            f"{prefix}.kv_a_proj_with_mqa.weight", latent + config.rope_width, hidden
+        ),
+        latent_norm_C=weights.want(f"{prefix}.kv_a_layernorm.weight", latent),
+        expand_XC=weights.want(
+            f"{prefix}.kv_b_proj.weight", heads * (config.nope_width + config.value_width), latent
+        ),
+        output_DO=weights.want(f"{prefix}.o_proj.weight", hidden, heads * config.value_width),
     )
 
 

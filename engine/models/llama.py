@@ -3,22 +3,24 @@
 With ``split_dense_experts`` each dense layer is read as that many experts instead.
 """
 
-from engine.models.feed_forward import read_dense, read_split
-from engine.models.grouped_attention import read_grouped_query
+from engine.models.feed_forward import describe_dense, describe_split
+from engine.models.grouped_attention import describe_grouped_query
 from engine.models.parts import LayerWeights, Setting
 from engine.weights.reader import WeightReader
 
 
-def read_layer(weights: WeightReader, setting: Setting, layer: int) -> LayerWeights:
+def describe_layer(weights: WeightReader, setting: Setting, layer: int) -> LayerWeights:
     config = setting.config
     hidden, at = config.hidden_width, f"model.layers.{layer}"
     return LayerWeights(
-        attention_norm_D=weights.take(f"{at}.input_layernorm.weight", hidden),
-        attention=read_grouped_query(weights, setting, f"{at}.self_attn"),
-        feed_forward_norm_D=weights.take(f"{at}.post_attention_layernorm.weight", hidden),
+        attention_norm_D=weights.want(f"{at}.input_layernorm.weight", hidden),
+        attention=describe_grouped_query(weights, setting, f"{at}.self_attn"),
+        feed_forward_norm_D=weights.want(f"{at}.post_attention_layernorm.weight", hidden),
         feed_forward=(
-            read_split(weights, setting, f"{at}.mlp")
+            describe_split(weights, setting, f"{at}.mlp")
             if config.split_dense_experts
-            else read_dense(weights, f"{at}.mlp", hidden=hidden, width=config.intermediate_width)
+            else describe_dense(
+                weights, f"{at}.mlp", hidden=hidden, width=config.intermediate_width
+            )
         ),
     )

@@ -2,23 +2,23 @@
 
 import torch
 
-from engine.models.feed_forward import SparseWeights, read_experts
-from engine.models.grouped_attention import read_grouped_query
+from engine.models.feed_forward import SparseWeights, describe_experts
+from engine.models.grouped_attention import describe_grouped_query
 from engine.models.parts import LayerWeights, Setting
 from engine.weights.reader import WeightReader
 
 
-def read_layer(weights: WeightReader, setting: Setting, layer: int) -> LayerWeights:
+def describe_layer(weights: WeightReader, setting: Setting, layer: int) -> LayerWeights:
     hidden, at = setting.config.hidden_width, f"model.layers.{layer}"
     return LayerWeights(
-        attention_norm_D=weights.take(f"{at}.input_layernorm.weight", hidden),
-        attention=read_grouped_query(weights, setting, f"{at}.self_attn"),
-        feed_forward_norm_D=weights.take(f"{at}.post_attention_layernorm.weight", hidden),
-        feed_forward=_read_sparse(weights, setting, f"{at}.block_sparse_moe"),
+        attention_norm_D=weights.want(f"{at}.input_layernorm.weight", hidden),
+        attention=describe_grouped_query(weights, setting, f"{at}.self_attn"),
+        feed_forward_norm_D=weights.want(f"{at}.post_attention_layernorm.weight", hidden),
+        feed_forward=_describe_sparse(weights, setting, f"{at}.block_sparse_moe"),
     )
 
 
-def _read_sparse(weights: WeightReader, setting: Setting, prefix: str) -> SparseWeights:
+def _describe_sparse(weights: WeightReader, setting: Setting, prefix: str) -> SparseWeights:
     experts = setting.config.experts
     assert experts is not None
 
@@ -27,13 +27,13 @@ def _read_sparse(weights: WeightReader, setting: Setting, prefix: str) -> Sparse
         return f"{at}.w1.weight", f"{at}.w3.weight", f"{at}.w2.weight"
 
     return SparseWeights(
-        router_ED=weights.take(
+        router_ED=weights.want(
             f"{prefix}.gate.weight",
             experts.num_experts,
             setting.config.hidden_width,
             dtype=torch.float32,
         ),
         bias_E=None,
-        experts=read_experts(weights, setting, names),
+        experts=describe_experts(weights, setting, names),
         shared=None,
     )

@@ -1,7 +1,7 @@
 """The interfaces between a decoder and the two halves of its layers.
 
-A layer's tensors are read first, as plain data that can also be on the ``meta`` device, and built
-into something that computes afterwards: so a checkpoint is checked whole before it is loaded.
+An architecture first describes each layer by the tensors it wants; building the description
+reads them. So a checkpoint is checked whole before any of it is loaded.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from engine.experts.placement import ExpertPlacement
 from engine.kvcache.storage import LayerCache
 from engine.layers.linear import Numerics
 from engine.layers.rope import Rotation
-from engine.weights.reader import WeightReader
+from engine.weights.reader import Wanted, WeightReader
 
 # Shape suffixes: N tokens of this step   D hidden
 
@@ -46,22 +46,30 @@ class FeedForward(Protocol):
 
 
 class AttentionWeights(Protocol):
-    def build(self, setting: Setting) -> Attention: ...
+    def build(self, setting: Setting) -> Attention:
+        """Read the tensors."""
+        ...
 
 
 class FeedForwardWeights(Protocol):
-    def build(self, setting: Setting) -> FeedForward: ...
+    def build(self, setting: Setting) -> FeedForward:
+        """Read the tensors."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    attention_norm_D: Tensor
+    attention_norm_D: Wanted
     attention: AttentionWeights
-    feed_forward_norm_D: Tensor
+    feed_forward_norm_D: Wanted
     feed_forward: FeedForwardWeights
 
 
-class ReadLayer(Protocol):
-    """What an architecture is: how the tensors of one of its layers are named and used."""
+class DescribeLayer(Protocol):
+    """What an architecture is: how the tensors of one of its layers are named and used.
+
+    Raises:
+        ConfigError: a tensor is missing or misshapen.
+    """
 
     def __call__(self, weights: WeightReader, setting: Setting, layer: int) -> LayerWeights: ...

@@ -1,14 +1,14 @@
-"""The architectures that can be loaded. A new one is a file with ``read_layer`` and a line here."""
+"""The architectures that can be loaded: a file with ``describe_layer`` and a line here each."""
 
 from collections.abc import Mapping
 
 from engine.config import Architecture
 from engine.models import deepseek_v3, llama, mixtral, qwen3_moe
-from engine.models.parts import ReadLayer
+from engine.models.parts import DescribeLayer
 
-READ_LAYER: Mapping[Architecture, ReadLayer] = {
-    "llama": llama.read_layer,
-    "mixtral": mixtral.read_layer,
-    "qwen3_moe": qwen3_moe.read_layer,
-    "deepseek_v3": deepseek_v3.read_layer,
+DESCRIBE_LAYER: Mapping[Architecture, DescribeLayer] = {
+    "llama": llama.describe_layer,
+    "mixtral": mixtral.describe_layer,
+    "qwen3_moe": qwen3_moe.describe_layer,
+    "deepseek_v3": deepseek_v3.describe_layer,
 }

@@ -1,10 +1,12 @@
-"""How models take their tensors: by name and shape, checked first, then converted to the device.
+"""How models get their tensors: asked for by name and shape, read when they are built.
 
-A reader on the ``meta`` device checks names and shapes and counts bytes without reading any: a
-load goes over the model twice, first so, and so fails before anything large is allocated.
+A model first asks for all its tensors, which checks names and shapes and counts bytes; only then
+is anything read. So a bad checkpoint fails before anything large is allocated.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,49 +14,52 @@ from torch import Tensor
 from engine.weights.source import WHOLE, Part, TensorSource
 from protocol.errors import ConfigError
 
-OnBytes = Callable[[int], None]  # bytes that the tensor just taken has on the device
+Progress = Callable[[int, int], None]  # bytes read, bytes of all tensors asked for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """A tensor, or part of one, that is in the checkpoint and not read yet."""
+
+    reader: "WeightReader"
+    name: str
+    part: Part
+    dtype: torch.dtype
+    num_bytes: int
+
+    def read(self) -> Tensor:
+        """On the reader's device. On the host it may be the file, mapped: do not write to it."""
+        return self.reader.read(self)
 
 
 class WeightReader:
+    """The tensors of one source, as one rank wants them."""
+
     def __init__(
         self,
         source: TensorSource,
         *,
         device: torch.device,
         dtype: torch.dtype,
-        on_bytes: OnBytes,
+        progress: Progress | None = None,
     ) -> None:
         self.device = device
         self.dtype = dtype
         self._source = source
-        self._on_bytes = on_bytes
+        self._progress = progress
+        self._bytes_wanted = 0
+        self._bytes_read = 0
 
-    def take(
+    def want(
         self, name: str, *shape: int, part: Part = WHOLE, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """``part`` of tensor ``name``, whose whole shape must be ``shape``.
+    ) -> Wanted:
+        """``part`` of tensor ``name``, whose whole shape must be ``shape``; no byte is read.
 
-        The result is in ``dtype``, the model's when None, on the reader's device; on the host it
-        may be the file itself, mapped, and must not be written to.
+        It will be in ``dtype``, the model's when None.
 
         Raises:
             ConfigError: there is no such tensor, or it has another shape.
         """
-        self._check(name, shape)
-        wanted = dtype or self.dtype
-        if self.device.type == "meta":
-            taken = torch.empty(part.of(shape), dtype=wanted, device=self.device)
-        else:
-            taken = self._source.read(name, part).to(self.device, wanted)
-        self._on_bytes(taken.nbytes)
-        return taken
-
-    def take_rows(self, names: Sequence[str], rows: Sequence[int], columns: int) -> Tensor:
-        """Matrices of equal width stacked into one, so that one product does the work of all."""
-        parts = [self.take(name, count, columns) for name, count in zip(names, rows, strict=True)]
-        return torch.cat(parts)
-
-    def _check(self, name: str, shape: tuple[int, ...]) -> None:
         found = self._source.shape(name)
         if found is None:
             raise ConfigError(f"{self._source.name}: tensor {name} is missing")
@@ -63,3 +68,19 @@ class WeightReader:
                 f"{self._source.name}: tensor {name} has shape {list(found)}, "
                 f"the config asks for {list(shape)}"
             )
+        dtype = dtype or self.dtype
+        num_bytes = math.prod(part.of(shape)) * dtype.itemsize
+        self._bytes_wanted += num_bytes
+        return Wanted(reader=self, name=name, part=part, dtype=dtype, num_bytes=num_bytes)
+
+    def read(self, wanted: Wanted) -> Tensor:
+        tensor = self._source.read(wanted.name, wanted.part).to(self.device, wanted.dtype)
+        self._bytes_read += wanted.num_bytes
+        if self._progress is not None:
+            self._progress(self._bytes_read, self._bytes_wanted)
+        return tensor
+
+
+def read_rows(parts: Sequence[Wanted]) -> Tensor:
+    """Matrices of equal width stacked into one, so that one product does the work of all."""
+    return torch.cat([part.read() for part in parts])
