@@ -1,5 +1,6 @@
 """The gateway's process: the HTTP API in front, the cluster behind, one event loop for both."""
 
+import gc
 import signal
 import socket
 from collections.abc import Generator
@@ -24,6 +25,7 @@ log = get_log(__name__)
 
 BACKLOG = 2048  # connects of a burst wait here; clients give up after 5 s
 KEEP_ALIVE_S = 75
+GC_THRESHOLDS = (50_000, 10, 10)
 
 
 def run(settings: GatewaySettings, scheduler: SchedulerSettings) -> int:
@@ -56,6 +58,7 @@ async def _serve(settings: GatewaySettings, scheduler: SchedulerSettings, text: 
                     loop="none",  # this one
                     lifespan="off",
                     access_log=False,
+                    proxy_headers=False,
                     log_config=None,
                     server_header=False,
                     backlog=BACKLOG,
@@ -63,6 +66,7 @@ async def _serve(settings: GatewaySettings, scheduler: SchedulerSettings, text: 
                     timeout_graceful_shutdown=max(1, round(settings.process.drain_s)),
                 )
             )
+            _spare_the_collector()
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(_stop_on_signal, server)
                 host, port = listener.getsockname()[:2]
@@ -70,6 +74,13 @@ async def _serve(settings: GatewaySettings, scheduler: SchedulerSettings, text: 
                 log.info("listening", host=host, port=port)
                 await server.serve(sockets=[listener])
                 tasks.cancel_scope.cancel()
+
+
+def _spare_the_collector() -> None:
+    """Requests leave next to no cycles behind; looking for them was a twentieth of the CPU."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_THRESHOLDS)
 
 
 class _Server(uvicorn.Server):

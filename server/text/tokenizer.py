@@ -66,7 +66,11 @@ class TextTokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Ids of text whose literals are all the caller's to write, such as a raw prompt."""
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        # The batch form is the one that does not compute offsets, which is a third of the time.
+        (encoding,) = self._tokenizer.encode_batch_fast(
+            [text], add_special_tokens=add_special_tokens
+        )
+        ids: list[int] = encoding.ids
         return ids
 
     def has_control_literal(self, text: str) -> bool:
