@@ -58,7 +58,7 @@ async def disaggregated(system: LocalSystem, *, tokens_alone: int, long_prompt: 
         async with anyio.create_task_group() as tasks:
             for index in range(STREAMS):
                 tasks.start_soon(one, index)
-            while min(len(stream.arrivals) for stream in streams) < tokens_alone:
+            while min(len(stream.arrivals) for stream in streams) < tokens_alone:  # noqa: ASYNC110
                 await anyio.sleep(0.02)
             prompt = [3 + (n * 7919) % 40_000 for n in range(long_prompt)]
             body = {"model": MODEL, "prompt": prompt, "max_tokens": 1, "ignore_eos": True}
@@ -100,7 +100,7 @@ def p99(values: Sequence[float]) -> float:
     return statistics.quantiles(values, n=100)[-1]
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="print only the line of JSON")
     parser.add_argument("--quick", action="store_true", help="a shorter run, within a minute")
@@ -146,8 +146,8 @@ def main() -> None:
         ),
         Bar("worst gap, ms", 1e3 * max(worst), at_most=1e3 * WORST_GAP_S),
     ]
-    print_report("interference", figures, bars, only_json=chosen.json)
+    return print_report("interference", figures, bars, only_json=chosen.json)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

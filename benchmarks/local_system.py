@@ -57,6 +57,7 @@ def running_system(
     Raises:
         RuntimeError: it did not become ready, or left processes behind; the text has its output.
     """
+    inherited = os.environ | (environment or {})  # noqa: TID251  a child's, not our settings
     port = free_port()
     command = [sys.executable, "-m", "deploy.cli", "up", model, "--port", str(port), *flags]
     # The launcher dies with whoever holds the writing end: also when this process is killed.
@@ -69,7 +70,7 @@ def running_system(
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **(environment or {}), PARENT_FD: str(lifeline)},
+                env=inherited | {PARENT_FD: str(lifeline)},
                 pass_fds=(lifeline,),
                 start_new_session=True,
             )
