@@ -28,7 +28,7 @@ from kvtransfer.frames import (
 )
 from kvtransfer.limits import TransferLimits
 from kvtransfer.outlet import Outlet, send_all
-from kvtransfer.plan import Chunk, chunks
+from kvtransfer.plan import Chunk, chunks, joined
 from kvtransfer.reports import decode_error, encode_attempt, encode_error
 from protocol.errors import ProtocolError, TransferError, TransferTimeout
 from protocol.ids import BlockId, Generation
@@ -194,11 +194,26 @@ class Channel:
                 os.eventfd_read(self._wake)
             self._listen(line)
             while self._queue:
-                push, command = self._queue.popleft()
+                push, command = self._next(line.outlet.frame_bytes)
                 self._execute(line, push, command)
             line.outlet.flush()
             self._expire(line)
         return TransferError("the prefill worker is shutting down")
+
+    def _next(self, frame_bytes: int) -> tuple[Pushing, Command | None]:
+        """The next command; sends of neighbouring rectangles are one, up to a frame."""
+        push, command = self._queue.popleft()
+        while isinstance(command, Send) and self._queue:
+            other_push, other = self._queue[0]
+            size = command.chunk.num_layers * command.chunk.num_blocks * self._unit
+            if other_push is not push or not isinstance(other, Send) or size >= frame_bytes:
+                break
+            both = joined(command.chunk, command.source_blocks, other.chunk, other.source_blocks)
+            if both is None:
+                break
+            self._queue.popleft()
+            command = Send(*both)
+        return push, command
 
     def _wait_ms(self) -> float | None:
         deadline = min((push.deadline for push in self._pushes.values()), default=float("inf"))
@@ -235,7 +250,7 @@ class Channel:
             layers=range(chunk.first_layer, chunk.first_layer + chunk.num_layers),
             first_block=chunk.first_block,
             num_blocks=chunk.num_blocks,
-            max_bytes=self._limits.frame_bytes,
+            max_bytes=line.outlet.frame_bytes,
         )
         for piece in pieces:
             if self._unheard_bytes >= _LISTEN_BYTES:

@@ -16,9 +16,10 @@ class TransferLimits:
     """From the finish frame until the decode rank has committed."""
     stall_s: float = 10.0
     """A peer that takes or gives no byte in the middle of a frame for this long is cut off."""
-    frame_bytes: int = 1024 * 1024
-    """Cut of a chunk: small enough to stay in cache between copy and checksum, and to notice an
-    abort quickly; large enough that the frame's own cost does not show. At most 16 MB."""
+    tcp_frame_bytes: int = 1024 * 1024
+    """Stays in the core's own cache between its checksum and the socket. At most 16 MB."""
+    shm_frame_bytes: int = 4 * 1024 * 1024
+    """An abort waits for one frame, and each costs the peer 40 us. At most 16 MB."""
     socket_buffer_bytes: int = 256 * 1024
     """Of tcp. What is under way stays in cache: on loopback this is 2 to 4 times as fast as the
     kernel's own choice. A long fat link needs its bandwidth times its delay."""

@@ -16,6 +16,11 @@ MAX_BUFFERS = 1024  # IOV_MAX
 class Outlet(Protocol):
     """Called by one thread only, so that nothing is being written whenever it is not inside."""
 
+    @property
+    def frame_bytes(self) -> int:
+        """The most that ``write`` is to be given at once, but for one block of one layer."""
+        ...
+
     def write(
         self,
         generation: Generation,

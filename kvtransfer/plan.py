@@ -54,6 +54,24 @@ def chunks(
             )
 
 
+def joined(
+    chunk: Chunk,
+    blocks: tuple[BlockId, ...],
+    other: Chunk,
+    other_blocks: tuple[BlockId, ...],
+) -> tuple[Chunk, tuple[BlockId, ...]] | None:
+    """The rectangle that two neighbours form, the same layers or the same blocks of them; or None.
+
+    ``blocks`` are those at the source.
+    """
+    layer, layers, block, count = chunk
+    if (layer, layers, block + count) == other[:3]:
+        return Chunk(layer, layers, block, count + other.num_blocks), blocks + other_blocks
+    if (layer + layers, block, count) == (other[0], *other[2:]) and blocks == other_blocks:
+        return Chunk(layer, layers + other.num_layers, block, count), blocks
+    return None
+
+
 def runs(source_blocks: Sequence[BlockId], target_blocks: Sequence[BlockId]) -> list[Run]:
     """Pair blocks in order, neighbours merged where both sides are contiguous.
 

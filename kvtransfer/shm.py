@@ -20,6 +20,7 @@ from kvtransfer.checksum import chunk_crc
 from kvtransfer.frames import Frame, Kind, encode
 from kvtransfer.handshake import Connected
 from kvtransfer.interface import Fence, KVMemory
+from kvtransfer.limits import TransferLimits
 from kvtransfer.memory import buffer, map_shared
 from kvtransfer.outlet import send_all
 from kvtransfer.plan import Chunk, Extent, Geometry, check_blocks, runs
@@ -27,7 +28,7 @@ from protocol.errors import TransferError
 from protocol.ids import BlockId, Generation
 
 FENCE: Fence = "one_sided"
-_ANNOUNCE_BYTES = 4 * 1024 * 1024  # waking the other process costs as much as copying 100 KB
+_ANNOUNCE_BYTES = 8 * 1024 * 1024  # waking the other process costs as much as copying 100 KB
 
 
 def listen() -> tuple[socket.socket, str]:
@@ -81,13 +82,14 @@ class ShmOutlet:
     """The prefill end. Takes the descriptor that follows the handshake."""
 
     def __init__(
-        self, sock: socket.socket, memory: KVMemory, connected: Connected, stall_s: float
+        self, sock: socket.socket, memory: KVMemory, connected: Connected, limits: TransferLimits
     ) -> None:
         target = map_shared(memory.layout, connected.num_blocks, _receive_fd(sock))
         self._sock = sock
         self._seal = connected.outgoing
         self._checksum = connected.checksum
-        self._stall_s = stall_s
+        self._stall_s = limits.stall_s
+        self.frame_bytes = limits.shm_frame_bytes
         self._view = buffer(memory)
         self._geometry = Geometry(memory.layout, memory.num_blocks)
         self._target_blocks = target.num_blocks

@@ -147,7 +147,7 @@ class Source:
         raise problem
 
     def _connect(self, decode: WorkerRef, name: str, address: str) -> Line:
-        make_outlet: Callable[[socket.socket, KVMemory, Connected, float], Outlet] = (
+        make_outlet: Callable[[socket.socket, KVMemory, Connected, TransferLimits], Outlet] = (
             shm.ShmOutlet if name == "shm" else tcp.TcpOutlet
         )
         limits = self._limits
@@ -166,7 +166,7 @@ class Source:
                     cluster_key=self._cluster_key,
                     timeout_s=limits.handshake_s,
                 )
-                outlet = make_outlet(sock, self._memory, connected, limits.stall_s)
+                outlet = make_outlet(sock, self._memory, connected, limits)
             except TransferError:
                 raise
             except (ServingError, OSError, ValueError) as error:

@@ -14,6 +14,7 @@ from kvtransfer.frames import Frame, Kind, encode
 from kvtransfer.handshake import Connected
 from kvtransfer.inlet import Reader
 from kvtransfer.interface import Fence, KVMemory
+from kvtransfer.limits import TransferLimits
 from kvtransfer.memory import buffer
 from kvtransfer.outlet import send_all
 from kvtransfer.plan import Chunk, Extent, Geometry
@@ -67,14 +68,15 @@ class TcpOutlet:
     """The prefill end."""
 
     def __init__(
-        self, sock: socket.socket, memory: KVMemory, connected: Connected, stall_s: float
+        self, sock: socket.socket, memory: KVMemory, connected: Connected, limits: TransferLimits
     ) -> None:
         self._sock = sock
         self._view = buffer(memory)
         self._geometry = Geometry(memory.layout, memory.num_blocks)
         self._seal = connected.outgoing
         self._checksum = connected.checksum
-        self._stall_s = stall_s
+        self._stall_s = limits.stall_s
+        self.frame_bytes = limits.tcp_frame_bytes
 
     def write(
         self,

@@ -1,6 +1,6 @@
 import pytest
 
-from kvtransfer.plan import Chunk, Geometry, Run, check_blocks, check_layers, chunks, runs
+from kvtransfer.plan import Chunk, Geometry, Run, check_blocks, check_layers, chunks, joined, runs
 from protocol.ids import BlockId
 from tests.support.transfers import LAYOUT
 
@@ -62,3 +62,33 @@ def test_a_block_outside_the_pool_is_named(block: int) -> None:
 def test_layers_outside_the_model_are_refused(layers: range) -> None:
     with pytest.raises(ValueError, match="are not within"):
         check_layers(layers, LAYOUT)
+
+
+@pytest.mark.parametrize(
+    ("other", "blocks", "both"),
+    [
+        (Chunk(1, 1, 6, 1), (9,), (Chunk(1, 1, 4, 3), (7, 8, 9))),
+        (Chunk(2, 1, 4, 2), (7, 8), (Chunk(1, 2, 4, 2), (7, 8))),
+        (Chunk(2, 1, 4, 2), (7, 9), None),
+        (Chunk(2, 1, 6, 1), (9,), None),
+        (Chunk(1, 1, 7, 1), (9,), None),
+        (Chunk(0, 1, 4, 2), (7, 8), None),
+        (Chunk(1, 2, 6, 1), (9,), None),
+    ],
+    ids=[
+        "the next blocks",
+        "the next layer",
+        "the next layer, from other pages",
+        "across a corner",
+        "after a gap",
+        "the layer before",
+        "the next blocks, of more layers",
+    ],
+)
+def test_neighbours_that_form_a_rectangle_are_joined(
+    other: Chunk, blocks: tuple[int, ...], both: object
+) -> None:
+    found = joined(
+        Chunk(1, 1, 4, 2), tuple(ids(7, 8)), other, tuple(BlockId(block) for block in blocks)
+    )
+    assert found == both
