@@ -26,6 +26,7 @@ from deploy.processes import Command
 from deploy.settings import LauncherSettings
 from deploy.supervisor import Supervisor, SystemFailed
 from prefill.settings import PrefillSettings
+from runtime.keys import load_key
 from server.settings import GatewaySettings
 
 READY_POLL_S = 0.1
@@ -47,7 +48,7 @@ def up(configuration: Configuration) -> int:
     """Start, wait until ready, say how to use it, serve until Ctrl-C or SIGTERM.
 
     Raises:
-        ConfigError: a setting, the model or the port is wrong; nothing was started.
+        ConfigError: a setting, the model, the key or the port is wrong; nothing was started.
     """
     if not configuration.given("model.path"):
         configuration = configuration.replace({"model.path": DEMO_MODEL}, "default")
@@ -56,6 +57,7 @@ def up(configuration: Configuration) -> int:
     )
     gateway = configuration.settings("gateway", GatewaySettings)
     check_model(gateway.model.path)
+    load_key(gateway.bus.cluster_key_file)
     port = gateway.port or free_port()
     check_port(gateway.host, port)
     configuration = configuration.replace(
