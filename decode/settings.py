@@ -32,9 +32,6 @@ class GroupSettings(Settings):
     step_timeout_s: PositiveFloat = 30.0
     """Seconds that a rank may keep the others waiting in a step before it counts as lost."""
 
-    redundant_experts: NonNegativeInt = 0
-    """Extra expert slots per layer, over all ranks, for replicas of busy experts."""
-
     @model_validator(mode="after")
     def _rank_is_in_the_group(self) -> "GroupSettings":
         if self.rank is not None and self.rank >= self.ranks:
@@ -66,12 +63,6 @@ class DecodeSettings(Settings):
 
     max_batch: PositiveInt = 64
     """Requests that take part in one step of this rank."""
-
-    swap_bytes: ByteSize = ByteSize(1 << 30)
-    """Host memory for the KV of preempted requests. 0: compute it again."""
-
-    grant_lease_s: PositiveFloat = 30.0
-    """Seconds that granted blocks wait for their first or next KV before the grant expires."""
 
     max_granted_requests: PositiveInt = Field(default=128)
     """Beyond this many grants that wait for KV, reservations are refused as overloaded."""

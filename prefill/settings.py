@@ -1,6 +1,6 @@
 """Settings of one prefill worker process. Values are final; ``deploy`` reads flags and files."""
 
-from pydantic import ByteSize, PositiveFloat, PositiveInt
+from pydantic import ByteSize, PositiveInt
 
 from runtime.settings import (
     Address,
@@ -48,9 +48,3 @@ class PrefillSettings(Settings):
 
     layers_per_push: PositiveInt = 8
     """Layers whose KV is pushed together, while the next ones compute."""
-
-    prefix_cache: bool = True
-    """Reuse the KV of earlier prompts with a common beginning."""
-
-    transfer_timeout_s: PositiveFloat = 30.0
-    """Seconds without progress after which a KV transfer has failed."""

@@ -83,9 +83,7 @@ def granted(rank: Rank, reserve: Reserve) -> Grant:
 
 def committed(grant: Grant) -> Committed:
     payload = encode(HandOff(token_id=7, finish_reason=None))
-    return Committed(
-        ref=grant.ref, generation=grant.generation, payload=payload, bytes_received=1
-    )
+    return Committed(ref=grant.ref, generation=grant.generation, payload=payload, bytes_received=1)
 
 
 def test_a_reservation_is_expected_by_the_transports_before_it_is_answered(rank: Rank) -> None:

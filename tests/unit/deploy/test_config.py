@@ -163,7 +163,7 @@ def test_a_model_is_named_after_its_path_unless_told() -> None:
 
 def test_a_child_gets_the_same_settings_by_flags(tmp_path: Path) -> None:
     file = a_file(
-        tmp_path, "kv: {transport: tcp}\ndecode: {swap_bytes: 64MiB, group: {ranks: 4}}\n"
+        tmp_path, "kv: {transport: tcp}\ndecode: {kv_cache_bytes: 64MiB, group: {ranks: 4}}\n"
     )
     found = configured("smollm2", "--config", str(file), "--dtype", "float32").replace(
         {"decode.group.rank": 3}, "test"

@@ -41,16 +41,18 @@ async def test_messages_go_both_ways_in_order(key: ClusterKey | None) -> None:
 
 async def test_a_connection_learns_that_its_listener_is_gone_after_reading_what_came() -> None:
     with anyio.fail_after(10):
-        async with Listener.bind(ANY_PORT, FAMILY) as listener:
-            async with Connection.open(listener.address, FAMILY) as connection:
-                await connection.send(cancel_of("hello"))
-                peer, _ = await anext(listener)
-                await listener.send(peer, cancel_of("last words"))
-                got = await anext(connection)
-                listener._socket.close(linger=0)
-                await connection.lost.wait()
-                assert got == cancel_of("last words")
-                assert [message async for message in connection] == []
+        async with (
+            Listener.bind(ANY_PORT, FAMILY) as listener,
+            Connection.open(listener.address, FAMILY) as connection,
+        ):
+            await connection.send(cancel_of("hello"))
+            peer, _ = await anext(listener)
+            await listener.send(peer, cancel_of("last words"))
+            got = await anext(connection)
+            listener._socket.close(linger=0)
+            await connection.lost.wait()
+            assert got == cancel_of("last words")
+            assert [message async for message in connection] == []
 
 
 async def test_nobody_listening_is_an_error_within_the_time_given() -> None:
