@@ -7,7 +7,7 @@ pass-through is FastAPI and httpx forwarding a stream, as many routers in Python
 import asyncio
 import json
 import re
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import cast
 
 import httpx
@@ -19,7 +19,7 @@ from fastapi.responses import StreamingResponse
 MAX_TOKENS = re.compile(rb'"max_tokens": ?(\d+)')
 
 
-def _chunk(payload: dict[str, object] | str) -> bytes:
+def _chunk(payload: Mapping[str, object] | str) -> bytes:
     data = payload if isinstance(payload, str) else json.dumps(payload)
     event = f"data: {data}\n\n".encode()
     return b"%x\r\n%b\r\n" % (len(event), event)
@@ -52,8 +52,9 @@ class _Mock(asyncio.Protocol):
             return
         self._received = b""
         found = MAX_TOKENS.search(body)
+        count = int(found[1]) if found else 1
         loop = asyncio.get_running_loop()
-        loop.call_later(self._first_token_s, self._token, loop.time(), 0, int(found[1]))
+        loop.call_later(self._first_token_s, self._token, loop.time(), 0, count)
 
     def _token(self, started: float, index: int, count: int) -> None:
         assert self._transport is not None

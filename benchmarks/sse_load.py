@@ -70,7 +70,7 @@ class _Connection(asyncio.Protocol):
 
 async def _load(url: str, body: dict[str, object], concurrency: int, rounds: int) -> Load:
     parts = urlsplit(url)
-    assert parts.hostname is not None
+    host, port = parts.hostname or "127.0.0.1", parts.port or 80
     payload = json.dumps(body).encode()
     request = (
         b"POST %b HTTP/1.1\r\nHost: %b\r\nContent-Type: application/json\r\n"
@@ -81,9 +81,7 @@ async def _load(url: str, body: dict[str, object], concurrency: int, rounds: int
     loop = asyncio.get_running_loop()
 
     async def one() -> None:
-        transport, connection = await loop.create_connection(
-            _Connection, parts.hostname, parts.port
-        )
+        transport, connection = await loop.create_connection(_Connection, host, port)
         await asyncio.sleep(random.random() * 0.5)  # so that streams do not run in step
         for _ in range(rounds):
             first_token_s, tokens = await connection.ask(request)

@@ -120,11 +120,11 @@ class Cluster:
             self.attempts.close(attempt)
             for worker in list(attempt.work):
                 self.release(attempt, worker)
+            self._capacity_changed()
             if not attempt.finished:
                 # Shielded: the task is usually already cancelled when it gets here.
                 with anyio.move_on_after(CANCEL_GRACE_S, shield=True):
                     await self._cancel(attempt)
-            self._capacity_changed()
 
     def remaining_s(self, attempt: Attempt) -> float:
         return max(0.0, attempt.deadline - self.clock.now())
@@ -198,10 +198,15 @@ class Cluster:
             attempt.fail(lost)
 
     def release(self, attempt: Attempt, worker: WorkerRef) -> None:
-        """The worker is done with the attempt; its share of the load is gone."""
+        """The worker holds nothing of the attempt: it is not counted there any more."""
         work = attempt.work.pop(worker, None)
         if work is not None:
             self._unreported.ended(worker, work)
+
+    def worker_done(self, attempt: Attempt, worker: WorkerRef) -> None:
+        """The worker has done its part: others may have what it held for the attempt."""
+        self.release(attempt, worker)
+        self._capacity_changed()
 
     async def _cancel(self, attempt: Attempt) -> None:
         for worker in attempt.workers:

@@ -1,7 +1,7 @@
 """A gateway's subscription to the scheduler: membership and prefix hints, kept across its loss.
 
 While the scheduler is out of reach, the last known membership stands. A scheduler that has just
-been found again may be a new one that knows few workers yet, so for ``SETTLE_S`` nobody is
+been found again may be a new one that knows few workers yet, so for ``settle_s`` nobody is
 forgotten because of what it does not say.
 """
 
@@ -42,12 +42,14 @@ class ClusterWatch:
         gateway_id: GatewayId,
         clock: Clock,
         key: ClusterKey | None = None,
+        settle_s: float = SETTLE_S,
     ) -> None:
         self._address = address
         self._cluster = cluster
         self._watch = WatchCluster(gateway_id=gateway_id)
         self._clock = clock
         self._key = key
+        self._settle_s = settle_s
         self._settled_at = 0.0  # while above 0, members that are not mentioned are kept
         self._snapshot = ClusterSnapshot(version=0, workers=())
 
@@ -58,7 +60,7 @@ class ClusterWatch:
                 async with Connection.open(self._address, FAMILY, key=self._key) as connection:
                     complained = False
                     if self._cluster.members:
-                        self._settled_at = self._clock.now() + SETTLE_S
+                        self._settled_at = self._clock.now() + self._settle_s
                     async with anyio.create_task_group() as tasks:
                         tasks.start_soon(self._renew, connection)
                         async for message in connection:

@@ -100,8 +100,8 @@ def uncached_tokens(worker: WorkerRef, demand: Demand) -> int:
 
 
 def blocks_needed(rank: WorkerState, demand: Demand) -> int:
-    """Blocks that a reservation takes: the prompt and the first token."""
-    return rank.info.layout.blocks_for(demand.prompt_tokens + 1)
+    """Blocks that a reservation takes: the prompt's."""
+    return rank.info.layout.blocks_for(demand.prompt_tokens)
 
 
 def _spare_when_empty(rank: WorkerState, demand: Demand) -> int:

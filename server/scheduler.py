@@ -25,6 +25,7 @@ from protocol.messages import (
     Welcome,
     Withdraw,
 )
+from protocol.workers import WorkerState
 from runtime.bus import Listener
 from runtime.clock import Clock
 from runtime.keys import ClusterKey
@@ -58,6 +59,10 @@ class Scheduler:
         self._version = 0
         self._loads_changed = False
         self.stale_messages = 0
+
+    @property
+    def members(self) -> tuple[WorkerState, ...]:
+        return self._membership.states()
 
     async def run(self, incoming: AsyncIterable[tuple[bytes, ToScheduler]]) -> None:
         """Serve what comes from peers, until it ends or the caller cancels."""

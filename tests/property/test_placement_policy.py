@@ -74,7 +74,7 @@ def test_decode_candidates_have_room_and_the_least_loaded_is_first(
         return state.load.free_blocks - unreported[state.info.ref].blocks
 
     candidates = [s for s in able(states) if s.info.ref.worker_id not in avoid] or able(states)
-    roomy = [s for s in candidates if free(s) >= LAYOUT.blocks_for(prompt + 1)]
+    roomy = [s for s in candidates if free(s) >= LAYOUT.blocks_for(prompt)]
     assert sorted(map(id, order)) == sorted(map(id, roomy))
     if order:
         requests = [
@@ -88,7 +88,7 @@ def test_decode_candidates_have_room_and_the_least_loaded_is_first(
 def test_a_prompt_that_no_rank_could_ever_hold_is_refused(
     states: list[WorkerState], extra: int
 ) -> None:
-    demand = Demand(request_id=RequestId("r"), model=MODEL, prompt_tokens=1600 + extra)
+    demand = Demand(request_id=RequestId("r"), model=MODEL, prompt_tokens=1601 + extra)
     try:
         order = decode_order(states, demand, unreported={})
     except ContextLengthExceeded:

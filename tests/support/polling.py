@@ -1,6 +1,8 @@
 """Waiting for what happens in another task or process, with a bound."""
 
+import socket
 from collections.abc import Callable
+from urllib.parse import urlsplit
 
 import anyio
 
@@ -12,3 +14,19 @@ async def eventually(condition: Callable[[], bool], what: str, *, timeout_s: flo
             await anyio.sleep(0.002)
         return
     raise AssertionError(f"not within {timeout_s} s: {what}")
+
+
+async def port_free(address: str) -> None:
+    """Return when ``tcp://host:port`` can be bound: ZeroMQ lets go of a port in its own time."""
+    parts = urlsplit(address)
+
+    def can_bind() -> bool:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((parts.hostname, parts.port))
+            except OSError:
+                return False
+            return True
+
+    await eventually(can_bind, f"{address} is free")

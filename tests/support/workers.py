@@ -7,6 +7,7 @@ process share. Time comes from a clock, so they can be as slow as a test or benc
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import anyio
 import msgspec
@@ -23,7 +24,6 @@ from protocol.ids import (
 from protocol.kv import Grant, KVEndpoint
 from protocol.messages import (
     Cancel,
-    FinishReason,
     GatewayAlive,
     Granted,
     Prefill,
@@ -76,6 +76,8 @@ class Fabric:
 class _Worker:
     """What the two simulated roles share: a bus listener and a registration."""
 
+    family: Decoder[Any]
+
     def __init__(self, info: WorkerInfo, fabric: Fabric, pace: Pace, clock: Clock) -> None:
         self.info = info
         self.ref = info.ref
@@ -86,6 +88,7 @@ class _Worker:
         self._serving = anyio.CancelScope()
         self._registered = anyio.CancelScope()
         self.gateways: set[bytes] = set()
+        self._listener: Listener[Any]
 
     def load(self) -> WorkerLoad:
         raise NotImplementedError
@@ -97,10 +100,19 @@ class _Worker:
         """Stop answering at once, as a killed process does; the scheduler is not told."""
         self._serving.cancel()
 
-    def leave(self) -> None:
-        """Withdraw from the cluster, and end."""
-        self._registered.cancel()
-        self._serving.cancel()
+    async def serve(
+        self, scheduler: str, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
+    ) -> None:
+        async with anyio.create_task_group() as tasks:
+            with self._serving:
+                async with Listener.bind("tcp://127.0.0.1:0", self.family) as listener:
+                    self._listener = listener
+                    tasks.start_soon(self.register, scheduler, listener.address)
+                    task_status.started()
+                    await self.work(listener)
+
+    async def work(self, listener: Listener[Any]) -> None:
+        raise NotImplementedError
 
     async def register(self, scheduler: str, address: str) -> None:
         self.info = msgspec.structs.replace(self.info, address=address)
@@ -114,15 +126,18 @@ class _Worker:
 @dataclass(slots=True)
 class _Running:
     peer: bytes
-    max_tokens: int
-    stop: frozenset[int]
+    request: GenerateRequest
     last: int
     offset: int
     blocks: int
 
 
 class SimulatedDecode(_Worker):
-    """One decode rank. ``full`` makes it reject; ``paused`` makes it hold its steps."""
+    """One decode rank. ``full`` makes it reject and say so beforehand, ``reject_all`` only reject;
+    ``paused`` makes it hold its steps.
+    """
+
+    family = Decoder[ToDecode](ToDecode)
 
     def __init__(
         self,
@@ -152,6 +167,7 @@ class SimulatedDecode(_Worker):
         fabric.ranks[self.ref] = self
         self.free_blocks = num_blocks
         self.full = False
+        self.reject_all = False
         self.silent = False  # takes reservations and says nothing
         self.paused = False
         self.frame_hook: Callable[[StepTokens], list[StepTokens]] = lambda frame: [frame]
@@ -162,7 +178,6 @@ class SimulatedDecode(_Worker):
         self._tombstones: set[AttemptRef] = set()
         self._work = anyio.Event()
         self._steps = 0
-        self._listener: Listener[ToDecode] | None = None
 
     @property
     def busy(self) -> int:
@@ -177,23 +192,13 @@ class SimulatedDecode(_Worker):
             total_blocks=self.info.num_blocks,
         )
 
-    async def serve(
-        self, scheduler: str, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
-    ) -> None:
-        family: Decoder[ToDecode] = Decoder(ToDecode)
+    async def work(self, listener: Listener[Any]) -> None:
         async with anyio.create_task_group() as tasks:
-            with self._serving:
-                async with Listener.bind("tcp://127.0.0.1:0", family) as listener:
-                    self._listener = listener
-                    tasks.start_soon(self.register, scheduler, listener.address)
-                    task_status.started()
-                    async with anyio.create_task_group() as inner:
-                        inner.start_soon(self._step_forever)
-                        async for peer, message in listener:
-                            await self._hear(peer, message)
+            tasks.start_soon(self._step_forever)
+            async for peer, message in listener:
+                await self._hear(peer, message)
 
     async def _hear(self, peer: bytes, message: ToDecode) -> None:
-        assert self._listener is not None
         match message:
             case Reserve():
                 answer = self._reserve(peer, message)
@@ -208,10 +213,10 @@ class SimulatedDecode(_Worker):
     def _reserve(self, peer: bytes, message: Reserve) -> Granted | Rejected | None:
         self.reservations += 1
         request = message.request
-        needed = LAYOUT.blocks_for(len(request.prompt_token_ids) + 1)
+        needed = LAYOUT.blocks_for(len(request.prompt_token_ids))
         if request.ref in self._tombstones or self.silent:
             return None
-        if self.full or needed > self.free_blocks:
+        if self.full or self.reject_all or needed > self.free_blocks:
             error = report_of(Overloaded("no free blocks", stage="reserve"))
             return Rejected(ref=request.ref, worker=self.ref, error=error)
         self.free_blocks -= needed
@@ -239,8 +244,7 @@ class SimulatedDecode(_Worker):
         del self._granted[ref]
         self._running[ref] = _Running(
             peer=peer,
-            max_tokens=request.stop.max_tokens,
-            stop=frozenset(request.stop.stop_token_ids),
+            request=request,
             last=token,
             offset=1,
             blocks=len(grant.block_ids),
@@ -249,7 +253,6 @@ class SimulatedDecode(_Worker):
 
     async def fail(self, ref: AttemptRef, error: ServingError) -> None:
         """End a request here with ``error``."""
-        assert self._listener is not None
         peer = self._running[ref].peer if ref in self._running else self._granted[ref][0]
         self._release(ref)
         report = report_of(error, stage="decode")
@@ -266,7 +269,6 @@ class SimulatedDecode(_Worker):
             self.free_blocks += self._running.pop(ref).blocks
 
     async def _step_forever(self) -> None:
-        assert self._listener is not None
         due = self.clock.now()
         while True:
             while not self._running or self.paused:
@@ -288,11 +290,7 @@ class SimulatedDecode(_Worker):
         deltas: dict[bytes, list[TokenDelta]] = {}
         for ref, running in list(self._running.items()):
             token = next_token(running.last, running.offset)
-            finish: FinishReason | None = None
-            if token in running.stop:
-                finish = "stop"
-            elif running.offset + 1 >= running.max_tokens:
-                finish = "length"
+            finish = finish_of(running.request, token, running.offset + 1)
             delta = TokenDelta(ref, running.offset, (token,), None, finish)
             deltas.setdefault(running.peer, []).append(delta)
             running.last, running.offset = token, running.offset + 1
@@ -306,6 +304,8 @@ class SimulatedDecode(_Worker):
 
 class SimulatedPrefill(_Worker):
     """A prefill worker with one queue. ``errors`` are given to the next requests instead."""
+
+    family = Decoder[ToPrefill](ToPrefill)
 
     def __init__(
         self,
@@ -324,7 +324,6 @@ class SimulatedPrefill(_Worker):
         self.cancelled: list[AttemptRef] = []
         self.prefix_events: list[PrefixEvents] = []
         self._jobs: dict[AttemptRef, anyio.CancelScope] = {}
-        self._listener: Listener[ToPrefill] | None = None
 
     @property
     def busy(self) -> int:
@@ -336,30 +335,20 @@ class SimulatedPrefill(_Worker):
     def prefix(self, _snapshot: bool) -> PrefixEvents | None:
         return self.prefix_events.pop(0) if self.prefix_events else None
 
-    async def serve(
-        self, scheduler: str, *, task_status: TaskStatus[None] = anyio.TASK_STATUS_IGNORED
-    ) -> None:
-        family: Decoder[ToPrefill] = Decoder(ToPrefill)
-        async with anyio.create_task_group() as tasks:
-            with self._serving:
-                async with Listener.bind("tcp://127.0.0.1:0", family) as listener:
-                    self._listener = listener
-                    tasks.start_soon(self.register, scheduler, listener.address)
-                    task_status.started()
-                    async with anyio.create_task_group() as jobs:
-                        async for peer, message in listener:
-                            match message:
-                                case Prefill():
-                                    jobs.start_soon(self._prefill, peer, message)
-                                case Cancel(ref=ref):
-                                    self.cancelled.append(ref)
-                                    if ref in self._jobs:
-                                        self._jobs[ref].cancel()
-                                case GatewayAlive():
-                                    self.gateways.add(peer)
+    async def work(self, listener: Listener[Any]) -> None:
+        async with anyio.create_task_group() as jobs:
+            async for peer, message in listener:
+                match message:
+                    case Prefill():
+                        jobs.start_soon(self._prefill, peer, message)
+                    case Cancel(ref=ref):
+                        self.cancelled.append(ref)
+                        if ref in self._jobs:
+                            self._jobs[ref].cancel()
+                    case GatewayAlive():
+                        self.gateways.add(peer)
 
     async def _prefill(self, peer: bytes, job: Prefill) -> None:
-        assert self._listener is not None
         self.prompts += 1
         ref = job.request.ref
         with anyio.CancelScope() as scope:

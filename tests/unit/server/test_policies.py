@@ -75,13 +75,13 @@ def test_decode_goes_to_the_rank_with_fewest_requests_then_most_room() -> None:
 
 
 def test_ranks_without_room_are_not_asked() -> None:
-    order = decode_order([a_rank("full", free_blocks=4)], a_demand(64), unreported={})
-    assert order == []  # 64 tokens and the first output token take 5 blocks
+    order = decode_order([a_rank("full", free_blocks=4)], a_demand(65), unreported={})
+    assert order == []  # 65 tokens take 5 blocks
 
 
 def test_a_prompt_that_fits_nowhere_says_how_many_blocks_are_missing() -> None:
     with pytest.raises(ContextLengthExceeded, match="1 more KV blocks"):
-        decode_order([a_rank("a", free_blocks=0)], a_demand(1600), unreported={})
+        decode_order([a_rank("a", free_blocks=0)], a_demand(1601), unreported={})
 
 
 def test_draining_workers_and_other_models_are_never_asked() -> None:

@@ -166,6 +166,18 @@ def are_waiting(system: System, number: int) -> bool:
     return system.serving.cluster.waiting_requests == number and system.decode[0].busy == 1
 
 
+async def test_a_rejected_request_does_not_press_the_rank_again_and_again() -> None:
+    async with a_system() as system:
+        rank = system.decode[0]
+        rank.reject_all = True  # while it reports room
+        before = rank.reservations
+        with pytest.raises(DeadlineExceeded):
+            await system.tokens(a_request(), deadline_s=0.5)
+        # One try at first, then one for each report of load, which come every 50 ms here.
+        assert 1 <= rank.reservations - before <= 25
+        await system.idle()
+
+
 async def test_a_full_line_turns_requests_away() -> None:
     async with a_system(max_waiting=2) as system:
         system.decode[0].full = True

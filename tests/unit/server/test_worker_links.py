@@ -14,7 +14,7 @@ from runtime.clock import MonotonicClock
 from server.attempts import Attempt, Attempts
 from server.worker_links import WorkerLinks
 from tests.support.arithmetic import a_request, a_worker_info
-from tests.support.polling import eventually
+from tests.support.polling import eventually, port_free
 
 pytestmark = pytest.mark.anyio
 FAMILY: Decoder[ToDecode] = Decoder(ToDecode)
@@ -77,6 +77,7 @@ async def test_a_broken_link_fails_what_was_expected_of_the_worker_and_nothing_e
         assert there.failure is None
         with pytest.raises(WorkerLost):
             await links.send(info.ref, Cancel(ref=here.ref))
+        await port_free(listener.address)
         again = await stack.enter_async_context(Listener.bind(listener.address, FAMILY))
         assert again.address == listener.address
         await eventually(lambda: links.is_up(info.ref), "the link again")
