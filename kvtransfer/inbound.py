@@ -139,10 +139,11 @@ class Inbound:
             self._sink.refused(problem)
         except OSError as error:
             problem = f"the connection to {admitted.source.worker_id} was lost: {error}"
+        lost = TransferError(problem)
         self.close()
         if self._one_sided:
+            self._sink.apply(lambda ledger: ledger.connection_cut(self._number, lost))
             reader.wait_for_end()
-        lost = TransferError(problem)
         self._sink.apply(lambda ledger: ledger.connection_lost(self._number, lost))
 
     def _serve(self, reader: Reader, admitted: Admitted) -> None:

@@ -253,6 +253,18 @@ class GrantLedger:
             return NOTHING
         return self._stop(entry, error)
 
+    def connection_cut(self, connection: ConnectionId, error: TransferError) -> Step:
+        """The connection is of no more use, but its other end may still write: what it has open
+        fails now and is quiet only when the connection is lost.
+        """
+        events: list[SinkEvent] = []
+        for entry in self._live.values():
+            if entry.connection == connection and not entry.quarantined:
+                entry.quarantined = True
+                self.counts.failed += 1
+                events.append(self._failure(entry, error))
+        return Step(events=tuple(events))
+
     def connection_lost(self, connection: ConnectionId, error: TransferError) -> Step:
         """The other end is gone for certain, so nothing it had open can be written any more."""
         events: list[SinkEvent] = []

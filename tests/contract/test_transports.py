@@ -133,6 +133,19 @@ def until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.002)
 
 
+def stop(pid: int) -> None:
+    """Stop a process, and return when each of its threads has stopped."""
+    os.kill(pid, signal.SIGSTOP)
+    tasks = Path(f"/proc/{pid}/task")
+    until(
+        lambda: all(
+            (task / "stat").read_text().rpartition(")")[2].split()[0] == "T"
+            for task in tasks.iterdir()
+        ),
+        "the process goes on",
+    )
+
+
 def refusal(push: Push) -> TransferError:
     done = Done()
     push.finish(b"", done)
@@ -300,6 +313,20 @@ def test_a_killed_prefill_worker_leaves_quiet_pages(pair: Pair, point: str) -> N
     pair.carry([7, 8, 9], [1, 2, 3])
 
 
+def test_a_writer_into_shared_memory_that_breaks_the_protocol_is_not_quiet_while_it_lives() -> None:
+    with a_pair("shm") as pair:
+        peer = HandMadeSource("shm", pair.decode, pair.sink.endpoint.addresses["shm"])
+        grant = pair.grant([1, 2])
+        peer.open(grant)
+        peer.send(Frame(Kind.CHUNK, grant.generation, Chunk(0, 1, 0, 1), PIECE - 1))
+        assert "broke the KV protocol" in str(pair.events.failed().error)
+        pair.carry([4], [4])
+        assert pair.events.is_empty()
+        assert pair.sink.stats()["quarantined_blocks"] == 2
+        peer.close()
+        assert pair.events.quiet().generation == grant.generation
+
+
 def test_a_stopped_writer_into_shared_memory_is_not_proof_until_it_is_dead() -> None:
     with a_pair("shm") as pair:
         grant = pair.grant([1, 2])
@@ -307,7 +334,7 @@ def test_a_stopped_writer_into_shared_memory_is_not_proof_until_it_is_dead() -> 
             answer(pipe)
             until(lambda: pair.sink.stats()["chunks"] > 0, "no chunk has arrived")
             assert process.pid is not None
-            os.kill(process.pid, signal.SIGSTOP)
+            stop(process.pid)
             pair.sink.abort(grant)
             pair.carry([4], [4])  # the stopped worker holds up nobody else
             assert pair.events.is_empty()

@@ -122,6 +122,11 @@ class LedgerMachine(RuleBasedStateMachine):
         self.writers = {g: c for g, c in self.writers.items() if c != connection}
         self.heed(self.ledger.connection_lost(connection, LOST))
 
+    @rule(connection=CONNECTIONS)
+    def cut(self, connection: ConnectionId) -> None:
+        if connection not in self.copying:
+            self.heed(self.ledger.connection_cut(connection, LOST))
+
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         if self.held:
