@@ -1,7 +1,7 @@
-"""Whole systems as users start them; each kind is started once per session and shared."""
+"""Whole systems as users start them. One lives at a time: tests that want the same share it."""
 
-import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import pytest
 
@@ -10,16 +10,27 @@ from benchmarks.local_system import LocalSystem, running_system
 Start = Callable[..., LocalSystem]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def start() -> Iterator[Start]:
-    """Start systems that live as long as the module; the same arguments give the same system."""
-    with contextlib.ExitStack() as stack:
-        running: dict[tuple[str, ...], LocalSystem] = {}
+    """``start(model, *flags)``: that system, ready. Asking for another one stops it."""
+    key: tuple[str, ...] = ()
+    current: AbstractContextManager[LocalSystem] | None = None
+    system: LocalSystem | None = None
 
-        def start_system(model: object, *flags: str) -> LocalSystem:
-            key = (str(model), *flags)
-            if key not in running:
-                running[key] = stack.enter_context(running_system(*key))
-            return running[key]
+    def stop() -> None:
+        nonlocal current
+        ending, current = current, None
+        if ending is not None:
+            ending.__exit__(None, None, None)
 
-        yield start_system
+    def start_system(model: object, *flags: str) -> LocalSystem:
+        nonlocal key, current, system
+        wanted = (str(model), *flags)
+        if current is None or system is None or wanted != key:
+            stop()
+            current, key = running_system(*wanted), wanted
+            system = current.__enter__()
+        return system
+
+    yield start_system
+    stop()

@@ -1,6 +1,7 @@
 """HTTP in, HTTP out, through real processes: the tokens are those of transformers."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -37,10 +38,10 @@ def token_ids(answer: dict[str, object]) -> list[int]:
     return answer["choices"][0]["token_ids"]  # type: ignore[index]
 
 
-def greedy(model: PreTrainedModel, prompt: list[int]) -> list[int]:
+def greedy(model: PreTrainedModel, prompt: list[int], num_tokens: int = NEW_TOKENS) -> list[int]:
     out = model.generate(
         torch.tensor([prompt]),
-        max_new_tokens=NEW_TOKENS,
+        max_new_tokens=num_tokens,
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
@@ -64,9 +65,12 @@ def demo() -> PreTrainedModel:
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_the_demo_on_any_number_of_ranks(start: Start, demo: PreTrainedModel, ranks: int) -> None:
     system = start("smollm2", *FLAGS, "--decode-ranks", str(ranks))
-    for length in (7, 40):
-        prompt = a_prompt(length, demo.config.vocab_size, seed=length)
-        assert token_ids(completion(system.url, "smollm2", prompt)) == greedy(demo, prompt)
+    short, long = a_prompt(7, demo.config.vocab_size), a_prompt(100, demo.config.vocab_size)
+    assert token_ids(completion(system.url, "smollm2", short)) == greedy(demo, short)
+    first, again = (completion(system.url, "smollm2", long) for _ in range(2))
+    assert token_ids(first) == token_ids(again) == greedy(demo, long)
+    # The second time the prompt's full blocks were in the prefix cache.
+    assert again["usage"]["prompt_tokens_details"] == {"cached_tokens": 96}  # type: ignore[index]
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
@@ -82,10 +86,17 @@ def test_each_architecture_over_each_transport(
         assert token_ids(completion(system.url, kind, prompt)) == greedy(model, prompt)
 
 
-def test_a_prefix_hit_changes_no_token_and_is_reported(start: Start, demo: PreTrainedModel) -> None:
-    system = start("smollm2", *FLAGS, "--decode-ranks", "2")
-    prompt = a_prompt(100, demo.config.vocab_size, seed=5)
-    first, again = (completion(system.url, "smollm2", prompt) for _ in range(2))
-    assert token_ids(first) == token_ids(again) == greedy(demo, prompt)
-    details = again["usage"]["prompt_tokens_details"]  # type: ignore[index]
-    assert details == {"cached_tokens": 96}
+def test_requests_that_outgrow_the_decode_blocks_are_preempted_and_still_right(
+    start: Start, tiny_checkpoint: Checkpoints
+) -> None:
+    folder = tiny_checkpoint("qwen3_moe")
+    flags = ("--name", "tiny", "--decode-ranks", "1", "--set", "decode.num_blocks=10")
+    system = start(folder, *FLAGS, *flags)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    asked = [a_prompt(length, model.config.vocab_size, seed=length) for length in (20, 28, 40)]
+    with ThreadPoolExecutor() as pool:
+        answers = pool.map(
+            lambda prompt: completion(system.url, "tiny", prompt, max_tokens=60), asked
+        )
+        got = [token_ids(answer) for answer in answers]
+    assert got == [greedy(model, prompt, 60) for prompt in asked]
