@@ -39,7 +39,7 @@ class Gaps:
     during: list[float] = field(default_factory=list)
 
 
-async def disaggregated(system: LocalSystem, *, tokens_alone: int, long_prompt: int) -> Gaps:
+async def disaggregated(system: LocalSystem, tokens_alone: int, long_prompt: int) -> Gaps:
     async with httpx.AsyncClient(base_url=system.url, timeout=300.0) as client:
         streams = [Stream() for _ in range(STREAMS)]
         arriving = Stream()
@@ -114,11 +114,7 @@ def main() -> int:
         with running_system(MODEL, "--decode-ranks", "1", "--threads", "1") as system:
             system.pin("prefill", [0])
             system.pin("decode", [1])
-            found = anyio.run(
-                lambda system=system: disaggregated(
-                    system, tokens_alone=tokens_alone, long_prompt=long_prompt
-                )
-            )
+            found = anyio.run(disaggregated, system, tokens_alone, long_prompt)
         worst.append(max(found.during))
         apart.alone += found.alone
         apart.during += found.during
