@@ -25,19 +25,28 @@ NUMERICS: tuple[Numerics, ...] = ("exact", "fast")
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """A loaded model, and what transformers says of some sequences: (length, V) each."""
+class Reference:
+    """What transformers says of some sequences: logits (length, V) of each."""
 
-    loaded: LoadedModel
     sequences: tuple[tuple[int, ...], ...]
-    reference: tuple[Tensor, ...]
+    logits: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    loaded: LoadedModel
+    reference: Reference
+
+    @property
+    def sequences(self) -> tuple[tuple[int, ...], ...]:
+        return self.reference.sequences
 
     def runner(self) -> ModelRunner:
         return ModelRunner(self.loaded.model, KVStorage(self.loaded.layout, NUM_BLOCKS, device=CPU))
 
     def expect(self, logits_RV: Tensor, ends: list[tuple[int, int]]) -> None:
         """``ends`` names the rows: (sequence, number of its tokens so far)."""
-        wanted_RV = torch.stack([self.reference[which][end - 1] for which, end in ends])
+        wanted_RV = torch.stack([self.reference.logits[which][end - 1] for which, end in ends])
         torch.testing.assert_close(logits_RV, wanted_RV, rtol=RTOL, atol=ATOL)
 
 
@@ -48,22 +57,19 @@ def tables() -> list[list[int]]:
     return [[blocks.pop() for _ in range(count)] for count in needed]
 
 
-def make_case(
-    path: Path,
-    reference: torch.nn.Module,
-    vocabulary: int,
-    *,
-    numerics: Numerics,
-    split_dense_experts: int = 0,
-) -> Case:
+def ask(model: torch.nn.Module, vocabulary: int) -> Reference:
     generator = torch.Generator().manual_seed(5)
     sequences = tuple(
         tuple(torch.randint(vocabulary, (length,), generator=generator).tolist())
         for length in LENGTHS
     )
     with torch.inference_mode():
-        logits = tuple(reference(torch.tensor([tokens])).logits[0] for tokens in sequences)
-    loaded = load(
+        logits = tuple(model.eval()(torch.tensor([tokens])).logits[0] for tokens in sequences)
+    return Reference(sequences, logits)
+
+
+def loaded_from(path: Path, numerics: Numerics, split_dense_experts: int = 0) -> LoadedModel:
+    return load(
         path,
         device=CPU,
         dtype="float32",
@@ -72,15 +78,14 @@ def make_case(
         split_dense_experts=split_dense_experts,
         block_tokens=BLOCK_TOKENS,
     )
-    return Case(loaded, sequences, logits)
 
 
 @pytest.fixture(scope="module", params=[(k, n) for k in KINDS for n in NUMERICS], ids="-".join)
 def case(request: pytest.FixtureRequest, tiny_checkpoint: Callable[[str], Path]) -> Case:
     kind, numerics = request.param
     folder = tiny_checkpoint(kind)
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return make_case(folder, reference, VOCABULARY, numerics=numerics)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return Case(loaded_from(folder, numerics), ask(model, VOCABULARY))
 
 
 def test_a_prefill_of_several_prompts_gives_the_reference_logits_of_every_token(
@@ -154,23 +159,22 @@ def test_a_layers_cache_is_final_when_after_layer_is_called(case: Case) -> None:
 
 
 @pytest.fixture(scope="module")
-def demo_reference() -> torch.nn.Module:
+def demo_reference() -> Reference:
     path = demo_gguf()
-    model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+    model = AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     )
-    return model.eval()
+    return ask(model, model.config.vocab_size)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)  # transformers unpacks the file for tens of seconds on a busy machine
 @pytest.mark.parametrize("numerics", NUMERICS)
 @pytest.mark.parametrize("split", [0, 24], ids=["dense", "as 24 experts"])
 def test_the_demo_weights_give_the_reference_logits(
-    demo_reference: torch.nn.Module, numerics: Numerics, split: int
+    demo_reference: Reference, numerics: Numerics, split: int
 ) -> None:
-    case = make_case(
-        demo_gguf(), demo_reference, 49152, numerics=numerics, split_dense_experts=split
-    )
+    case = Case(loaded_from(demo_gguf(), numerics, split), demo_reference)
     runner, block_tables = case.runner(), tables()
     for start, end in ((0, 20), (20, 29), (29, 30)):
         steps = [
