@@ -69,8 +69,11 @@ def main() -> int:
     parser.add_argument("--model", choices=MODELS, help="one model (default: both)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--numerics", choices=("exact", "fast"), default="exact")
+    parser.add_argument("--threads", type=int, help="of both sides (default: torch's, all cores)")
     parser.add_argument("--peer", metavar="URL", help="an OpenAI server to measure as well")
     chosen = parser.parse_args()
+    if chosen.threads:
+        torch.set_num_threads(chosen.threads)
     effort = QUICK if chosen.quick else FULL
     names = [chosen.model] if chosen.model else ["smollm2"] if chosen.quick else list(MODELS)
     report = Report(

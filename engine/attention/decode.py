@@ -17,8 +17,8 @@ def decode_attention(q_BHD: Tensor, cache: LayerCache, plan: DecodePlan, scale: 
     A sequence's result is the same bits whatever its batch-mates are.
     """
     num_sequences, heads, width = q_BHD.shape
-    gathered = cache.block_rows.index_select(0, plan.gather_rows)
-    rows_KXSD = gathered.view(cache.row_kinds, -1, plan.width, width)
+    torch.index_select(cache.block_rows, 0, plan.gather_rows, out=plan.gathered)
+    rows_KXSD = plan.gathered.view(cache.row_kinds, -1, plan.width, width)
     q_THD = q_BHD if plan.owner_T is None else q_BHD.index_select(0, plan.owner_T)
     q_XRD = q_THD.reshape(rows_KXSD.shape[1], -1, width)
     out_XRD, scores_TGRS = attend(q_XRD, rows_KXSD[0], rows_KXSD[-1], plan.mask_T11S, scale)

@@ -27,6 +27,7 @@ class DecodePlan:
 
     width: int  # S
     gather_rows: Tensor  # (K * T * G * J,) into LayerCache.block_rows
+    gathered: Tensor  # room for those rows: one allocation a step, and one place in the caches
     mask_T11S: Tensor  # float32: 0, or -inf where there is no token
     owner_T: Tensor | None
     parts_B: tuple[Tensor, ...]
@@ -90,9 +91,11 @@ def _plan_decode(batch: ForwardBatch, cache: LayerCache, form: TileForm) -> Deco
     key_TS = first_key_T1 + torch.arange(width, device=device)
     mask_TS = torch.zeros(key_TS.shape, device=device)
     mask_TS.masked_fill_(key_TS >= context_T1, -torch.inf)
+    gather_rows = cache.rows_of_blocks(block_TJ).flatten()
     return DecodePlan(
         width=width,
-        gather_rows=cache.rows_of_blocks(block_TJ).flatten(),
+        gather_rows=gather_rows,
+        gathered=cache.block_rows.new_empty(gather_rows.shape[0], cache.block_rows.shape[1]),
         mask_T11S=mask_TS[:, None, None],
         owner_T=None if len(owners) == len(contexts) else owner_T,
         parts_B=_parts(counts, len(owners), device) if max(counts) > 1 else (),
