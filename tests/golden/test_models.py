@@ -1,6 +1,6 @@
 """Logits against transformers, in float32, through the paged cache."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,6 +48,15 @@ class Case:
         """``ends`` names the rows: (sequence, number of its tokens so far)."""
         wanted_RV = torch.stack([self.reference.logits[which][end - 1] for which, end in ends])
         torch.testing.assert_close(logits_RV, wanted_RV, rtol=RTOL, atol=ATOL)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On a busy machine two threads wait for each other far longer than they compute."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def tables() -> list[list[int]]:
