@@ -1,10 +1,11 @@
 """The index arithmetic of dispatch and combine, for many ranks inside one process."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Condition
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,15 @@ from engine.experts.all_to_all import AllToAllTransport, sends_padded
 from engine.experts.transport import Arrived, Dispatch
 
 UNROUTED = -1
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_torch_thread_per_rank() -> Generator[None]:
+    """Each rank is a Python thread here; none may bring a pool of its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True)
