@@ -33,7 +33,6 @@ from protocol.workers import WorkerInfo
 from runtime.keys import ClusterKey, load_key
 from runtime.log import get_log
 from runtime.mailbox import Outbox
-from runtime.parent import die_with_parent
 from runtime.registration import Registration
 from runtime.reporting import report, weights_progress
 from runtime.worker_process import ToPeer, WorkerProcess
@@ -49,7 +48,6 @@ def run(settings: DecodeSettings) -> int:
     Raises:
         ConfigError: a file, an address or a setting is wrong; nothing has been served.
     """
-    die_with_parent()
     key = load_key(settings.bus.cluster_key_file)
     device = torch.device(settings.device)
     group = ExpertGroup(

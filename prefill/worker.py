@@ -30,7 +30,6 @@ from protocol.prefix import fingerprint_digest
 from protocol.workers import WorkerInfo
 from runtime.keys import ClusterKey, load_key
 from runtime.mailbox import Outbox
-from runtime.parent import die_with_parent
 from runtime.registration import Registration
 from runtime.reporting import report, weights_progress
 from runtime.worker_process import ToPeer, WorkerProcess
@@ -42,7 +41,6 @@ def run(settings: PrefillSettings) -> int:
     Raises:
         ConfigError: a file, an address or a setting is wrong; nothing has been served.
     """
-    die_with_parent()
     key = load_key(settings.bus.cluster_key_file)
     device = torch.device(settings.device)
     if settings.process.threads is not None:

@@ -28,6 +28,7 @@ from runtime.log import get_log
 log = get_log(__name__)
 
 RETRY_S = 0.5
+FAILURES_WORTH_A_LINE = 4  # a scheduler that starts or stops beside us is out of reach for a moment
 WITHDRAW_GRACE_S = 1.0
 FAMILY: Decoder[FromScheduler] = Decoder(FromScheduler)
 
@@ -67,17 +68,16 @@ class Registration:
         Raises:
             ConfigError: the scheduler refuses this worker; the message has the differences.
         """
-        out_of_reach = False
+        failures = 0
         while True:
             try:
                 async with Connection.open(self._address, FAMILY, key=self._key) as connection:
-                    out_of_reach = False
+                    failures = 0
                     await self._stay(connection)
             except WorkerLost:
-                pass
-            if not out_of_reach:
+                failures += 1
+            if failures == FAILURES_WORTH_A_LINE:
                 log.warning("scheduler out of reach, serving on", address=self._address)
-                out_of_reach = True
             await anyio.sleep(RETRY_S)
 
     async def _stay(self, connection: Connection[FromScheduler]) -> None:

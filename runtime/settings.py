@@ -112,4 +112,7 @@ def inherited_fd(name: str, environment: Mapping[str, str] | None = None) -> int
 
 def child_environment(*, report_fd: int, parent_fd: int) -> dict[str, str]:
     """This process's environment for a child that reports on ``report_fd`` and dies with us."""
-    return {**os.environ, REPORT_FD: str(report_fd), PARENT_FD: str(parent_fd)}
+    inherited = {REPORT_FD: str(report_fd), PARENT_FD: str(parent_fd)}
+    # A lost rank is ours to report, in a line; torch's own account of it has pages.
+    quiet = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
+    return {**os.environ, **quiet, **inherited}
