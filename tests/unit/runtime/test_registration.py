@@ -84,6 +84,18 @@ async def next_of(listener: Listener[ToScheduler], kind: type[msgspec.Struct]) -
     raise AssertionError("the listener ended")
 
 
+@asynccontextmanager
+async def rebound(address: str) -> AsyncGenerator[Listener[ToScheduler]]:
+    """A listener at an address that is still being closed: the port is free in a moment."""
+    while True:
+        try:
+            async with Listener.bind(address, FAMILY) as listener:
+                yield listener
+                return
+        except ConfigError:
+            await anyio.sleep(0.01)
+
+
 async def test_a_worker_announces_beats_and_withdraws_when_it_leaves() -> None:
     with anyio.fail_after(10):
         async with Listener.bind("tcp://127.0.0.1:0", FAMILY) as listener:
@@ -133,7 +145,7 @@ async def test_a_restarted_scheduler_is_announced_to_without_being_asked() -> No
                 tasks.start_soon(registration.run)
                 await next_of(first, Announce)
                 first._socket.close(linger=0)
-                async with Listener.bind(address, FAMILY) as second:
+                async with rebound(address) as second:
                     await next_of(second, Announce)
                     tasks.cancel_scope.cancel()
 
