@@ -10,6 +10,7 @@ cache, at the copy bandwidth measured here. ``--peer`` measures any OpenAI serve
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ class Report:
     bars: list[Bar]
 
 
-FULL = Effort(rounds=7, decode_steps=8, prefill_rounds=3, prompts=PROMPTS)
+FULL = Effort(rounds=7, decode_steps=6, prefill_rounds=3, prompts=PROMPTS)
 QUICK = Effort(rounds=3, decode_steps=3, prefill_rounds=1, prompts=PROMPTS[:1])
 
 
@@ -161,6 +162,7 @@ def keep(
     figures[f"{case}_tokens_per_s"] = tokens / statistics.median(ours)
     figures[f"{case}_transformers_tokens_per_s"] = tokens / statistics.median(theirs)
     figures[f"{case}_ratio"] = ratio
+    print(f"{case}: {tokens / statistics.median(ours):.1f} tokens/s, {ratio:.2f}x", file=sys.stderr)
     return ratio
 
 
