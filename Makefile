@@ -35,10 +35,10 @@ serve: $(VENV)/.serve
 	@exec $(VENV)/bin/headrace up $(MODEL) --prefill $(PREFILL) --decode-ranks $(RANKS) --port $(PORT) $(ARGS)
 
 test: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -m 'not slow' $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m 'not slow' $(ARGS)
 
 test-slow: $(VENV)/.dev
-	$(VENV)/bin/python -m pytest -m slow $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m slow $(ARGS)
 
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -19,7 +19,7 @@ FLAGS = ("--decode-ranks", "2", "--kv-cache", "64MiB")
 LONG = {
     "model": "smollm2",
     "prompt": "Once upon a time",
-    "max_tokens": 2000,
+    "max_tokens": 80,
     "ignore_eos": True,
     "stream": True,
 }
@@ -100,7 +100,7 @@ def test_the_official_client_sees_an_error_when_its_stream_breaks(system: LocalS
     stream = client.completions.create(
         model="smollm2",
         prompt="Once upon a time",
-        max_tokens=2000,
+        max_tokens=80,
         stream=True,
         extra_body={"ignore_eos": True},
     )
@@ -113,7 +113,7 @@ def test_the_official_client_sees_an_error_when_its_stream_breaks(system: LocalS
 
 def test_a_prefill_worker_killed_while_it_computes_costs_only_time(system: LocalSystem) -> None:
     eventually(lambda: ready(system), "ready")
-    body = {"model": "smollm2", "prompt": [5 + n % 9000 for n in range(3500)], "max_tokens": 4}
+    body = {"model": "smollm2", "prompt": [5 + n % 9000 for n in range(2000)], "max_tokens": 4}
     answers: list[httpx.Response] = []
 
     def ask() -> None:
