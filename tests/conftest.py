@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return
-    import torch  # noqa: PLC0415  slow to import, and most tests do without
+    import torch  # slow, and most tests do without
 
     if not torch.cuda.is_available():
         for item in on_gpu:
