@@ -26,9 +26,9 @@ from dataclasses import dataclass
 import anyio
 import httpx
 import psutil
-from benchmarks.report import Bar, print_report
 
 from benchmarks.gateway_peers import serve_mock, serve_pass_through
+from benchmarks.report import Bar, print_report
 from benchmarks.sse_load import Load, run_load
 from deploy.demo import demo_weights
 from runtime.settings import BusSettings, ModelSettings
