@@ -48,6 +48,12 @@ def short_request_succeeds(system: LocalSystem) -> bool:
     return answer.status_code == httpx.codes.OK
 
 
+def attempts_in_flight(system: LocalSystem) -> float:
+    name = "headrace_gateway_attempts_in_flight "
+    lines = httpx.get(f"{system.url}/metrics", timeout=5).text.splitlines()
+    return next(float(line.removeprefix(name)) for line in lines if line.startswith(name))
+
+
 def stream_lines(system: LocalSystem, on_chunk: Callable[[int], None]) -> list[str]:
     lines: list[str] = []
     url = f"{system.url}/v1/completions"
@@ -121,7 +127,7 @@ def test_a_prefill_worker_killed_while_it_computes_costs_only_time(system: Local
 
     asking = threading.Thread(target=ask)
     asking.start()
-    time.sleep(0.4)
+    eventually(lambda: attempts_in_flight(system) > 0, "the prompt is with the workers")
     system.processes("prefill")[0].send_signal(signal.SIGKILL)
     asking.join(120)
     # One prefill worker only: either its successor was there in time, or a clean refusal.
