@@ -334,6 +334,8 @@ class DecodeLoop:
             free_blocks=books.reservable,
             total_blocks=books.total,
             cached_blocks=books.cached,
+            granted_blocks=books.granted,
+            active_blocks=books.active,
             quarantined_blocks=books.quarantined,
             step_seconds=self._step_seconds,
             tokens_per_second=books.running_requests / max(self._step_seconds, 1e-6),

@@ -372,6 +372,7 @@ class PrefillLoop:
             free_blocks=self._pool.num_available,
             total_blocks=self._pool.num_blocks,
             cached_blocks=self._pool.num_cached,
+            active_blocks=self._pool.num_held,
             step_seconds=self._step_seconds,
             tokens_per_second=self._tokens_per_second,
             prefix_hit_tokens=books.prefix_hit_tokens,

@@ -42,9 +42,11 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     queued_requests: int = 0
     running_requests: int = 0
     queued_tokens: int = 0  # prefill: prompt tokens that wait or are being computed
-    free_blocks: int = 0  # decode: what a reservation could take now, evictable blocks included
-    total_blocks: int = 0
+    free_blocks: int = 0  # what a request could take now: evictable ones in, headroom out
+    total_blocks: int = 0  # of which the following, and the rest are free
     cached_blocks: int = 0
+    granted_blocks: int = 0
+    active_blocks: int = 0
     quarantined_blocks: int = 0
     step_seconds: float = 0.0  # smoothed duration of one engine step
     tokens_per_second: float = 0.0

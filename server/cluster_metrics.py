@@ -8,7 +8,7 @@ headrace_worker_up{worker,role}                 1 while this gateway has a link 
 headrace_worker_running_requests{worker,role}   by the worker's own account, like all below
 headrace_worker_queued_requests{worker,role}
 headrace_worker_queued_tokens{worker,role}
-headrace_worker_blocks{worker,role,state}       state is free, cached, quarantined or total
+headrace_worker_blocks{worker,role,state}       free, cached, granted, active, quarantined; their total
 headrace_worker_step_seconds{worker,role}
 headrace_worker_tokens_per_second{worker,role}
 headrace_worker_prefix_hit_tokens_total{worker,role}
@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from protocol.workers import WorkerLoad
 from server.cluster import Cluster
 
 _WORKER = ("worker", "role")
@@ -74,10 +75,8 @@ class ClusterMetrics(Collector):
             load = state.load
             labels = [state.info.ref.worker_id, state.info.role]
             up.add_metric(labels, float(self._cluster.links.is_up(state.info.ref)))
-            blocks.add_metric([*labels, "free"], load.free_blocks)
-            blocks.add_metric([*labels, "cached"], load.cached_blocks)
-            blocks.add_metric([*labels, "quarantined"], load.quarantined_blocks)
-            blocks.add_metric([*labels, "total"], load.total_blocks)
+            for name, count in _blocks_by_state(load).items():
+                blocks.add_metric([*labels, name], count)
             hits.add_metric(labels, load.prefix_hit_tokens)
             loads["running_requests"].add_metric(labels, load.running_requests)
             loads["queued_requests"].add_metric(labels, load.queued_requests)
@@ -85,3 +84,15 @@ class ClusterMetrics(Collector):
             loads["step_seconds"].add_metric(labels, load.step_seconds)
             loads["tokens_per_second"].add_metric(labels, load.tokens_per_second)
         yield from (up, blocks, hits, *loads.values())
+
+
+def _blocks_by_state(load: WorkerLoad) -> dict[str, int]:
+    """The worker's ledger. It asserts its own sum; ``free`` is what that leaves."""
+    held = {
+        "cached": load.cached_blocks,
+        "granted": load.granted_blocks,
+        "active": load.active_blocks,
+        "quarantined": load.quarantined_blocks,
+    }
+    free = load.total_blocks - sum(held.values())
+    return {"free": free, **held, "total": load.total_blocks}
