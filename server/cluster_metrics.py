@@ -8,7 +8,7 @@ headrace_worker_up{worker,role}                 1 while this gateway has a link 
 headrace_worker_running_requests{worker,role}   by the worker's own account, like all below
 headrace_worker_queued_requests{worker,role}
 headrace_worker_queued_tokens{worker,role}
-headrace_worker_blocks{worker,role,state}       free, cached, granted, active, quarantined; their total
+headrace_worker_blocks{worker,role,state}       free, cached, granted, active, quarantined or total
 headrace_worker_step_seconds{worker,role}
 headrace_worker_tokens_per_second{worker,role}
 headrace_worker_prefix_hit_tokens_total{worker,role}
