@@ -19,6 +19,7 @@ from protocol.errors import (
     Draining,
     Overloaded,
     ServingError,
+    TransferCorrupt,
 )
 from protocol.ids import AttemptRef, BlockId, Generation, WorkerRef
 from protocol.kv import Grant
@@ -142,10 +143,15 @@ class Intake:
         if isinstance(event, TransferFailed):
             self._scheduler.quarantine(event.ref)
             return Lost(ref=event.ref, error=event.error)
+        try:
+            hand_off = msgspec.msgpack.decode(event.payload, type=HandOff)
+        except msgspec.DecodeError:
+            # Committed, so nothing will be written any more: the blocks are free at once.
+            self._scheduler.quarantine(event.ref)
+            self._scheduler.quiet(event.ref)
+            return Lost(ref=event.ref, error=TransferCorrupt("the hand-off cannot be read"))
         return Arrived(
-            request=expected.request,
-            hand_off=msgspec.msgpack.decode(event.payload, type=HandOff),
-            block_ids=expected.grant.block_ids,
+            request=expected.request, hand_off=hand_off, block_ids=expected.grant.block_ids
         )
 
     def cancel(self, ref: AttemptRef) -> bool:

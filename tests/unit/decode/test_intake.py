@@ -135,6 +135,17 @@ def test_a_failed_transfer_is_told_once_and_its_blocks_wait_for_proof(rank: Rank
     assert rank.free() == NUM_BLOCKS
 
 
+def test_a_hand_off_that_cannot_be_read_fails_its_request_alone(rank: Rank) -> None:
+    grant = granted(rank, a_reserve())
+    garbage = Committed(
+        ref=grant.ref, generation=grant.generation, payload=b"garbage", bytes_received=1
+    )
+    lost = rank.intake.hear(garbage)
+    assert isinstance(lost, Lost)
+    assert lost.error.code == "kv_transfer_corrupt"
+    assert rank.free() == NUM_BLOCKS
+
+
 def test_an_event_of_another_generation_changes_nothing(rank: Rank) -> None:
     grant = granted(rank, a_reserve())
     stale = Committed(
