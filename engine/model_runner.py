@@ -28,6 +28,7 @@ class SequenceStep:
     start: int
     block_table: Sequence[int]
     wants_logits: bool = True  # of its last token
+    wants_every_row: bool = False  # of all its tokens
 
 
 def batch_from(
@@ -50,7 +51,9 @@ def batch_from(
             block, offset = divmod(position, block_tokens)
             slots.append(table[block] * block_tokens + offset)
         positions.extend(range(sequence.start, end))
-        if sequence.wants_logits:
+        if sequence.wants_every_row:
+            rows.extend(range(len(tokens) - len(sequence.token_ids), len(tokens)))
+        elif sequence.wants_logits:
             rows.append(len(tokens) - 1)
     width = max((len(sequence.block_table) for sequence in sequences), default=0)
     tables: list[int] = []
@@ -88,3 +91,15 @@ class ModelRunner:
             WorkerLost: a rank that shares the experts failed; the step's KV is not to be used.
         """
         return self.model.forward(batch, self.storage, after_layer)
+
+    @torch.inference_mode()
+    def run_hidden(self, batch: ForwardBatch, after_layer: AfterLayer | None = None) -> Tensor:
+        """``run`` without the last product: (R, D), for callers who want many rows' logits and
+        take them a part at a time with ``logits``.
+        """
+        return self.model.hidden(batch, self.storage, after_layer)
+
+    @torch.inference_mode()
+    def logits(self, x_RD: Tensor) -> Tensor:
+        """(R, V) float32 of rows that ``run_hidden`` gave."""
+        return self.model.logits(x_RD)

@@ -7,7 +7,7 @@ here exactly once: its push is over (committed, failed or aborted) and its block
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import msgspec
 import torch
@@ -21,6 +21,7 @@ from engine.sampling.stopping import finish_reason
 from kvtransfer.interface import KVSource, Push
 from prefill.prefix_feed import PrefixFeed
 from prefill.scheduler import Chunk, PrefillScheduler, PrefillStep
+from prefill.scoring import score_step
 from protocol.codec import encode
 from protocol.errors import (
     Cancelled,
@@ -44,7 +45,7 @@ from protocol.messages import (
     ToPrefill,
 )
 from protocol.reports import report_of
-from protocol.requests import GenerateRequest
+from protocol.requests import GenerateRequest, TokenLogprobs
 from protocol.workers import WorkerLoad
 from runtime.clients import Clients
 from runtime.log import get_log
@@ -68,6 +69,11 @@ class _Held:
     arrived_at: float
     started_at: float | None = None
     failed: TransferError | None = None
+    scores: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])  # of its own tokens
+
+    @property
+    def scored(self) -> int | None:
+        return self.request.sampling.prompt_logprobs
 
 
 class PrefillLoop:
@@ -232,6 +238,7 @@ class PrefillLoop:
     def _run(self, chunks: tuple[Chunk, ...]) -> Tensor:
         """Compute the chunks, pushing each group of layers while the next one computes."""
         layout = self._runner.storage.layout
+        counts = [self._held[chunk.ref].scored for chunk in chunks]
         batch = batch_from(
             [
                 SequenceStep(
@@ -239,8 +246,9 @@ class PrefillLoop:
                     start=chunk.start,
                     block_table=chunk.table.blocks[: layout.blocks_for(chunk.stop)],
                     wants_logits=chunk.final,
+                    wants_every_row=count is not None,
                 )
-                for chunk in chunks
+                for chunk, count in zip(chunks, counts, strict=True)
             ],
             block_tokens=layout.block_tokens,
             device=self._device,
@@ -256,7 +264,13 @@ class PrefillLoop:
             for chunk in chunks:
                 self._push(chunk, layers)
 
-        return self._runner.run(batch, after_layer)
+        if not any(count is not None for count in counts):
+            return self._runner.run(batch, after_layer)
+        hidden = self._runner.run_hidden(batch, after_layer)
+        logits, scores = score_step(hidden, chunks, counts, self._runner.logits)
+        for chunk, more in zip(chunks, scores, strict=True):
+            self._held[chunk.ref].scores += more
+        return logits
 
     def _push(self, chunk: Chunk, layers: range) -> None:
         held = self._held[chunk.ref]
@@ -298,6 +312,7 @@ class PrefillLoop:
                 finish_reason=reason,
                 cached_tokens=self._scheduler.cached_tokens(ref),
                 times=PrefillTimes(queue_s=started - held.arrived_at, compute_s=now - started),
+                prompt_logprobs=None if held.scored is None else tuple(held.scores),
             ),
         )
 

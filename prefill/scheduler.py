@@ -42,6 +42,7 @@ class Chunk:
     start: int
     stop: int
     token_ids: tuple[int, ...]
+    next_token_ids: tuple[int, ...]  # after each of them; one fewer at the prompt's end
     table: BlockTable
     final: bool  # the prompt's last chunk: its last token's logits give the first output token
     first_block: int
@@ -170,8 +171,7 @@ class PrefillScheduler:
             arrived_s=arrived_s,
             deadline_s=deadline_s,
             hashes=hashes,
-            # at least the last token is computed anew, because its logits are wanted
-            matchable=hashes[: (num_tokens - 1) // self._block_tokens],
+            matchable=hashes[: _matchable_tokens(request) // self._block_tokens],
             table=BlockTable(self._block_tokens),
         )
 
@@ -339,6 +339,7 @@ class PrefillScheduler:
             start=prompt.computed,
             stop=stop,
             token_ids=prompt.request.prompt_token_ids[prompt.computed : stop],
+            next_token_ids=prompt.request.prompt_token_ids[prompt.computed + 1 : stop + 1],
             table=prompt.table,
             final=final,
             first_block=first_block,
@@ -367,3 +368,12 @@ class PrefillScheduler:
         for name in hashes:
             if self._in_flight.get(name) == prompt.request.ref:
                 del self._in_flight[name]
+
+
+def _matchable_tokens(request: GenerateRequest) -> int:
+    """Tokens that a prefix hit may spare: not the last one, because its logits are wanted, and
+    none at all where every token's are.
+    """
+    if request.sampling.prompt_logprobs is not None:
+        return 0
+    return len(request.prompt_token_ids) - 1

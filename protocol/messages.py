@@ -83,7 +83,8 @@ class PrefillDone(Message, frozen=True, kw_only=True):
     """The first token, committed output from here on. ``cached_tokens`` were not computed anew.
 
     ``finish_reason`` is set when the first token already ends the request: the decode rank then
-    frees the grant by itself, and sends nothing.
+    frees the grant by itself, and sends nothing. ``prompt_logprobs`` has an entry for each prompt
+    token from the second on, where the request asked for them.
     """
 
     ref: AttemptRef
@@ -93,6 +94,7 @@ class PrefillDone(Message, frozen=True, kw_only=True):
     finish_reason: FinishReason | None
     cached_tokens: int
     times: PrefillTimes
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 class TokenDelta(msgspec.Struct, frozen=True, array_like=True):

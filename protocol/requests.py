@@ -26,6 +26,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     seed: int = 0
     choice: int = 0  # the k-th of n choices: same seed, other random stream
     logprobs: int | None = None  # alternatives to report per token; 0 reports the chosen one only
+    prompt_logprobs: int | None = None  # likewise, for the prompt's tokens from the second on
 
 
 class StopConditions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -19,7 +19,8 @@ class TokenChunk(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One or more new tokens of one choice, in order and without gaps or repeats.
 
     A stop token that ended the request is the last of ``token_ids``. ``logprobs``, when asked for,
-    has one entry per token. Only the first chunk carries ``cached_tokens`` and ``times``.
+    has one entry per token. Only the first chunk carries ``cached_tokens``, ``times``, and where
+    they were asked for ``prompt_logprobs``: an entry for each prompt token from the second on.
     """
 
     token_ids: tuple[int, ...]
@@ -27,6 +28,7 @@ class TokenChunk(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     finish_reason: FinishReason | None = None  # set on the last chunk, and on no other
     cached_tokens: int = 0  # prompt tokens whose KV was not computed anew
     times: PrefillTimes | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

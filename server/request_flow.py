@@ -116,4 +116,5 @@ def first_chunk(first: PrefillDone) -> TokenChunk:
         finish_reason=first.finish_reason,
         cached_tokens=first.cached_tokens,
         times=first.times,
+        prompt_logprobs=first.prompt_logprobs,
     )

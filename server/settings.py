@@ -40,6 +40,9 @@ class LimitSettings(Settings):
     max_top_logprobs: PositiveInt = 20
     """Alternatives reported per token."""
 
+    max_prompt_logprobs: PositiveInt = 5
+    """prompt_logprobs: alternatives reported per prompt token."""
+
     max_stop_strings: PositiveInt = 4
     """Stop strings of one request."""
 
@@ -48,6 +51,9 @@ class LimitSettings(Settings):
 
     max_logit_bias: PositiveInt = 1024
     """Entries of logit_bias."""
+
+    strict_params: bool = False
+    """Refuse fields that would have no effect, instead of naming them in x-ignored-params."""
 
     body_timeout_s: PositiveFloat = 30.0
     """Seconds that a client may take to send its request."""

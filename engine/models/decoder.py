@@ -61,6 +61,16 @@ class Decoder:
 
         ``after_layer`` is called in layer order, each time as soon as that layer's KV is written.
         """
+        return self.logits(self.hidden(batch, cache, after_layer))
+
+    def logits(self, x_RD: Tensor) -> Tensor:
+        """(R, V) float32 of what ``hidden`` gave, or of some of its rows."""
+        return self._head(x_RD).float()
+
+    def hidden(
+        self, batch: ForwardBatch, cache: KVStorage, after_layer: AfterLayer | None = None
+    ) -> Tensor:
+        """As ``forward``, up to the last norm: (R, D), a small part of what the logits need."""
         rotation = self._rope.at(batch.positions)
         rows_R = batch.logits_rows
         all_rows = rows_R.shape[0] == batch.num_tokens
@@ -86,7 +96,7 @@ class Decoder:
         if not all_rows:
             out_ND, residual_ND = out_ND[rows_R], residual_ND[rows_R]
         x_RD, _ = add_rms_norm(out_ND, residual_ND, self._norm_D, self._epsilon)
-        return self._head(x_RD).float()
+        return x_RD
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from server.openai.schema import GenerationRequest
 from server.openai.usage import usage_of
 from server.settings import LimitSettings
 from server.text.model_text import ModelText
+from server.text.tokenizer import TextTokenizer
 
 Kind = Literal["chat", "completions"]
 
@@ -44,6 +45,7 @@ class Answer:
     asked: GenerationRequest
     choices: Sequence[Choice]
     choices_per_prompt: int
+    tokenizer: TextTokenizer
     logprobs: Sequence[LogprobsShape] | None
     echoes: Sequence[str] | None = None
     ignored: tuple[str, ...] = ()
@@ -62,15 +64,30 @@ class Answer:
         tokens = choice.take_tokens()
         return shape.chat(tokens) if self.kind == "chat" else shape.completion(tokens)
 
+    def echo_logprobs(self, choice: Choice) -> dict[str, Any] | None:
+        """Those of an echoed prompt's own tokens; to be taken once, before all others."""
+        if self.logprobs is None or self.echoes is None:
+            return None
+        return self.logprobs[choice.index].completion(choice.prompt_tokens())
+
     def body(self, texts: Sequence[str]) -> bytes:
         """The whole answer at once; ``texts`` has one entry for each choice."""
         choices = [self._choice(c, text) for c, text in zip(self.choices, texts, strict=True)]
         kind = "chat.completion" if self.kind == "chat" else "text_completion"
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model.id}
         whole: dict[str, Any] = {**head, "choices": choices, "usage": self.usage()}
-        if self.asked.return_token_ids and self.kind == "chat":
-            whole["prompt_token_ids"] = self.choices[0].request.prompt_token_ids
+        if self.kind == "chat":
+            first = self.choices[0]
+            if self.asked.return_token_ids:
+                whole["prompt_token_ids"] = first.request.prompt_token_ids
+            whole |= self._prompt_logprobs(first)
         return orjson.dumps(whole)
+
+    def _prompt_logprobs(self, choice: Choice) -> dict[str, Any]:
+        if self.asked.prompt_logprobs is None:
+            return {}
+        shape = LogprobsShape(self.tokenizer, as_token_ids=False)
+        return {"prompt_logprobs": shape.prompt(choice.prompt_tokens())}
 
     def _choice(self, choice: Choice, text: str) -> dict[str, Any]:
         shown: dict[str, Any] = {"index": choice.index}
@@ -78,10 +95,19 @@ class Answer:
             shown["message"] = {"role": "assistant", "content": text, "refusal": None}
         else:
             shown["text"] = self.echo(choice) + text
-        shown["logprobs"] = self.take_logprobs(choice)
+        echoed = self.echo_logprobs(choice)
+        shown["logprobs"] = _joined(echoed, self.take_logprobs(choice))
         shown["finish_reason"] = choice.finish_reason
         if self.asked.return_token_ids:
             shown["token_ids"] = choice.take_token_ids()
             if self.kind == "completions":
                 shown["prompt_token_ids"] = choice.request.prompt_token_ids
+        if self.kind == "completions":
+            shown |= self._prompt_logprobs(choice)
         return shown
+
+
+def _joined(first: dict[str, Any] | None, then: dict[str, Any] | None) -> dict[str, Any] | None:
+    if first is None or then is None:
+        return then
+    return {name: [*first[name], *then[name]] for name in then}

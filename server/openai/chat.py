@@ -61,6 +61,7 @@ async def plan_chat(body: bytes, services: Services, *, answer_id: str) -> Answe
         seed=request_seed(asked),
         max_tokens=max_tokens,
         logprobs=logprobs,
+        prompt_logprobs=asked.prompt_logprobs,
         first_index=0,
     )
     return Answer(
@@ -70,8 +71,9 @@ async def plan_chat(body: bytes, services: Services, *, answer_id: str) -> Answe
         model=model,
         asked=asked,
         choices=choices,
+        tokenizer=text.tokenizer,
         choices_per_prompt=len(choices),
-        logprobs=None if logprobs is None else logprob_shapes(asked, text, [0] * len(choices)),
+        logprobs=None if logprobs is None else logprob_shapes(asked, text, len(choices)),
         ignored=ignored,
     )
 
@@ -86,8 +88,15 @@ def choices_of_prompt(
     max_tokens: int,
     logprobs: int | None,
     first_index: int,
+    prompt_logprobs: int | None = None,
 ) -> list[Choice]:
-    """The ``n`` choices of one prompt: the same seed, another random stream for each."""
+    """The ``n`` choices of one prompt: the same seed, another random stream for each.
+
+    With ``max_tokens`` 0 and ``prompt_logprobs`` the prompt is still computed, and its one token
+    of output dropped.
+    """
+    only_prompt = max_tokens == 0 and prompt_logprobs is not None
+    max_tokens = 1 if only_prompt else max_tokens
     vocab_size = text.tokenizer.vocab_size
     stop = stop_conditions(asked, text.defaults, max_tokens=max_tokens, vocab_size=vocab_size)
     namespace = DEFAULT_NAMESPACE if asked.cache_salt is None else f"salt:{asked.cache_salt}"
@@ -96,7 +105,13 @@ def choices_of_prompt(
     for k in range(asked.n or 1):
         index = first_index + k
         sampling = sampling_params(
-            asked, text.defaults, seed=seed, choice=k, logprobs=logprobs, vocab_size=vocab_size
+            asked,
+            text.defaults,
+            seed=seed,
+            choice=k,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            vocab_size=vocab_size,
         )
         request = GenerateRequest(
             request_id=RequestId(f"{answer_id}-{index}"),
@@ -107,15 +122,17 @@ def choices_of_prompt(
             stop=stop,
             namespace=namespace,
         )
-        choices.append(Choice(index, request, asked, stops, text.tokenizer))
+        choices.append(
+            Choice(index, request, asked, stops, text.tokenizer, only_prompt=only_prompt)
+        )
     return choices
 
 
 def logprob_shapes(
-    asked: GenerationRequest, text: ModelText, offsets: list[int]
+    asked: GenerationRequest, text: ModelText, num_choices: int
 ) -> list[LogprobsShape]:
     as_ids = bool(asked.return_tokens_as_token_ids)
-    return [LogprobsShape(text.tokenizer, as_token_ids=as_ids, offset=o) for o in offsets]
+    return [LogprobsShape(text.tokenizer, as_token_ids=as_ids) for _ in range(num_choices)]
 
 
 def _message(message: Message) -> ChatMessage:

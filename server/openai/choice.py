@@ -19,10 +19,13 @@ from server.text.tokenizer import TextTokenizer
 
 
 class Token(NamedTuple):
-    """A token of the visible text with its probabilities, for the ``logprobs`` of an answer."""
+    """A token of the visible text with its probabilities, for the ``logprobs`` of an answer.
+
+    Nothing precedes a prompt's first token, so that one has none.
+    """
 
     token_id: int
-    logprobs: TokenLogprobs
+    logprobs: TokenLogprobs | None
 
 
 class Choice:
@@ -34,12 +37,14 @@ class Choice:
         "_detokenizer",
         "_hides_stop_token",
         "_keeps_token_ids",
+        "_only_prompt",
         "_stop_token_ids",
         "_stops",
         "cached_tokens",
         "completion_tokens",
         "finish_reason",
         "index",
+        "prompt_logprobs",
         "request",
         "token_ids",
         "tokens",
@@ -52,13 +57,17 @@ class Choice:
         asked: GenerationRequest,
         stops: tuple[str, ...],
         tokenizer: TextTokenizer,
+        *,
+        only_prompt: bool = False,
     ) -> None:
+        """``only_prompt``: the prompt's probabilities are wanted, and no text."""
         self.index = index
         self.request = request
         include_stop = bool(asked.include_stop_str_in_output)
         self._stops = StopStrings(stops, include_in_output=include_stop) if stops else None
         self._hides_stop_token = not include_stop
         self._keeps_token_ids = bool(asked.return_token_ids)
+        self._only_prompt = only_prompt
         self._stop_token_ids = frozenset(request.stop.stop_token_ids)
         self._detokenizer = detokenizer(
             tokenizer, skip_special_tokens=asked.skip_special_tokens is not False
@@ -66,12 +75,18 @@ class Choice:
         self.completion_tokens = 0
         self.cached_tokens = 0
         self.finish_reason: FinishReason | None = None
+        self.prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
         self.tokens: list[Token] = []  # since they were last taken
         self.token_ids: list[int] = []  # likewise, and only when the caller wants them
 
     def accept(self, chunk: TokenChunk) -> str:
         """The text that may be shown now; empty while a character or stop string is open."""
         self.cached_tokens += chunk.cached_tokens
+        if chunk.prompt_logprobs is not None:
+            self.prompt_logprobs = chunk.prompt_logprobs
+        if self._only_prompt:
+            self.finish_reason = "length"
+            return ""
         text = ""
         last = len(chunk.token_ids) - 1
         for position, token_id in enumerate(chunk.token_ids):
@@ -105,6 +120,12 @@ class Choice:
         if stops.matched is not None:
             self.finish_reason = "stop"
         return text
+
+    def prompt_tokens(self) -> list[Token]:
+        """The prompt's own tokens with their probabilities, if these were asked for."""
+        if self.prompt_logprobs is None:
+            return []
+        return list(map(Token, self.request.prompt_token_ids, (None, *self.prompt_logprobs)))
 
     def take_tokens(self) -> list[Token]:
         taken, self.tokens = self.tokens, []

@@ -13,6 +13,7 @@ from server.openai.models import find_model
 from server.openai.parsing import parse_completion
 from server.openai.prompts import check_length, tokenise
 from server.openai.sampling import check_token_ids, request_seed, token_budget
+from server.openai.schema import CompletionRequest
 from server.text.detokenizer import detokenizer
 from server.text.model_text import ModelText
 
@@ -44,12 +45,12 @@ async def plan_completion(body: bytes, services: Services, *, answer_id: str) ->
             seed=seed,
             max_tokens=max_tokens,
             logprobs=asked.logprobs,
+            prompt_logprobs=_prompt_logprobs(asked),
             first_index=len(choices),
         )
         choices += mine
         if asked.echo:
             echoes += [prompt if isinstance(prompt, str) else _decoded(prompt, text)] * len(mine)
-    offsets = [len(echo) for echo in echoes] or [0] * len(choices)
     return Answer(
         kind="completions",
         id=f"cmpl-{answer_id}",
@@ -57,11 +58,18 @@ async def plan_completion(body: bytes, services: Services, *, answer_id: str) ->
         model=model,
         asked=asked,
         choices=choices,
+        tokenizer=text.tokenizer,
         choices_per_prompt=asked.n or 1,
-        logprobs=None if asked.logprobs is None else logprob_shapes(asked, text, offsets),
+        logprobs=None if asked.logprobs is None else logprob_shapes(asked, text, len(choices)),
         echoes=echoes if asked.echo else None,
         ignored=ignored,
     )
+
+
+def _prompt_logprobs(asked: CompletionRequest) -> int | None:
+    """An echo comes with the probabilities of its tokens, where ``logprobs`` are asked for."""
+    wanted = [asked.prompt_logprobs, asked.logprobs if asked.echo else None]
+    return max((count for count in wanted if count is not None), default=None)
 
 
 async def _token_ids(

@@ -47,7 +47,12 @@ class AnswerEvents:
         if not echo and prompt_ids is None:
             return b""
         more = b"" if prompt_ids is None else b',"prompt_token_ids":' + orjson.dumps(prompt_ids)
-        return self._event(choice, orjson.dumps(echo), in_choice=more)
+        return self._event(
+            choice,
+            orjson.dumps(echo),
+            logprobs=orjson.dumps(self._answer.echo_logprobs(choice)),
+            in_choice=more,
+        )
 
     def text(self, choice: Choice, text: str) -> bytes:
         """The next piece of text, with what belongs to its tokens."""

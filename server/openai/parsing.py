@@ -84,8 +84,6 @@ def parse_completion(body: bytes, limits: LimitSettings) -> ParsedCompletion:
         raise _invalid("prompt", f"more than {limits.max_prompts} prompts")
     if request.logprobs is not None:
         _check_at_most("logprobs", request.logprobs, limits.max_top_logprobs)
-        if request.echo:
-            raise _invalid("logprobs", "cannot be combined with echo yet")
     max_tokens = request.max_tokens
     if max_tokens is None:
         max_tokens = _COMPLETION_DEFAULT_MAX_TOKENS
@@ -110,6 +108,8 @@ def _convert(body: bytes, kind: type[R], limits: LimitSettings) -> tuple[R, tupl
     if body.count(b"[") + body.count(b"{") > limits.max_json_depth:
         _check_depth(raw, limits.max_json_depth)
     ignored = ignored_params(raw, frozenset(kind.__struct_fields__))
+    if ignored and limits.strict_params:
+        raise _invalid(ignored[0], "this server does not know it, or would ignore it")
     try:
         return msgspec.convert(raw, kind, strict=True), ignored
     except msgspec.ValidationError as error:
@@ -164,6 +164,10 @@ def _check_generation(request: GenerationRequest, limits: LimitSettings) -> None
     _check_at_most("n", request.n or 1, limits.max_choices)
     if request.stream_options is not None and not request.stream:
         raise _invalid("stream_options", "needs stream: true")
+    if request.prompt_logprobs is not None:
+        _check_at_most("prompt_logprobs", request.prompt_logprobs, limits.max_prompt_logprobs)
+        if request.stream:
+            raise _invalid("prompt_logprobs", "cannot be streamed: leave out stream")
     stops = stop_strings(request)
     if len(stops) > limits.max_stop_strings:
         raise _invalid("stop", f"more than {limits.max_stop_strings} stop strings")

@@ -56,6 +56,7 @@ def sampling_params(
     seed: int,
     choice: int,
     logprobs: int | None,
+    prompt_logprobs: int | None,
     vocab_size: int,
 ) -> SamplingParams:
     """
@@ -77,6 +78,7 @@ def sampling_params(
         seed=seed,
         choice=choice,
         logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
 
 

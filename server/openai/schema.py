@@ -51,6 +51,7 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
+    prompt_logprobs: Annotated[int, Meta(ge=0)] | None = None
 
     @property
     def include_usage(self) -> bool:

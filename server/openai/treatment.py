@@ -42,7 +42,7 @@ _REFUSED: dict[str, str] = {
     **dict.fromkeys(
         (
             *("audio", "web_search_options", "functions", "suffix", "use_beam_search"),
-            *("prompt_logprobs", "logprob_token_ids", "truncate_prompt_tokens", "input_embeds"),
+            *("logprob_token_ids", "truncate_prompt_tokens", "input_embeds"),
         ),
         _UNSUPPORTED,
     ),

@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
 import anyio
+import msgspec
 
 from protocol.errors import ServingError
 from protocol.requests import GenerateRequest, TokenLogprobs
@@ -56,6 +57,7 @@ class ScriptedGenerator:
                     logprobs=self._logprobs(request, part),
                     finish_reason=reason,  # type: ignore[arg-type]
                     cached_tokens=self.cached_tokens if start == 0 else 0,
+                    prompt_logprobs=self._prompt_logprobs(request) if start == 0 else None,
                 )
         finally:
             self.closed += 1
@@ -71,6 +73,15 @@ class ScriptedGenerator:
         if number == self.fail_at:
             raise self.error
         await anyio.lowlevel.checkpoint()
+
+    def _prompt_logprobs(self, request: GenerateRequest) -> tuple[TokenLogprobs, ...] | None:
+        """As for output, each by its own id."""
+        count = request.sampling.prompt_logprobs
+        if count is None:
+            return None
+        scored = msgspec.structs.replace(request.sampling, logprobs=count)
+        scored_request = msgspec.structs.replace(request, sampling=scored)
+        return self._logprobs(scored_request, request.prompt_token_ids[1:])
 
     def _logprobs(
         self, request: GenerateRequest, ids: tuple[int, ...]

@@ -210,6 +210,44 @@ def test_completion_logprobs_are_four_lists_of_one_length(client: OpenAI) -> Non
     assert logprobs.top_logprobs[0] == {"H": -0.5, "I": -9999.0}
 
 
+def test_an_echo_with_logprobs_scores_the_prompt_first(client: OpenAI) -> None:
+    for max_tokens, reply in ((3, "Hel"), (0, "")):
+        arguments: Any = {"model": "tiny", "prompt": "hi", "max_tokens": max_tokens}
+        arguments |= {"echo": True, "logprobs": 1}
+        answer = client.completions.create(**arguments)
+        logprobs = answer.choices[0].logprobs
+        assert answer.choices[0].text == "hi" + reply
+        assert logprobs is not None
+        assert logprobs.tokens == list("hi" + reply)
+        assert logprobs.token_logprobs == [None] + [-0.5] * (1 + len(reply))
+        assert logprobs.text_offset == list(range(2 + len(reply)))
+        assert logprobs.top_logprobs is not None
+        assert logprobs.top_logprobs[:2] == [None, {"i": -0.5}]
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == len(reply)
+        streamed = [
+            token
+            for chunk in client.completions.create(**arguments, stream=True)
+            if (shown := chunk.choices[0].logprobs) is not None
+            for token in shown.tokens or []
+        ]
+        assert streamed == logprobs.tokens
+
+
+def test_prompt_logprobs_are_by_token_id(client: OpenAI) -> None:
+    answer: Any = client.chat.completions.create(
+        model="tiny", messages=USER, max_tokens=2, extra_body={"prompt_logprobs": 2}
+    )
+    first, *scored = answer.prompt_logprobs
+    assert first is None
+    assert len(scored) == answer.usage.prompt_tokens - 1
+    assert {entry["rank"] for entry in scored[0].values()} == {1, 2}
+    with pytest.raises(openai.BadRequestError, match="streamed"):
+        client.completions.create(
+            model="tiny", prompt="hi", stream=True, extra_body={"prompt_logprobs": 1}
+        )
+
+
 def test_token_ids_are_returned_on_request(client: OpenAI) -> None:
     arguments: Any = {"model": "tiny", "prompt": "hi", "extra_body": {"return_token_ids": True}}
     choice: Any = client.completions.create(**arguments).choices[0]

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from server.app import create_app
-from server.settings import GatewaySettings
+from server.settings import GatewaySettings, LimitSettings
 from tests.support.generator import ScriptedGenerator
 from tests.support.model_text import byte_model_text
 
@@ -175,7 +175,7 @@ def test_a_bad_chat_field_is_refused_by_name(fields: dict[str, Any], param: str)
         ({"max_tokens": 0}, "max_tokens"),
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
-        ({"logprobs": 1, "echo": True}, "logprobs"),
+        ({"prompt_logprobs": 6}, "prompt_logprobs"),
         ({"best_of": 2}, "best_of"),
         ({"suffix": "x"}, "suffix"),
     ],
@@ -448,3 +448,10 @@ def test_ready_says_what_is_missing() -> None:
     assert response.status_code == 503
     assert response.json()["reason"] == "no decode worker has announced itself"
     assert request("GET", "/health", generator=ScriptedGenerator(text=TEXT, ready=False)).is_success
+
+
+def test_strict_params_refuse_what_would_be_ignored() -> None:
+    strict = GatewaySettings(limits=LimitSettings(strict_params=True))
+    error = error_of(post(CHAT, chat(user="me", unheard_of=1), settings=strict), 400)
+    assert error["param"] in ("user", "unheard_of")
+    assert post(CHAT, chat(), settings=strict).status_code == 200

@@ -1,0 +1,55 @@
+"""What the HTTP API promises beyond plain chat, asked of a running system with real weights."""
+
+from typing import Any
+
+import httpx
+import pytest
+
+from benchmarks.local_system import LocalSystem
+from tests.e2e.conftest import Start
+from tests.e2e.test_faults import FLAGS
+
+pytestmark = pytest.mark.timeout(300)
+
+
+@pytest.fixture
+def system(start: Start) -> LocalSystem:
+    return start("smollm2", *FLAGS)
+
+
+def complete(system: LocalSystem, **fields: Any) -> dict[str, Any]:
+    body = {"model": "smollm2", "temperature": 0, **fields}
+    answer = httpx.post(f"{system.url}/v1/completions", json=body, timeout=60)
+    assert answer.status_code == 200, answer.text
+    whole: dict[str, Any] = answer.json()
+    return whole
+
+
+def test_an_echoed_prompt_has_the_probabilities_its_tokens_had_when_generated(
+    system: LocalSystem,
+) -> None:
+    """What evaluation harnesses build on: scoring a text equals having generated it."""
+    tokens: list[int] = []
+    logprobs: list[float] = []
+    start = 0
+    for _ in range(6):  # one at a time, so that a prefill worker computes all of them
+        prompt: Any = tokens or "The capital of France is"
+        asked = {"max_tokens": 1, "ignore_eos": True, "return_token_ids": True, "logprobs": 1}
+        choice = complete(system, prompt=prompt, **asked)["choices"][0]
+        start = start or len(choice["prompt_token_ids"])
+        tokens = choice["prompt_token_ids"] + choice["token_ids"]
+        logprobs += choice["logprobs"]["token_logprobs"]
+    for repeat in range(2):  # the second one finds the prompt in the prefix cache, and must not
+        scored = complete(system, prompt=tokens, max_tokens=repeat, echo=True, logprobs=1)
+        found = scored["choices"][0]["logprobs"]
+        assert found["token_logprobs"][0] is None
+        assert found["token_logprobs"][start : start + 6] == pytest.approx(logprobs, abs=1e-5)
+        assert len(found["tokens"]) == len(tokens) + repeat
+        assert scored["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
+
+
+def test_the_sum_of_a_continuation_tells_which_answer_is_likelier(system: LocalSystem) -> None:
+    prompts = ["Two plus two is four", "Two plus two is purple"]
+    answer = complete(system, prompt=prompts, max_tokens=0, echo=True, logprobs=0)
+    sums = [sum(c["logprobs"]["token_logprobs"][1:]) for c in answer["choices"]]
+    assert sums[0] > sums[1]
