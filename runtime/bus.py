@@ -6,8 +6,9 @@ that the peer may have forgotten everything. Frames that are not messages of the
 are dropped and counted; the sender is not told.
 """
 
+import asyncio
 import hmac
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
@@ -27,10 +28,13 @@ from runtime.log import get_log
 log = get_log(__name__)
 
 M = TypeVar("M")
+S = TypeVar("S", bound=zmq.Socket[Any])
 QUEUE_FRAMES = 10_000  # per peer; a peer this far behind blocks its sender
 HEARTBEAT_MS = 2_000  # ZeroMQ's own ping, so that a vanished host is noticed without traffic
 HEARTBEAT_TIMEOUT_MS = 10_000
 CONNECT_TIMEOUT_S = 5.0
+FRAMES_A_TURN = 64  # then the event loop looks after others first
+FULL_QUEUE_S = 0.005  # between tries while a peer's queue is full
 _MONITORED = (
     zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
@@ -41,8 +45,7 @@ _MONITORED = (
 )
 
 
-def _socket(kind: int) -> zmq.asyncio.Socket:
-    socket = zmq.asyncio.Context.instance().socket(kind)
+def _configured(socket: S) -> S:
     socket.set(zmq.LINGER, 200)
     socket.set(zmq.SNDHWM, QUEUE_FRAMES)
     socket.set(zmq.RCVHWM, QUEUE_FRAMES)
@@ -74,7 +77,7 @@ class Listener(Generic[M]):
         """
         host, port = _host_and_port(address)
         require_key_unless_loopback(host, key, what="the bus")
-        socket = _socket(zmq.ROUTER)
+        socket = _configured(zmq.asyncio.Context.instance().socket(zmq.ROUTER))
         socket.set(zmq.ROUTER_MANDATORY, 1)
         authenticator = None
         try:
@@ -112,12 +115,18 @@ class Listener(Generic[M]):
 
 
 class Connection(Generic[M]):
-    """The asking end. Iterate it, in one task, for messages; iteration ends with the connection."""
+    """The asking end. ``read`` hands every message on, until the connection is lost.
 
-    def __init__(self, socket: zmq.asyncio.Socket, address: str, decoder: Decoder[M]) -> None:
+    The socket is read on the event loop without a task or a future for each frame: all tokens of
+    all streams come this way.
+    """
+
+    def __init__(self, socket: "zmq.Socket[bytes]", address: str, decoder: Decoder[M]) -> None:
         self._socket = socket
         self._decoder = decoder
-        self._receiving: anyio.CancelScope | None = None
+        self._loop = asyncio.get_running_loop()
+        self._hear: Callable[[M], None] | None = None  # set while ``read`` runs
+        self._ended: asyncio.Future[None] | None = None  # likewise
         self.address = address
         self.lost = anyio.Event()
         self.malformed_frames = 0
@@ -137,7 +146,7 @@ class Connection(Generic[M]):
         Raises:
             WorkerLost: nobody listens there, or they do not hold our key.
         """
-        socket = _socket(zmq.DEALER)
+        socket = _configured(zmq.Socket(zmq.asyncio.Context.instance(), zmq.DEALER))
         socket.set(zmq.RECONNECT_IVL, -1)
         if key is not None:
             socket.curve_publickey = key.public
@@ -171,35 +180,66 @@ class Connection(Generic[M]):
         while (await recv_monitor_message(monitor))["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED:
             pass
         self.lost.set()
-        if self._receiving is not None:
-            self._receiving.cancel()
+        if self._ended is not None and not self._ended.done():
+            self._ended.set_result(None)
 
     async def send(self, message: msgspec.Struct) -> None:
         """Queue the message. On a lost connection it goes nowhere: watch ``lost``."""
-        if not self.lost.is_set():
-            await self._socket.send(encode(message))
-
-    def __aiter__(self) -> AsyncIterator[M]:
-        return self
-
-    async def __anext__(self) -> M:
-        while True:
-            frame = await self._next_frame()
+        frame = encode(message)
+        while not self.lost.is_set():
             try:
-                return self._decoder.decode(frame)
+                self._socket.send(frame, zmq.NOBLOCK)
+            except zmq.Again:
+                await anyio.sleep(FULL_QUEUE_S)
+            else:
+                # Sending may take the note of an arrival off the socket's descriptor.
+                self._loop.call_soon(self._take_in)
+                return
+
+    async def read(self, hear: Callable[[M], None]) -> None:
+        """Call ``hear`` with each message as it comes; return when the connection is lost and
+        what had arrived before has been heard. One task at a time may read.
+
+        Raises:
+            Exception: what ``hear`` raised; messages after that one are still unread.
+        """
+        assert self._hear is None
+        self._hear = hear
+        self._ended = self._loop.create_future()
+        self._loop.add_reader(self._socket.FD, self._take_in)
+        try:
+            self._take_in()
+            if not self.lost.is_set():
+                await self._ended
+            while self._take_in():
+                pass
+        finally:
+            self._loop.remove_reader(self._socket.FD)
+            self._hear = self._ended = None
+
+    def _take_in(self) -> bool:
+        """Hear the frames that are there; whether some are left for another turn."""
+        hear, ended = self._hear, self._ended
+        if hear is None or ended is None:
+            return False
+        for _ in range(FRAMES_A_TURN):
+            try:
+                message = self._decoder.decode(self._socket.recv(zmq.NOBLOCK))
+            except zmq.Again:
+                return False
             except ProtocolError:
                 self.malformed_frames += 1
-
-    async def _next_frame(self) -> bytes:
-        if not self.lost.is_set():
-            with anyio.CancelScope() as self._receiving:
-                frame: bytes = await self._socket.recv()
-                return frame
-        # What had arrived before the loss is still in the queue.
-        try:
-            return await self._socket.recv(zmq.NOBLOCK)
-        except zmq.Again:
-            raise StopAsyncIteration from None
+                continue
+            try:
+                hear(message)
+            except Exception as error:
+                self._hear = None
+                if ended.done():
+                    raise
+                ended.set_exception(error)
+                return False
+        self._loop.call_soon(self._take_in)
+        return True
 
 
 def _host_and_port(address: str) -> tuple[str, int]:

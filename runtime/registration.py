@@ -85,8 +85,7 @@ class Registration:
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._beat, connection)
-                async for message in connection:
-                    self._hear(message)
+                await connection.read(self._hear)
                 tasks.cancel_scope.cancel()
         except* ConfigError as refused:
             raise refused.exceptions[0] from None

@@ -63,8 +63,7 @@ class ClusterWatch:
                         self._settled_at = self._clock.now() + self._settle_s
                     async with anyio.create_task_group() as tasks:
                         tasks.start_soon(self._renew, connection)
-                        async for message in connection:
-                            self._hear(message)
+                        await connection.read(self._hear)
                         tasks.cancel_scope.cancel()
             except WorkerLost:
                 pass

@@ -6,6 +6,7 @@ the attempts they are about; what is stale or about nobody is dropped and counte
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import anyio
 from anyio.abc import TaskGroup
@@ -104,11 +105,7 @@ class WorkerLinks:
         self._up[worker] = connection
         self._on_change()
         try:
-            async for message in connection:
-                if isinstance(message, StepTokens):
-                    self._step(worker, message)
-                else:
-                    self._hear(message)
+            await connection.read(partial(self._hear, worker))
         finally:
             if self._up.get(worker) is connection:
                 self._down(worker)
@@ -130,8 +127,10 @@ class WorkerLinks:
             if attempt is None or not attempt.take(delta, worker):
                 self.stale_frames += 1
 
-    def _hear(self, message: FromWorker) -> None:
-        assert not isinstance(message, StepTokens)
+    def _hear(self, worker: WorkerRef, message: FromWorker) -> None:
+        if isinstance(message, StepTokens):
+            self._step(worker, message)
+            return
         attempt = self._attempts.by_request.get(_request_of(message))
         if attempt is None or not attempt.hear(message):
             self.stale_frames += 1
