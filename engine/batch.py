@@ -19,6 +19,7 @@ class ForwardBatch:
 
     token_ids: Tensor  # (N,) int64
     positions: Tensor  # (N,) int64
+    request_keys: Tensor  # (N,) int64: ``engine.experts.replicas.request_key`` of each token's
     slot_mapping: Tensor  # (N,) int64: block_id * block_tokens + offset of each new token
     block_tables: Tensor  # (B, M) int64, rows padded with 0
     query_lens: tuple[int, ...]  # (B,), on the host

@@ -78,7 +78,9 @@ def load(
             config=config,
             numerics=numerics,
             group=group,
-            placement=place_evenly(experts, group.world_size) if experts else None,
+            placements=(
+                (place_evenly(experts, group.world_size),) * config.num_layers if experts else ()
+            ),
         )
         chosen = resolve_dtype(dtype, device)
         reader = WeightReader(opened.source, device=device, dtype=DTYPES[chosen], progress=progress)

@@ -21,13 +21,15 @@ from engine.models.decoder import AfterLayer, Decoder
 class SequenceStep:
     """What one sequence brings to a step: tokens that continue the ``start`` already cached.
 
-    ``block_table`` has a block for every ``block_tokens`` tokens up to the last new one.
+    ``block_table`` has a block for every ``block_tokens`` tokens up to the last new one. ``key``
+    stands for the request where experts have replicas.
     """
 
     token_ids: Sequence[int]
     start: int
     block_table: Sequence[int]
     wants_logits: bool = True  # of its last token
+    key: int = 0
     wants_every_row: bool = False  # of all its tokens
 
 
@@ -40,6 +42,7 @@ def batch_from(
     """
     tokens: list[int] = []
     positions: list[int] = []
+    keys: list[int] = []
     slots: list[int] = []
     rows: list[int] = []
     for sequence in sequences:
@@ -51,6 +54,7 @@ def batch_from(
             block, offset = divmod(position, block_tokens)
             slots.append(table[block] * block_tokens + offset)
         positions.extend(range(sequence.start, end))
+        keys.extend([sequence.key] * len(sequence.token_ids))
         if sequence.wants_every_row:
             rows.extend(range(len(tokens) - len(sequence.token_ids), len(tokens)))
         elif sequence.wants_logits:
@@ -61,17 +65,18 @@ def batch_from(
         tables.extend(sequence.block_table)
         tables.extend([0] * (width - len(sequence.block_table)))
     count = len(tokens)
-    packed = torch.tensor(tokens + positions + slots + rows + tables, dtype=torch.int64)
+    packed = torch.tensor(tokens + positions + keys + slots + rows + tables, dtype=torch.int64)
     packed = packed.to(device, non_blocking=True)
-    last = 3 * count + len(rows)
+    last = 4 * count + len(rows)
     return ForwardBatch(
         token_ids=packed[:count],
         positions=packed[count : 2 * count],
-        slot_mapping=packed[2 * count : 3 * count],
+        request_keys=packed[2 * count : 3 * count],
+        slot_mapping=packed[3 * count : 4 * count],
         block_tables=packed[last:].view(len(sequences), width),
         query_lens=tuple(len(sequence.token_ids) for sequence in sequences),
         context_lens=tuple(sequence.start + len(sequence.token_ids) for sequence in sequences),
-        logits_rows=packed[3 * count : last],
+        logits_rows=packed[4 * count : last],
     )
 
 

@@ -20,6 +20,7 @@ from engine.collectives import ExpertGroup
 from engine.experts.all_to_all import AllToAllTransport
 from engine.experts.grouped_gemm import ExpertWeights, GroupedExperts
 from engine.experts.placement import ExpertPlacement
+from engine.experts.replicas import ReplicaTable
 from engine.experts.transport import Dispatch, ExpertTransport, LocalTransport
 
 Numerics = Literal["exact", "fast"]
@@ -47,37 +48,51 @@ class ExpertLayer:
         placement: ExpertPlacement,
         group: ExpertGroup,
         numerics: Numerics,
+        *,
+        layer: int = 0,
+        movable: bool = False,
     ) -> None:
-        """``weights`` are those of this rank's slots, in the order of ``placement.slots_of``."""
+        """``weights`` are those of this rank's slots, in the order of ``placement.slots_of``.
+
+        ``movable``: experts may change their slots while the layer is in use.
+        """
         assert placement.num_ranks == group.world_size
         assert placement.slots_per_rank == weights.num_slots
         self._experts = GroupedExperts(weights, exact=numerics == "exact")
         self._numerics = numerics
-        self._slot_of_expert = torch.tensor(
-            placement.slots_seen_from(group.rank), device=group.device
-        )
+        self._replicas = ReplicaTable(placement, layer=layer, device=group.device, movable=movable)
         self._transport: ExpertTransport = (
             LocalTransport()
             if group.world_size == 1
             else AllToAllTransport(group, slots_per_rank=placement.slots_per_rank)
         )
 
-    def __call__(self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor) -> Tensor:
+    def __call__(
+        self,
+        x_TD: Tensor,
+        topk_ids_TK: Tensor,
+        topk_weights_TK: Tensor,
+        token_keys_T: Tensor | None = None,
+    ) -> Tensor:
         """Weighted sum over each token's chosen experts, (T, D) in the dtype of ``x_TD``.
 
         An id of -1 is not routed and adds nothing; a token may not choose an expert twice.
+        ``token_keys_T`` choose among replicas and are needed where there are any.
 
         Raises:
             WorkerLost: another rank failed; the step is lost on every rank.
         """
-        return self.combine(self.dispatch(x_TD, topk_ids_TK, topk_weights_TK))
+        return self.combine(self.dispatch(x_TD, topk_ids_TK, topk_weights_TK, token_keys_T))
 
     def dispatch(
-        self, x_TD: Tensor, topk_ids_TK: Tensor, topk_weights_TK: Tensor
+        self,
+        x_TD: Tensor,
+        topk_ids_TK: Tensor,
+        topk_weights_TK: Tensor,
+        token_keys_T: Tensor | None = None,
     ) -> PendingExperts:
         """Send the tokens off and return at once."""
-        slot_TK = self._slot_of_expert[topk_ids_TK.clamp_min(0)]
-        slot_TK = torch.where(topk_ids_TK < 0, -1, slot_TK)
+        slot_TK = self._replicas(topk_ids_TK, token_keys_T)
         weights_TK = topk_weights_TK.float()
         payloads = (x_TD,) if self._numerics == "exact" else (x_TD, weights_TK)
         return PendingExperts(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.batch import ForwardBatch
 from engine.config import GqaConfig
+from engine.experts.replicas import token_keys
 from engine.kvcache.storage import KVStorage
 from engine.layers.embedding import Embedding
 from engine.layers.linear import Linear
@@ -52,7 +53,10 @@ class Decoder:
         )
         # Ranks agree on how many tokens pass a layer, so only a rank alone may let rows go early.
         self._may_drop_rows = setting.group.world_size == 1
-        self._layers = tuple(_build(layer, setting) for layer in weights.layers)
+        self._chooses_replicas = setting.chooses_replicas
+        self._layers = tuple(
+            _build(layer, setting.of_layer(index)) for index, layer in enumerate(weights.layers)
+        )
 
     def forward(
         self, batch: ForwardBatch, cache: KVStorage, after_layer: AfterLayer | None = None
@@ -75,6 +79,9 @@ class Decoder:
         rows_R = batch.logits_rows
         all_rows = rows_R.shape[0] == batch.num_tokens
         residual_ND = self._embedding(batch.token_ids)
+        keys_N = (
+            token_keys(batch.request_keys, batch.positions) if self._chooses_replicas else None
+        )
         out_ND: Tensor | None = None
         for index, layer in enumerate(self._layers):
             if out_ND is None:
@@ -91,7 +98,7 @@ class Decoder:
             x_ND, residual_ND = add_rms_norm(
                 out_ND, residual_ND, layer.feed_forward_norm_D, self._epsilon
             )
-            out_ND = layer.feed_forward(x_ND)
+            out_ND = layer.feed_forward(x_ND, keys_N)
         assert out_ND is not None
         if not all_rows:
             out_ND, residual_ND = out_ND[rows_R], residual_ND[rows_R]
@@ -123,7 +130,10 @@ def describe_decoder(
         head_VD=(
             None if config.tied_embeddings else reader.want("lm_head.weight", vocabulary, hidden)
         ),
-        layers=tuple(describe_layer(reader, setting, layer) for layer in range(config.num_layers)),
+        layers=tuple(
+            describe_layer(reader, setting.of_layer(layer), layer)
+            for layer in range(config.num_layers)
+        ),
     )
 
 

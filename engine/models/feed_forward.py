@@ -33,7 +33,8 @@ class DenseFeedForward:
         self._gate_up = Linear(read_rows(weights.gate_up), numerics=setting.numerics)
         self._down = Linear(weights.down_DI.read(), numerics=setting.numerics)
 
-    def __call__(self, x_ND: Tensor) -> Tensor:
+    def __call__(self, x_ND: Tensor, keys_N: Tensor | None = None) -> Tensor:
+        del keys_N  # there are no replicas to choose from
         return self._down(silu_and_mul(self._gate_up(x_ND)))
 
 
@@ -46,12 +47,15 @@ class SparseFeedForward:
         self._bias_E = weights.bias_E.read() if weights.bias_E else None
         self._experts = _expert_layer(weights.experts, setting)
         self._shared = weights.shared.build(setting) if weights.shared else None
+        self._counts, self._layer = setting.counts, setting.layer
 
-    def __call__(self, x_ND: Tensor) -> Tensor:
+    def __call__(self, x_ND: Tensor, keys_N: Tensor | None) -> Tensor:
         ids_NK, weights_NK = self._choose(self._router(x_ND.float()))
+        if self._counts is not None:
+            self._counts.add(self._layer, ids_NK)
         if self._shared is None:
-            return self._experts(x_ND, ids_NK, weights_NK)
-        pending = self._experts.dispatch(x_ND, ids_NK, weights_NK)
+            return self._experts(x_ND, ids_NK, weights_NK, keys_N)
+        pending = self._experts.dispatch(x_ND, ids_NK, weights_NK, keys_N)
         shared_ND = self._shared(x_ND)  # while tokens are on their way
         return self._experts.combine(pending) + shared_ND
 
@@ -79,8 +83,9 @@ class SplitFeedForward:
         self._num_experts = setting.config.split_dense_experts
         self._experts = _expert_layer(weights.experts, setting)
 
-    def __call__(self, x_ND: Tensor) -> Tensor:
-        return self._experts(x_ND, *every_expert(x_ND.shape[0], self._num_experts, x_ND.device))
+    def __call__(self, x_ND: Tensor, keys_N: Tensor | None) -> Tensor:
+        ids_NE, weights_NE = every_expert(x_ND.shape[0], self._num_experts, x_ND.device)
+        return self._experts(x_ND, ids_NE, weights_NE, keys_N)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,7 +190,6 @@ def describe_experts(weights: WeightReader, setting: Setting, names: ExpertNames
 def _describe_slots(
     weights: WeightReader, setting: Setting, width: int, describe: Callable[[int], ExpertParts]
 ) -> SlotWeights:
-    assert setting.placement is not None
     return SlotWeights(
         reader=weights,
         hidden=setting.config.hidden_width,
@@ -198,5 +202,11 @@ def _describe_slots(
 
 
 def _expert_layer(experts: SlotWeights, setting: Setting) -> ExpertLayer:
-    assert setting.placement is not None
-    return ExpertLayer(experts.read(), setting.placement, setting.group, setting.numerics)
+    return ExpertLayer(
+        experts.read(),
+        setting.placement,
+        setting.group,
+        setting.numerics,
+        layer=setting.layer,
+        movable=setting.movable,
+    )

@@ -4,7 +4,8 @@ An architecture first describes each layer by the tensors it wants; building the
 reads them. So a checkpoint is checked whole before any of it is loaded.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from engine.batch import ForwardBatch
 from engine.collectives import ExpertGroup
 from engine.config import ModelConfig
+from engine.experts.counting import ExpertCounts
 from engine.experts.placement import ExpertPlacement
 from engine.kvcache.storage import LayerCache
 from engine.layers.linear import Numerics
@@ -23,12 +25,29 @@ from engine.weights.reader import Wanted, WeightReader
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What a model is built for: its sizes, and this rank's place among the experts' ranks."""
+    """What a model is built for: its sizes, and this rank's place among the experts' ranks.
+
+    ``layer`` is the one that is being described or built.
+    """
 
     config: ModelConfig
     numerics: Numerics
     group: ExpertGroup
-    placement: ExpertPlacement | None  # None: the model has no expert slots
+    placements: Sequence[ExpertPlacement]  # by layer; empty: the model has no expert slots
+    movable: bool = False  # experts may change their slots while the model is in use
+    counts: ExpertCounts | None = None  # None: choices are not counted
+    layer: int = 0
+
+    @property
+    def placement(self) -> ExpertPlacement:
+        return self.placements[self.layer]
+
+    @property
+    def chooses_replicas(self) -> bool:
+        return self.movable or any(placement.has_replicas for placement in self.placements)
+
+    def of_layer(self, layer: int) -> "Setting":
+        return replace(self, layer=layer)
 
 
 class Attention(Protocol):
@@ -40,8 +59,11 @@ class Attention(Protocol):
 
 
 class FeedForward(Protocol):
-    def __call__(self, x_ND: Tensor) -> Tensor:
-        """(N, D) to add to the residual. Sparse ones are collective: all ranks call, N may be 0."""
+    def __call__(self, x_ND: Tensor, keys_N: Tensor | None) -> Tensor:
+        """(N, D) to add to the residual. Sparse ones are collective: all ranks call, N may be 0.
+
+        ``keys_N`` are ``engine.experts.replicas.token_keys``, or None where there is no choice.
+        """
         ...
 
 

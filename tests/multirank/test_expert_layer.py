@@ -9,9 +9,11 @@ from torch import Tensor
 
 from engine.collectives import ExpertGroup, StepGroup
 from engine.experts.all_to_all import sends_padded
+from engine.experts.balancer import balance
 from engine.experts.grouped_gemm import ExpertWeights
 from engine.experts.layer import ExpertLayer, Numerics
-from engine.experts.placement import EMPTY, place_evenly
+from engine.experts.placement import EMPTY, ExpertPlacement, Topology, place_evenly
+from engine.experts.replicas import request_key, token_keys
 from tests.support.ranks import run_ranks
 
 WIDTH, EXPERT_WIDTH = 48, 40
@@ -25,6 +27,7 @@ class Case:
     chosen: int
     routing: str = "spread"
     redundant: int = 0
+    load: tuple[int, ...] = ()  # what experts are placed by; none: evenly
     dtype: torch.dtype = torch.float32
     numerics: Numerics = "exact"
 
@@ -37,6 +40,21 @@ CASES = {
         tokens_of_rank=(0, 40, 3, 9), num_experts=30, chosen=4, routing="some unrouted"
     ),
     "replicas": Case(tokens_of_rank=(0, 40, 3, 9), num_experts=30, chosen=4, redundant=6),
+    "replicas by load": Case(
+        tokens_of_rank=(2, 17, 0, 9),
+        num_experts=12,
+        chosen=4,
+        redundant=8,
+        load=(90, 40, 30, 7, 6, 5, 4, 3, 3, 2, 1, 0),
+    ),
+    "replicas on eight ranks": Case(
+        tokens_of_rank=(1, 0, 12, 23, 2, 0, 9, 4),
+        num_experts=16,
+        chosen=3,
+        routing="one expert",
+        redundant=8,
+        load=(1, 1, 1, 90, *(1,) * 12),
+    ),
     "counts exchanged": Case(tokens_of_rank=(1, 0, 400, 23, 2, 0, 9, 4), num_experts=30, chosen=1),
     "more ranks than experts": Case(
         tokens_of_rank=(1, 0, 0, 23, 2, 0, 9, 4), num_experts=5, chosen=2, routing="one expert"
@@ -44,11 +62,18 @@ CASES = {
 }
 
 
+def placement_of(case: Case, num_ranks: int) -> ExpertPlacement:
+    placement = place_evenly(case.num_experts, num_ranks, redundant=case.redundant)
+    if not case.load:
+        return placement
+    return balance(case.load, Topology(num_ranks), placement.slots_per_rank)
+
+
 def layer_of(case: Case, group: ExpertGroup) -> ExpertLayer:
     generator = torch.Generator().manual_seed(1)
     gate_up = torch.randn(case.num_experts, 2 * EXPERT_WIDTH, WIDTH, generator=generator) * 0.2
     down = torch.randn(case.num_experts, WIDTH, EXPERT_WIDTH, generator=generator) * 0.2
-    placement = place_evenly(case.num_experts, group.world_size, redundant=case.redundant)
+    placement = placement_of(case, group.world_size)
     held = torch.tensor(placement.slots_of(group.rank))
     local = ExpertWeights(
         gate_up=gate_up[held.clamp_min(0)].to(case.dtype),
@@ -59,7 +84,7 @@ def layer_of(case: Case, group: ExpertGroup) -> ExpertLayer:
     return ExpertLayer(local, placement, group, case.numerics)
 
 
-def tokens_of(case: Case, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def tokens_of(case: Case, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(100 + rank)
     count = case.tokens_of_rank[rank]
     x_TD = torch.randn(count, WIDTH, generator=generator).to(case.dtype)
@@ -69,7 +94,9 @@ def tokens_of(case: Case, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     ids_TK = scores_TE.topk(case.chosen).indices
     if case.routing == "some unrouted":
         ids_TK[torch.rand(count, case.chosen, generator=generator) < 0.3] = -1
-    return x_TD, ids_TK, torch.rand(count, case.chosen, generator=generator)
+    requests_T = torch.full((count,), request_key(f"r{rank}"))
+    keys_T = token_keys(requests_T, torch.arange(count))
+    return x_TD, ids_TK, torch.rand(count, case.chosen, generator=generator), keys_T
 
 
 def layer_twice(step_group: StepGroup, cases: Sequence[Case]) -> list[Tensor]:
@@ -88,7 +115,7 @@ def layer_twice(step_group: StepGroup, cases: Sequence[Case]) -> list[Tensor]:
 
 def on_a_single_rank(case: Case) -> list[Tensor]:
     parts = [tokens_of(case, rank) for rank in range(len(case.tokens_of_rank))]
-    alone = replace(case, redundant=0, numerics="exact")
+    alone = replace(case, redundant=0, load=(), numerics="exact")
     layer = layer_of(alone, ExpertGroup.single(torch.device("cpu")))
     together = layer(*(torch.cat(column) for column in zip(*parts, strict=True)))
     return list(together.split(list(case.tokens_of_rank)))

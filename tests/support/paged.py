@@ -46,6 +46,7 @@ def a_batch(
     return ForwardBatch(
         token_ids=torch.zeros(num_tokens, dtype=torch.int64),
         positions=torch.cat([empty, *positions]),
+        request_keys=torch.zeros(num_tokens, dtype=torch.int64),
         slot_mapping=torch.cat([empty, *slots]),
         block_tables=tables,
         query_lens=tuple(queries),

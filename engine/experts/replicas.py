@@ -1,0 +1,89 @@
+"""Which replica of an expert a token goes to.
+
+The choice is a pure function of the request, the token's position, its k-th expert and the layer:
+not of the batch, the rank or the time, so load is reproducible and survives migration. Replicas
+hold equal bytes, so it never changes a result. Tables keep their addresses when the placement
+changes. What an expert costs, and where its replicas should be, is unknown here.
+
+Shape suffixes: T tokens   K chosen experts   E experts   P physical slots
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from engine.experts.placement import EMPTY, ExpertPlacement
+
+# Odd 64-bit multipliers as int64: Steele, Lea and Flood's splitmix64 (OOPSLA 2014) and the golden
+# ratio that it counts by. Products wrap, on every device alike.
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_FIRST = 0xBF58476D1CE4E5B9 - 2**64
+_SECOND = 0x94D049BB133111EB - 2**64
+_LAYER = 0xD6E8FEB86659FD93 - 2**64
+_HASH_BITS = 31
+
+
+def request_key(request_id: str) -> int:
+    """63 bits that stand for a request on every worker, whatever the attempt."""
+    digest = hashlib.blake2b(request_id.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def token_keys(request_keys_T: Tensor, positions_T: Tensor) -> Tensor:
+    """(T,) int64: well-mixed bits of each token's request and position."""
+    mixed = request_keys_T + positions_T * _GOLDEN
+    mixed = (mixed ^ _shifted(mixed, 30)) * _FIRST
+    mixed = (mixed ^ _shifted(mixed, 27)) * _SECOND
+    return mixed ^ _shifted(mixed, 31)
+
+
+class ReplicaTable:
+    """One layer's way from logical experts to physical slots."""
+
+    def __init__(
+        self, placement: ExpertPlacement, *, layer: int, device: torch.device, movable: bool = False
+    ) -> None:
+        """``movable``: ``load`` will be called, and the next placement may have more replicas."""
+        num_slots = placement.num_ranks * placement.slots_per_rank
+        self._layer = layer
+        self._first_E = torch.zeros(placement.num_experts, dtype=torch.int64, device=device)
+        self._count_E = torch.zeros_like(self._first_E)
+        self._slot_P = torch.zeros(num_slots, dtype=torch.int64, device=device)
+        self._salt_K = self._first_E.new_empty(0)
+        self._chooses = movable or placement.has_replicas
+        self.load(placement)
+
+    def load(self, placement: ExpertPlacement) -> None:
+        """Take another placement of the same experts on the same slots, in place."""
+        replicas = placement.replicas()
+        slots = [slot for held in replicas for slot in held]
+        counts = torch.tensor([len(held) for held in replicas])
+        self._count_E.copy_(counts)
+        self._first_E.copy_(counts.cumsum(dim=0) - counts)
+        self._slot_P[: len(slots)].copy_(torch.tensor(slots))
+
+    def __call__(self, ids_TK: Tensor, key_T: Tensor | None) -> Tensor:
+        """(T, K): the physical slot of each id, and -1 where the id is -1.
+
+        ``key_T`` is from ``token_keys``; it is needed where experts have replicas.
+        """
+        known_TK = ids_TK.clamp_min(0)
+        place_TK = self._first_E[known_TK]
+        if self._chooses:
+            assert key_T is not None, "a choice among replicas needs the tokens' keys"
+            hashed_TK = (key_T.unsqueeze(1) ^ self._salts(ids_TK.shape[1])) * _SECOND
+            hashed_TK = _shifted(hashed_TK, 64 - _HASH_BITS)
+            place_TK = place_TK + ((hashed_TK * self._count_E[known_TK]) >> _HASH_BITS)
+        return torch.where(ids_TK < 0, EMPTY, self._slot_P[place_TK])
+
+    def _salts(self, num_chosen: int) -> Tensor:
+        if self._salt_K.shape[0] != num_chosen:
+            k_K = torch.arange(num_chosen, device=self._first_E.device)
+            self._salt_K = (k_K + 1) * _GOLDEN + (self._layer + 1) * _LAYER
+        return self._salt_K
+
+
+def _shifted(bits: Tensor, by: int) -> Tensor:
+    """``bits >> by`` with zeros, not the sign, moving in."""
+    return (bits >> by) & ((1 << (64 - by)) - 1)

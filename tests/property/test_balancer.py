@@ -1,0 +1,148 @@
+"""A balanced placement is always a right one, and even where the load allows it."""
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.experts.balancer import (
+    MOVED_ENOUGH,
+    Mode,
+    balance,
+    balance_of,
+    rank_loads,
+    rebalance,
+    replicate,
+)
+from engine.experts.placement import (
+    EMPTY,
+    ExpertPlacement,
+    Topology,
+    moves,
+    place_evenly,
+    shared_trays,
+    slots_per_rank,
+)
+from protocol.errors import ConfigError
+
+NVL72 = Topology(72, 4)
+MODES: list[Mode] = ["global", "hierarchical"]
+LOADS = st.lists(st.one_of(st.integers(0, 3), st.integers(0, 10_000)), min_size=1, max_size=40)
+
+
+def zipf(exponent: float, num_experts: int = 256) -> list[float]:
+    """Heavy experts are not neighbours: 7 has no factor in common with the number of experts."""
+    by_rank = [(place + 1) ** -exponent for place in range(num_experts)]
+    return [by_rank[7 * expert % num_experts] for expert in range(num_experts)]
+
+
+def as_even_as_possible(copies: Sequence[int], topology: Topology) -> int:
+    return sum(max(0, count - topology.num_trays) for count in copies)
+
+
+@given(LOADS, st.integers(1, 6), st.integers(1, 4), st.integers(0, 30), st.sampled_from(MODES))
+def test_a_balanced_placement_uses_every_slot_that_it_can(
+    load: list[int], trays: int, ranks_per_tray: int, redundant: int, mode: Mode
+) -> None:
+    topology = Topology(trays * ranks_per_tray, ranks_per_tray)
+    per_rank = slots_per_rank(len(load), topology.num_ranks, redundant)
+
+    placement = balance(load, topology, per_rank, mode=mode)  # which validates itself
+
+    copies = [len(replicas) for replicas in placement.replicas()]
+    assert placement.slots_per_rank == per_rank
+    assert copies == replicate(load, topology.num_ranks, per_rank)
+    assert sum(copies) == min(per_rank, len(load)) * topology.num_ranks
+    if mode == "hierarchical":
+        assert shared_trays(placement, topology) == as_even_as_possible(copies, topology)
+
+
+@given(LOADS, st.data(), st.integers(1, 12), st.integers(0, 20), st.sampled_from(MODES))
+def test_rebalancing_is_nearly_as_even_with_no_more_moves(
+    load: list[int], data: st.DataObject, num_ranks: int, redundant: int, mode: Mode
+) -> None:
+    topology = Topology(num_ranks, data.draw(st.integers(1, num_ranks)))
+    earlier = data.draw(st.lists(st.integers(0, 999), min_size=len(load), max_size=len(load)))
+    current = balance(earlier, topology, slots_per_rank(len(load), num_ranks, redundant))
+    fresh = balance(load, topology, current.slots_per_rank, mode=mode)
+
+    after = rebalance(load, current, topology, mode=mode)
+
+    assert balance_of(load, after).max_over_mean <= (
+        balance_of(load, fresh).max_over_mean + MOVED_ENOUGH
+    )
+    assert moves(current, after) <= moves(current, fresh)
+    if mode == "hierarchical":
+        assert shared_trays(after, topology) <= shared_trays(fresh, topology)
+    for old, new in zip(current.slots, after.slots, strict=True):
+        stay = set(old) & set(new) - {EMPTY}
+        assert [old.index(expert) for expert in stay] == [new.index(expert) for expert in stay]
+
+
+@given(LOADS, st.integers(1, 12), st.integers(0, 20))
+def test_load_is_shared_out_whole_and_the_bound_holds(
+    load: list[int], num_ranks: int, redundant: int
+) -> None:
+    placement = place_evenly(len(load), num_ranks, redundant)
+    assert sum(rank_loads(load, placement)) == pytest.approx(sum(load))
+    found = balance_of(load, balance(load, Topology(num_ranks), placement.slots_per_rank))
+    assert found.bound <= balance_of(load, placement).max_over_mean + 1e-9
+    assert found.bound <= found.max_over_mean + 1e-9
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("exponent", [0.3, 0.5, 0.8, 0.9])
+def test_skewed_load_on_72_ranks_is_even_to_five_percent(exponent: float, mode: Mode) -> None:
+    load = zipf(exponent)
+    assert balance_of(load, place_evenly(256, 72, 32)).max_over_mean > 1.5
+    found = balance_of(load, balance(load, NVL72, 4, mode=mode))
+    assert found.max_over_mean <= 1.05
+    assert found.balancedness == pytest.approx(1 / found.max_over_mean)
+
+
+def test_load_that_288_slots_cannot_spread_is_even_with_more_slots() -> None:
+    """The heaviest expert of Zipf's law with exponent 1 needs twelve ranks nearly for itself."""
+    load = zipf(1.0)
+    assert balance_of(load, balance(load, NVL72, 4)).max_over_mean > 1.05
+    assert balance_of(load, balance(load, NVL72, 5)).max_over_mean <= 1.05
+
+
+def test_the_bound_says_when_one_expert_is_too_hot() -> None:
+    load = [1000.0, 1.0, 1.0]
+    found = balance_of(load, balance(load, Topology(3), 1))
+    assert found.bound == found.max_over_mean == pytest.approx(1000 / 334)
+
+
+def test_drifting_load_moves_a_part_of_the_experts() -> None:
+    load = zipf(0.8)
+    current = balance(load, NVL72, 4)
+    drifted = [amount * (1.2 if expert % 3 else 0.8) for expert, amount in enumerate(load)]
+    after = rebalance(drifted, current, NVL72)
+    assert 0 < moves(current, after) < moves(current, balance(drifted, NVL72, 4)) / 2
+
+
+def test_an_even_placement_stays() -> None:
+    load = zipf(0.8)
+    current = balance(load, NVL72, 4)
+    assert rebalance([2 * amount for amount in load], current, NVL72) is current
+
+
+def test_no_load_is_balanced() -> None:
+    assert balance_of([0, 0, 0], balance([0, 0, 0], Topology(2), 2)).max_over_mean == 1
+
+
+@pytest.mark.parametrize("load", [[], [1.0, -1.0], [float("nan")], [float("inf"), 1.0]])
+def test_a_load_without_meaning_is_refused(load: list[float]) -> None:
+    with pytest.raises(ConfigError, match="finite number"):
+        balance(load, Topology(2), 1)
+
+
+def test_too_few_slots_are_refused_with_the_number_that_is_needed() -> None:
+    with pytest.raises(ConfigError, match="at least 3 slots"):
+        balance([1.0] * 5, Topology(2), 2)
+
+
+def test_a_load_of_another_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match="4 experts on 2 ranks does not fit"):
+        rebalance([1.0] * 4, ExpertPlacement(3, ((0, 1), (2, EMPTY))), Topology(2))

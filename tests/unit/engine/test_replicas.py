@@ -1,0 +1,95 @@
+"""Which replica a token goes to depends on the token alone, and replicas share tokens evenly."""
+
+import torch
+from torch import Tensor
+
+from engine.experts.placement import EMPTY, ExpertPlacement, place_evenly
+from engine.experts.replicas import ReplicaTable, request_key, token_keys
+
+CPU = torch.device("cpu")
+MASK = 2**64 - 1
+# Expert 0 is on all four ranks, expert 1 on two, the others on one each.
+PLACEMENT = ExpertPlacement(4, ((0, 1), (0, 1), (0, 2), (0, 3)))
+
+
+def table(*, layer: int = 0, movable: bool = False) -> ReplicaTable:
+    return ReplicaTable(PLACEMENT, layer=layer, device=CPU, movable=movable)
+
+
+def keys_of(requests: int, positions: int) -> Tensor:
+    keys = torch.tensor([request_key(f"r{i}") for i in range(requests)])
+    return token_keys(keys.repeat_interleave(positions), torch.arange(positions).repeat(requests))
+
+
+def mixed_by_hand(request: int, position: int) -> int:
+    """splitmix64's finaliser, in Python's integers."""
+    z = (request + position * 0x9E3779B97F4A7C15) & MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    z ^= z >> 31
+    return z - 2**64 if z >= 2**63 else z
+
+
+def test_token_keys_are_the_same_on_every_machine() -> None:
+    requests = [0, 1, 2**62 + 12345, request_key("r1")]
+    found = token_keys(torch.tensor(requests), torch.tensor([0, 1, 131_071, 7]))
+    by_hand = [mixed_by_hand(*token) for token in zip(requests, (0, 1, 131_071, 7), strict=True)]
+    assert found.tolist() == by_hand
+
+
+def test_a_request_has_one_key_for_all_its_attempts_and_workers() -> None:
+    assert request_key("3f2a") == 2283459061933414663
+    assert 0 <= request_key("") < 2**63
+
+
+def test_replicas_of_an_expert_get_equal_shares_of_its_tokens() -> None:
+    ids_TK = torch.tensor([[0, 1, 2, 3]]).expand(8000, -1)
+    slots_TK = table()(ids_TK, keys_of(80, 100))
+    for k, replicas in enumerate(PLACEMENT.replicas()):
+        counts = slots_TK[:, k].bincount(minlength=8)
+        assert counts.nonzero().flatten().tolist() == list(replicas)
+        expected = 8000 / len(replicas)
+        assert all(abs(counts[slot] - expected) < 0.08 * expected for slot in replicas)
+
+
+def test_the_choice_knows_neither_batch_nor_place_in_it() -> None:
+    ids_TK = torch.tensor([[0, 1], [1, 0], [0, 3]]).repeat(30, 1)
+    keys_T = keys_of(9, 10)
+    together = table()(ids_TK, keys_T)
+    order = torch.randperm(90, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(table()(ids_TK[order], keys_T[order]), together[order])
+    assert torch.equal(table()(ids_TK[7:8], keys_T[7:8]), together[7:8])
+
+
+def test_layers_and_places_among_the_chosen_choose_for_themselves() -> None:
+    ids_TK = torch.zeros(2000, 2, dtype=torch.int64)  # twice the same, which no router does
+    keys_T = keys_of(20, 100)
+    first, second = table(layer=0)(ids_TK, keys_T), table(layer=1)(ids_TK, keys_T)
+    for left, right in ((first[:, 0], first[:, 1]), (first[:, 0], second[:, 0])):
+        assert 0.2 < (left == right).double().mean() < 0.3
+
+
+def test_an_id_that_is_not_routed_stays_so() -> None:
+    slots_TK = table()(torch.tensor([[-1, 2], [3, -1]]), keys_of(1, 2))
+    assert slots_TK.tolist() == [[EMPTY, 5], [7, EMPTY]]
+
+
+def test_without_replicas_no_keys_are_needed() -> None:
+    alone = ReplicaTable(place_evenly(5, 3), layer=0, device=CPU)
+    assert alone(torch.arange(5).unsqueeze(0), None).tolist() == [[0, 2, 3, 4, 5]]
+
+
+def test_another_placement_is_loaded_in_place() -> None:
+    moving = table(movable=True)
+    before = {name: value.data_ptr() for name, value in tensors_of(moving).items()}
+    moving.load(ExpertPlacement(4, ((1, 3), (2, 0), (2, EMPTY), (2, EMPTY))))
+    ids_TK, keys_T = torch.tensor([[0, 1, 3, 2]]).expand(100, -1), keys_of(1, 100)
+    slots_TK = moving(ids_TK, keys_T)
+    assert slots_TK[:, :3].unique(dim=0).tolist() == [[3, 0, 1]]
+    assert slots_TK[:, 3].unique().tolist() == [2, 4, 6]
+    assert {name: value.data_ptr() for name, value in tensors_of(moving).items()} == before
+
+
+def tensors_of(moving: ReplicaTable) -> dict[str, Tensor]:
+    names = ("_first_E", "_count_E", "_slot_P")
+    return {name: getattr(moving, name) for name in names}
