@@ -15,7 +15,9 @@ import torch
 from engine.collectives import ExpertGroup
 from engine.config import ModelConfig, split_dense
 from engine.config_files import config_from_folder, config_from_gguf
-from engine.experts.placement import place_evenly
+from engine.experts.counting import ExpertCounts
+from engine.experts.placement import ExpertPlacement
+from engine.experts.spread import EVENLY, ExpertSpread
 from engine.layers.linear import Numerics
 from engine.models.decoder import Decoder, describe_decoder
 from engine.models.parts import Setting
@@ -41,6 +43,8 @@ class LoadedModel:
     layout: KVLayout
     dtype: torch.dtype
     fingerprint: Mapping[str, str]  # as ``protocol.workers.WorkerInfo`` describes it
+    placements: tuple[ExpertPlacement, ...]  # by layer; empty without experts
+    counts: ExpertCounts | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,10 +63,11 @@ def load(
     numerics: Numerics,
     group: ExpertGroup,
     split_dense_experts: int = 0,
+    spread: ExpertSpread = EVENLY,
     block_tokens: int = 16,
     progress: Progress | None = None,
 ) -> LoadedModel:
-    """The model at ``path`` with this rank's experts, those of an even placement over ``group``.
+    """The model at ``path`` with this rank's experts, as ``spread`` places them over ``group``.
 
     Raises:
         ConfigError: a file is missing or corrupt, a tensor is missing or misshapen, or the model
@@ -74,12 +79,21 @@ def load(
         if split_dense_experts:
             config = split_dense(config, split_dense_experts)
         experts = config.num_routed_experts
+        sparse = [layer for layer, has_experts in enumerate(config.sparse_layers) if has_experts]
         setting = Setting(
             config=config,
             numerics=numerics,
             group=group,
             placements=(
-                (place_evenly(experts, group.world_size),) * config.num_layers if experts else ()
+                spread.placements(experts, config.sparse_layers, group.world_size)
+                if experts
+                else ()
+            ),
+            movable=spread.movable,
+            counts=(
+                ExpertCounts(sparse, experts, device=device)
+                if config.experts and spread.counted
+                else None
             ),
         )
         chosen = resolve_dtype(dtype, device)
@@ -87,7 +101,8 @@ def load(
         weights = describe_decoder(reader, setting, DESCRIBE_LAYER[config.architecture])
         model = Decoder(weights, reader, setting)
     finally:
-        opened.source.close()
+        if not spread.movable:
+            opened.source.close()
     layout = config.layout(dtype=chosen, block_tokens=block_tokens)
     fingerprint = {
         "protocol": str(WIRE_VERSION),
@@ -103,6 +118,8 @@ def load(
         layout=layout,
         dtype=DTYPES[chosen],
         fingerprint=fingerprint,
+        placements=tuple(setting.placements),
+        counts=setting.counts,
     )
 
 

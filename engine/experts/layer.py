@@ -67,6 +67,15 @@ class ExpertLayer:
             else AllToAllTransport(group, slots_per_rank=placement.slots_per_rank)
         )
 
+    @property
+    def weights(self) -> ExpertWeights:
+        """Of this rank's slots; written in place when experts move."""
+        return self._experts.weights
+
+    def place(self, placement: ExpertPlacement) -> None:
+        """From now on tokens go where ``placement`` says. On all ranks between the same steps."""
+        self._replicas.load(placement)
+
     def __call__(
         self,
         x_TD: Tensor,

@@ -6,7 +6,7 @@ no tokens still passes every layer, because experts on this rank may be wanted b
 Shape suffixes: N tokens   D hidden   R rows whose logits are wanted   V vocabulary
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.batch import ForwardBatch
 from engine.config import GqaConfig
 from engine.experts.replicas import token_keys
+from engine.experts.slot_exchange import SlotExchange
 from engine.kvcache.storage import KVStorage
 from engine.layers.embedding import Embedding
 from engine.layers.linear import Linear
@@ -58,6 +59,12 @@ class Decoder:
             _build(layer, setting.of_layer(index)) for index, layer in enumerate(weights.layers)
         )
 
+    @property
+    def slot_exchanges(self) -> Mapping[int, SlotExchange]:
+        """By layer, where experts may move."""
+        slots = {index: layer.feed_forward.slots for index, layer in enumerate(self._layers)}
+        return {index: exchange for index, exchange in slots.items() if exchange is not None}
+
     def forward(
         self, batch: ForwardBatch, cache: KVStorage, after_layer: AfterLayer | None = None
     ) -> Tensor:
@@ -79,9 +86,7 @@ class Decoder:
         rows_R = batch.logits_rows
         all_rows = rows_R.shape[0] == batch.num_tokens
         residual_ND = self._embedding(batch.token_ids)
-        keys_N = (
-            token_keys(batch.request_keys, batch.positions) if self._chooses_replicas else None
-        )
+        keys_N = token_keys(batch.request_keys, batch.positions) if self._chooses_replicas else None
         out_ND: Tensor | None = None
         for index, layer in enumerate(self._layers):
             if out_ND is None:

@@ -18,6 +18,7 @@ from engine.experts.grouped_gemm import ExpertWeights
 from engine.experts.layer import ExpertLayer
 from engine.experts.placement import EMPTY
 from engine.experts.router import every_expert, group_limited_top_k, softmax_top_k
+from engine.experts.slot_exchange import SlotExchange
 from engine.layers.activation import silu_and_mul
 from engine.layers.linear import Linear
 from engine.models.parts import Setting
@@ -26,9 +27,12 @@ from engine.weights.source import Part
 
 ExpertNames = Callable[[int], tuple[str, str, str]]  # expert -> its gate, up and down tensors
 ExpertParts = tuple[Wanted, Wanted, Wanted]  # gate, up, down
+DescribeExpert = Callable[[WeightReader, int], ExpertParts]
 
 
 class DenseFeedForward:
+    slots = None
+
     def __init__(self, weights: "DenseWeights", setting: Setting) -> None:
         self._gate_up = Linear(read_rows(weights.gate_up), numerics=setting.numerics)
         self._down = Linear(weights.down_DI.read(), numerics=setting.numerics)
@@ -45,7 +49,7 @@ class SparseFeedForward:
         self._config = config
         self._router = Linear(weights.router_ED.read(), numerics=setting.numerics)
         self._bias_E = weights.bias_E.read() if weights.bias_E else None
-        self._experts = _expert_layer(weights.experts, setting)
+        self._experts, self.slots = _expert_layer(weights.experts, setting)
         self._shared = weights.shared.build(setting) if weights.shared else None
         self._counts, self._layer = setting.counts, setting.layer
 
@@ -81,7 +85,7 @@ class SplitFeedForward:
 
     def __init__(self, weights: "SplitWeights", setting: Setting) -> None:
         self._num_experts = setting.config.split_dense_experts
-        self._experts = _expert_layer(weights.experts, setting)
+        self._experts, self.slots = _expert_layer(weights.experts, setting)
 
     def __call__(self, x_ND: Tensor, keys_N: Tensor | None) -> Tensor:
         ids_NE, weights_NE = every_expert(x_ND.shape[0], self._num_experts, x_ND.device)
@@ -125,6 +129,12 @@ class SlotWeights:
     hidden: int
     width: int
     slots: tuple[ExpertParts | None, ...]
+    describe: DescribeExpert
+
+    def read_expert(self, expert: int) -> tuple[Tensor, Tensor]:
+        """Gate and up (F, D) and down (D, I) of any expert of the layer."""
+        gate, up, down = self.describe(self.reader.again(), expert)
+        return read_rows((gate, up)), down.read()
 
     def read(self) -> ExpertWeights:
         gate_up_SFD = self._zeros(2 * self.width, self.hidden)
@@ -159,13 +169,13 @@ def describe_split(weights: WeightReader, setting: Setting, prefix: str) -> Spli
     hidden, whole = config.hidden_width, config.intermediate_width
     width = whole // config.split_dense_experts
 
-    def describe(expert: int) -> ExpertParts:
+    def describe(reader: WeightReader, expert: int) -> ExpertParts:
         units = slice(expert * width, (expert + 1) * width)
         rows, columns = Part(rows=units), Part(columns=units)
         return (
-            weights.want(f"{prefix}.gate_proj.weight", whole, hidden, part=rows),
-            weights.want(f"{prefix}.up_proj.weight", whole, hidden, part=rows),
-            weights.want(f"{prefix}.down_proj.weight", hidden, whole, part=columns),
+            reader.want(f"{prefix}.gate_proj.weight", whole, hidden, part=rows),
+            reader.want(f"{prefix}.up_proj.weight", whole, hidden, part=rows),
+            reader.want(f"{prefix}.down_proj.weight", hidden, whole, part=columns),
         )
 
     return SplitWeights(experts=_describe_slots(weights, setting, width, describe))
@@ -176,33 +186,36 @@ def describe_experts(weights: WeightReader, setting: Setting, names: ExpertNames
     assert setting.config.experts is not None
     hidden, width = setting.config.hidden_width, setting.config.experts.intermediate_width
 
-    def describe(expert: int) -> ExpertParts:
+    def describe(reader: WeightReader, expert: int) -> ExpertParts:
         gate, up, down = names(expert)
         return (
-            weights.want(gate, width, hidden),
-            weights.want(up, width, hidden),
-            weights.want(down, hidden, width),
+            reader.want(gate, width, hidden),
+            reader.want(up, width, hidden),
+            reader.want(down, hidden, width),
         )
 
     return _describe_slots(weights, setting, width, describe)
 
 
 def _describe_slots(
-    weights: WeightReader, setting: Setting, width: int, describe: Callable[[int], ExpertParts]
+    weights: WeightReader, setting: Setting, width: int, describe: DescribeExpert
 ) -> SlotWeights:
     return SlotWeights(
         reader=weights,
         hidden=setting.config.hidden_width,
         width=width,
         slots=tuple(
-            None if expert == EMPTY else describe(expert)
+            None if expert == EMPTY else describe(weights, expert)
             for expert in setting.placement.slots_of(setting.group.rank)
         ),
+        describe=describe,
     )
 
 
-def _expert_layer(experts: SlotWeights, setting: Setting) -> ExpertLayer:
-    return ExpertLayer(
+def _expert_layer(
+    experts: SlotWeights, setting: Setting
+) -> tuple[ExpertLayer, SlotExchange | None]:
+    layer = ExpertLayer(
         experts.read(),
         setting.placement,
         setting.group,
@@ -210,3 +223,7 @@ def _expert_layer(experts: SlotWeights, setting: Setting) -> ExpertLayer:
         layer=setting.layer,
         movable=setting.movable,
     )
+    if not setting.movable:
+        return layer, None
+    rank = setting.group.rank
+    return layer, SlotExchange(layer, setting.placement, rank=rank, read=experts.read_expert)

@@ -15,6 +15,7 @@ from engine.collectives import ExpertGroup
 from engine.config import ModelConfig
 from engine.experts.counting import ExpertCounts
 from engine.experts.placement import ExpertPlacement
+from engine.experts.slot_exchange import SlotExchange
 from engine.kvcache.storage import LayerCache
 from engine.layers.linear import Numerics
 from engine.layers.rope import Rotation
@@ -59,6 +60,11 @@ class Attention(Protocol):
 
 
 class FeedForward(Protocol):
+    @property
+    def slots(self) -> SlotExchange | None:
+        """How its experts move; None where there are none, or they stay."""
+        ...
+
     def __call__(self, x_ND: Tensor, keys_N: Tensor | None) -> Tensor:
         """(N, D) to add to the residual. Sparse ones are collective: all ranks call, N may be 0.
 

@@ -50,6 +50,10 @@ class WeightReader:
         self._bytes_wanted = 0
         self._bytes_read = 0
 
+    def again(self) -> "WeightReader":
+        """The same source for another thread, once the model has been read. Tells no progress."""
+        return WeightReader(self._source, device=self.device, dtype=self.dtype)
+
     def want(
         self, name: str, *shape: int, part: Part = WHOLE, dtype: torch.dtype | None = None
     ) -> Wanted:
