@@ -3,14 +3,16 @@
 The readers of ``server.worker_links`` write and the request's own task reads, on one event loop.
 Tokens of an attempt come out in order and once: whatever is from another attempt, another worker
 or another place in the output is refused here, and counted by whoever brought it.
+
+A stream's tokens do not wake its task: the reader of the step's frame hands them on itself
+(``Attempt.take``), because a wake-up costs several times what a token does.
 """
 
 import asyncio
-from collections import deque
 from collections.abc import Collection
 from typing import Literal
 
-from protocol.errors import DeadlineExceeded, ServingError, WorkerLost
+from protocol.errors import DeadlineExceeded, WorkerLost
 from protocol.ids import RequestId, WorkerId, WorkerRef
 from protocol.kv import Grant
 from protocol.messages import (
@@ -25,6 +27,7 @@ from protocol.reports import error_of
 from protocol.requests import GenerateRequest
 from runtime.clock import Clock
 from server.cluster_view import Pair
+from server.generation import Deliver, TokenChunk
 from server.policies import Demand, Work
 
 Stage = Literal["queue", "reserve", "prefill", "decode"]
@@ -35,7 +38,8 @@ class Attempt:
     """One attempt. At most one task may wait on it, and only inside ``changed`` and its callers."""
 
     __slots__ = (
-        "_deltas",
+        "_deliver",
+        "_early",
         "_next_offset",
         "_waiter",
         "answer_by",
@@ -43,6 +47,7 @@ class Attempt:
         "deadline",
         "decode",
         "demand",
+        "enough",
         "failure",
         "finished",
         "first",
@@ -79,8 +84,10 @@ class Attempt:
         self.rejection: ErrorReport | None = None
         self.first: PrefillDone | None = None
         self.finished = False  # the workers have ended it by themselves: nothing is left to cancel
-        self.failure: ServingError | None = None
-        self._deltas: deque[TokenDelta] = deque()
+        self.enough = False  # ``deliver`` wants no more, or the last token has been delivered
+        self.failure: Exception | None = None
+        self._deliver: Deliver | None = None
+        self._early: list[TokenDelta] = []  # what decode said before prefill was heard
         self._next_offset = 1  # of decode's tokens; token 0 is prefill's
         self._waiter: asyncio.Future[None] | None = None
 
@@ -114,27 +121,45 @@ class Attempt:
         return True
 
     def take(self, delta: TokenDelta, worker: WorkerRef) -> bool:
-        """Queue decode's next tokens; False if they are stale. A gap fails the attempt."""
-        if delta.ref.attempt != self.ref.attempt or worker != self.decode:
+        """Hand on decode's next tokens; False if they are stale. A gap fails the attempt."""
+        if delta.ref.attempt != self.ref.attempt or worker != self.decode or self.enough:
             return False
         if delta.offset != self._next_offset:
             if delta.offset > self._next_offset:
                 self.fail(WorkerLost("tokens were lost between worker and gateway", stage="decode"))
             return False
         self._next_offset += len(delta.token_ids)
-        self._deltas.append(delta)
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+        if self._deliver is None:
+            self._early.append(delta)
+        else:
+            self._hand_on(delta, self._deliver)
         return True
+
+    def _hand_on(self, delta: TokenDelta, deliver: Deliver) -> None:
+        self.finished = delta.finish_reason is not None
+        try:
+            more = deliver(
+                TokenChunk(
+                    token_ids=delta.token_ids,
+                    logprobs=delta.logprobs,
+                    finish_reason=delta.finish_reason,
+                )
+            )
+        except Exception as error:  # noqa: BLE001  it must not end the link that brings all streams
+            self._deliver = None
+            self.fail(error)
+        else:
+            if self.finished or not more:
+                self.enough = True
+                self.wake()
 
     def worker_lost(self, worker: WorkerRef) -> None:
         """Fail, unless what was wanted of ``worker`` has been done."""
         if worker == self.decode or (worker == self.prefill and self.first is None):
             self.fail(WorkerLost(f"{worker.worker_id} was lost", stage=self.stage))
 
-    def fail(self, error: ServingError) -> None:
-        """End the attempt; the first failure counts. Tokens that came before are still read."""
+    def fail(self, error: Exception) -> None:
+        """End the attempt; the first failure counts."""
         if self.failure is None:
             self.failure = error
         self.wake()
@@ -193,18 +218,20 @@ class Attempt:
             await self.changed()
         return self.first
 
-    async def next_tokens(self) -> TokenDelta:
-        """What has come since the last call, as one delta."""
-        while not self._deltas:
+    async def stream(self, deliver: Deliver) -> None:
+        """Hand decode's tokens on, and return after the last one or when there are enough.
+
+        Raises:
+            ServingError: the attempt has failed. What came before has been delivered.
+        """
+        early, self._early = self._early, []
+        self._deliver = deliver
+        for delta in early:
+            if self._deliver is not None and not self.enough:
+                self._hand_on(delta, self._deliver)
+        while not self.enough:
             self.raise_failure()
             await self.changed()
-        if len(self._deltas) == 1:
-            news = self._deltas.popleft()
-        else:
-            news = _join(self._deltas)
-            self._deltas.clear()
-        self.finished = news.finish_reason is not None
-        return news
 
     def raise_failure(self) -> None:
         if self.failure is not None:
@@ -237,17 +264,3 @@ class Attempts:
             for attempt in list(self.by_request.values()):
                 if now >= attempt.answer_by:
                     attempt.expire(now)
-
-
-def _join(deltas: deque[TokenDelta]) -> TokenDelta:
-    first, last = deltas[0], deltas[-1]
-    logprobs = None
-    if first.logprobs is not None:
-        logprobs = tuple(entry for delta in deltas for entry in delta.logprobs or ())
-    return TokenDelta(
-        first.ref,
-        first.offset,
-        tuple(token for delta in deltas for token in delta.token_ids),
-        logprobs,
-        last.finish_reason,
-    )

@@ -5,7 +5,6 @@ crossed prefill, transfer and decode, and stays so until a later canary fails or
 is gone. A gateway is ready while it has a proven pair.
 """
 
-from contextlib import aclosing
 from typing import NoReturn
 
 import anyio
@@ -16,7 +15,7 @@ from protocol.requests import GenerateRequest, SamplingParams, StopConditions
 from runtime.log import get_log
 from server.cluster import Cluster
 from server.cluster_view import Pair
-from server.generation import Readiness
+from server.generation import Readiness, TokenChunk
 from server.request_flow import run_request
 
 log = get_log(__name__)
@@ -85,14 +84,16 @@ class Canary:
     async def _try(self, pair: Pair) -> None:
         clock = self._cluster.clock
         request = a_canary(pair.model)
-        run = run_request(
-            request, self._cluster, deadline=clock.now() + self._deadline_s, within=pair
-        )
+        deadline = clock.now() + self._deadline_s
         received = 0
+
+        def count(chunk: TokenChunk) -> bool:
+            nonlocal received
+            received += len(chunk.token_ids)
+            return True
+
         try:
-            async with aclosing(run) as chunks:
-                async for chunk in chunks:
-                    received += len(chunk.token_ids)
+            await run_request(request, self._cluster, count, deadline=deadline, within=pair)
             if received != TOKENS:
                 raise ProtocolError(f"{received} tokens came instead of {TOKENS}", stage="decode")
         except ServingError as error:

@@ -16,6 +16,7 @@ from runtime.keys import load_key
 from runtime.log import get_log
 from runtime.reporting import report
 from server.app import create_app
+from server.direct_body import DirectHttpProtocol
 from server.serving import open_serving
 from server.settings import GatewaySettings, SchedulerSettings
 from server.text.loading import load_model_text
@@ -54,7 +55,7 @@ async def _serve(settings: GatewaySettings, scheduler: SchedulerSettings, text: 
             server = _Server(
                 uvicorn.Config(
                     create_app(serving, text, settings, registry=registry),
-                    http="httptools",
+                    http=DirectHttpProtocol,
                     loop="none",  # this one
                     lifespan="off",
                     access_log=False,

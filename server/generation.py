@@ -5,7 +5,7 @@ The HTTP layer turns text into a ``GenerateRequest`` and token ids into text; wh
 model's files say (tokenizer, template, sampling defaults) is ``server.text``'s business.
 """
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,16 +46,22 @@ class Readiness:
     reason: str
 
 
+# Takes the next tokens, at once and without waiting; False when no more of them are wanted.
+Deliver = Callable[[TokenChunk], bool]
+
+
 class Generator(Protocol):
     """What the HTTP layer needs of the rest of the gateway."""
 
-    def generate(
-        self, request: GenerateRequest, *, deadline_s: float
-    ) -> AsyncGenerator[TokenChunk]:
-        """The request's tokens as they come; the last chunk has a ``finish_reason``.
+    async def generate(
+        self, request: GenerateRequest, deliver: Deliver, *, deadline_s: float
+    ) -> None:
+        """Call ``deliver`` with the request's tokens as they come, and return after the last.
 
-        The caller must close the generator (``contextlib.aclosing``). Closing it early, or
-        cancelling the task that waits on it, cancels the request at every worker.
+        The last chunk has a ``finish_reason``, unless ``deliver`` has answered False before: that,
+        like cancelling the task, cancels the request at every worker. ``deliver`` is called
+        between the tokens of other streams. A caller that cannot use tokens as fast as they come
+        keeps what it must; nothing waits for it. What ``deliver`` raises is raised here.
 
         Raises:
             ServingError: the request has ended and holds nothing anywhere. Before the first

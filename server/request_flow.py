@@ -8,8 +8,6 @@ finished, or it is cancelled. Which workers are asked is ``server.policies``' bu
 they answer comes through ``server.attempts``.
 """
 
-from collections.abc import AsyncGenerator
-
 import msgspec
 
 from protocol.errors import ServingError
@@ -22,7 +20,7 @@ from runtime.log import get_log
 from server.attempts import Attempt
 from server.cluster import Cluster
 from server.cluster_view import Pair
-from server.generation import TokenChunk
+from server.generation import Deliver, TokenChunk
 
 log = get_log(__name__)
 
@@ -31,13 +29,17 @@ BACKOFF_S = 0.025  # before the second attempt, and twice that before the third
 
 
 async def run_request(
-    request: GenerateRequest, cluster: Cluster, *, deadline: float, within: Pair | None = None
-) -> AsyncGenerator[TokenChunk]:
-    """Yield the request's tokens, the first as soon as prefill has sampled it.
+    request: GenerateRequest,
+    cluster: Cluster,
+    deliver: Deliver,
+    *,
+    deadline: float,
+    within: Pair | None = None,
+) -> None:
+    """Give ``deliver`` the request's tokens, the first as soon as prefill has sampled it.
 
     ``deadline`` is a time of ``cluster.clock``. ``within`` restricts placement to one pair of
-    workers. The caller must close the generator (``contextlib.aclosing``): closing is how a
-    client that hangs up frees the blocks and stops the work.
+    workers. Cancelling the task is how a client that hangs up frees the blocks and stops the work.
 
     Raises:
         ServingError: the request has ended and holds nothing. Before the first token, other
@@ -61,15 +63,9 @@ async def run_request(
                 cluster.retries += 1
                 failed.update(ref.worker_id for ref in attempt.workers)
                 continue
-            yield first_chunk(first)
-            # A decode rank that is lost from here on ends the stream. Migration belongs here.
-            while not attempt.finished:
-                delta = await attempt.next_tokens()
-                yield TokenChunk(
-                    token_ids=delta.token_ids,
-                    logprobs=delta.logprobs,
-                    finish_reason=delta.finish_reason,
-                )
+            if deliver(first_chunk(first)) and not attempt.finished:
+                # A decode rank that is lost from here on ends the stream. Migration belongs here.
+                await attempt.stream(deliver)
             return
 
 

@@ -20,7 +20,7 @@ from server.canary import Canary
 from server.cluster import Cluster
 from server.cluster_metrics import ClusterMetrics
 from server.cluster_watch import ClusterWatch
-from server.generation import Readiness, ServedModel, TokenChunk
+from server.generation import Deliver, Readiness, ServedModel
 from server.request_flow import run_request
 from server.scheduler import FAMILY, HEARTBEAT_S, LEASE_S, Scheduler
 
@@ -36,10 +36,11 @@ class Serving:
         self._canary = canary
         self._models: dict[str, ServedModel] = {}
 
-    def generate(
-        self, request: GenerateRequest, *, deadline_s: float
-    ) -> AsyncGenerator[TokenChunk]:
-        return run_request(request, self.cluster, deadline=self.cluster.clock.now() + deadline_s)
+    async def generate(
+        self, request: GenerateRequest, deliver: Deliver, *, deadline_s: float
+    ) -> None:
+        deadline = self.cluster.clock.now() + deadline_s
+        await run_request(request, self.cluster, deliver, deadline=deadline)
 
     def models(self) -> Sequence[ServedModel]:
         """Every model that a worker has announced since the gateway started.

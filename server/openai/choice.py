@@ -4,8 +4,7 @@ Invariant: text is released once and in order, never half a character, never par
 ``completion_tokens`` counts the tokens up to the one that ended the choice, that one included.
 """
 
-from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import Callable
 from typing import NamedTuple
 
 from protocol.errors import EngineError
@@ -141,17 +140,18 @@ async def run_choice(
     generator: Generator,
     *,
     deadline_s: float,
-    deliver: Callable[[Choice, str], Awaitable[None]],
+    deliver: Callable[[Choice, str], None],
 ) -> None:
     """Give ``deliver`` each piece of text, the last time with ``choice.finish_reason`` set.
 
     Raises:
         ServingError: the generator's; what was delivered before stays delivered.
     """
-    async with aclosing(generator.generate(choice.request, deadline_s=deadline_s)) as chunks:
-        async for chunk in chunks:
-            text = choice.accept(chunk)
-            await deliver(choice, text)
-            if choice.finish_reason is not None:
-                return  # leaving the block cancels whatever a stop string has made superfluous
-    raise EngineError("the token stream ended without a finish reason")
+
+    def take(chunk: TokenChunk) -> bool:
+        deliver(choice, choice.accept(chunk))
+        return choice.finish_reason is None  # a stop string makes what follows superfluous
+
+    await generator.generate(choice.request, take, deadline_s=deadline_s)
+    if choice.finish_reason is None:
+        raise EngineError("the token stream ended without a finish reason")

@@ -16,12 +16,13 @@ from starlette.types import Receive, Scope, Send
 from protocol.errors import Overloaded, ServingError
 from runtime.log import bind, get_log
 from server.admission import read_json_body
+from server.direct_body import EXTENSION
 from server.metrics import HttpMetrics, RequestOutcome, outcome_of
 from server.openai.answer import Answer, Kind, Services
 from server.openai.choice import Choice, run_choice
 from server.openai.errors import HttpError, describe
-from server.openai.events import AnswerEvents
 from server.openai.sse import EventStream, Outcome, StreamTimes, unless_hung_up
+from server.openai.streaming import AnswerStream
 
 log = get_log(__name__)
 
@@ -106,7 +107,10 @@ class GenerationEndpoint:
         headers = [(b"x-ignored-params", ignored)] if ignored else []
         try:
             if answer.asked.stream:
-                stream = EventStream(receive, send, headers=headers, times=self._times)
+                direct = scope.get("extensions", {}).get(EXTENSION)
+                stream = EventStream(
+                    receive, send, headers=headers, times=self._times, direct=direct
+                )
                 return _STREAM_OUTCOMES[await stream.run(run.stream_to)]
             texts: list[str] = []
             if not await unless_hung_up(receive, lambda: run.collect_into(texts)):
@@ -135,25 +139,13 @@ class AnswerRun:
         self._arrived = arrived
         self._deadline = deadline
         self._last_token: list[float | None] = [None] * len(answer.choices)
-        self._unfinished = len(answer.choices)
 
     async def stream_to(self, stream: EventStream) -> None:
-        events = AnswerEvents(self._answer)
-        include_usage = self._answer.asked.include_usage
+        answer_stream = AnswerStream(self._answer, stream)
 
-        async def deliver(choice: Choice, text: str) -> None:
-            first = self._observe(choice)
-            out = events.opening(choice) if first else b""
-            finished = choice.finish_reason is not None
-            if text or (finished and (choice.tokens or choice.token_ids)):
-                out += events.text(choice, text)
-            if finished:
-                out += events.finish(choice)
-                self._unfinished -= 1
-                if include_usage and not self._unfinished:
-                    out += events.usage()
-            if out:
-                await stream.write(out)
+        def deliver(choice: Choice, text: str) -> None:
+            self._observe(choice)
+            answer_stream.deliver(choice, text)
 
         await self._run(deliver)
 
@@ -161,14 +153,14 @@ class AnswerRun:
         """Fill ``texts`` with the whole text of each choice."""
         pieces: list[list[str]] = [[] for _ in self._answer.choices]
 
-        async def deliver(choice: Choice, text: str) -> None:
+        def deliver(choice: Choice, text: str) -> None:
             self._observe(choice)
             pieces[choice.index].append(text)
 
         await self._run(deliver)
         texts += map("".join, pieces)
 
-    async def _run(self, deliver: Callable[[Choice, str], Awaitable[None]]) -> None:
+    async def _run(self, deliver: Callable[[Choice, str], None]) -> None:
         choices = self._answer.choices
         if len(choices) == 1:
             await self._run_one(choices[0], deliver)
@@ -188,26 +180,22 @@ class AnswerRun:
         if failures:
             raise failures[0]
 
-    async def _run_one(
-        self, choice: Choice, deliver: Callable[[Choice, str], Awaitable[None]]
-    ) -> None:
+    async def _run_one(self, choice: Choice, deliver: Callable[[Choice, str], None]) -> None:
         if choice.request.stop.max_tokens == 0:  # an echo, and nothing more
             choice.finish_reason = "length"
-            await deliver(choice, "")
+            deliver(choice, "")
             return
         deadline_s = self._deadline - monotonic()
         await run_choice(choice, self._generator, deadline_s=deadline_s, deliver=deliver)
 
-    def _observe(self, choice: Choice) -> bool:
-        """Whether these are the choice's first tokens."""
+    def _observe(self, choice: Choice) -> None:
         now = monotonic()
         last = self._last_token[choice.index]
         self._last_token[choice.index] = now
         if last is None:
             self._metrics.first_token.observe(now - self._arrived)
-            return True
-        self._metrics.token_gap.observe(now - last)
-        return False
+        else:
+            self._metrics.token_gap.observe(now - last)
 
     def account(self) -> None:
         """Count the tokens, however the answer ended."""

@@ -16,10 +16,12 @@ from http import HTTPStatus
 from time import monotonic
 
 import anyio
+from anyio.abc import TaskGroup
 from starlette.types import Receive, Send
 
 from protocol.errors import ServingError
 from runtime.log import get_log
+from server.direct_body import DirectBody
 from server.openai.errors import describe
 
 log = get_log(__name__)
@@ -54,7 +56,9 @@ class Outcome(Enum):
 
 
 class EventStream:
-    """One response. ``write`` may be called from several tasks; events are never mixed."""
+    """One response. Writing never waits: what the client is not ready for is kept, and a task that
+    runs only then sends it on. Writers that look at ``keeps_up`` before they write keep that small.
+    """
 
     def __init__(
         self,
@@ -63,24 +67,49 @@ class EventStream:
         *,
         headers: list[tuple[bytes, bytes]],
         times: StreamTimes,
+        direct: DirectBody | None = None,
     ) -> None:
+        """``direct`` spares most events the way through ``send``."""
         self._receive = receive
         self._send = send
         self._headers = [*_HEADERS, *headers]
         self._times = times
-        self._started = False
-        self._writing = 0
+        self._direct = direct
+        self._tasks: TaskGroup  # while ``run`` does
+        self._begun = False  # something has been written
+        self._started = False  # the headers have been sent
+        self._completing = False
+        self._kept: list[bytes] = []
+        self._sent: anyio.Event | None = None  # while kept events are being sent
+        self._gathered: Callable[[], bytes] | None = None
         self._quiet_since = monotonic()
         self._ended_by: Outcome | None = None
 
-    async def write(self, events: bytes) -> None:
+    @property
+    def keeps_up(self) -> bool:
+        """Whether the client takes events as they come; else see ``gather``."""
+        return self._sent is None
+
+    def gather(self, gathered: Callable[[], bytes]) -> None:
+        """Ask ``gathered``, when the client is ready for more, for what there is then."""
+        self._gathered = gathered
+
+    def write(self, events: bytes) -> None:
         """Send whole events. The first call sends the headers: from then on it is a 200."""
-        if not self._started:
-            await self._start()
-        self._quiet_since = monotonic()
-        self._writing += 1
-        await self._send({"type": "http.response.body", "body": events, "more_body": True})
-        self._writing -= 1
+        clear = self._sent is None and not self._kept
+        if clear and self._direct is not None and self._direct.write(events):
+            self._quiet_since = monotonic()
+            return
+        self._begun = True
+        self._kept.append(events)
+        if self._sent is None:
+            self._sent = anyio.Event()
+            self._tasks.start_soon(self._send_kept, self._sent)
+
+    def write_last(self, events: bytes) -> None:
+        """Keep the answer's last events, to be sent in one piece with ``[DONE]``."""
+        self._begun = True
+        self._kept.append(events)
 
     async def run(self, produce: Callable[["EventStream"], Awaitable[None]]) -> Outcome:
         """Let ``produce`` write the answer, all but ``[DONE]``, and end the response accordingly.
@@ -89,60 +118,88 @@ class EventStream:
             Exception: what ``produce`` raised before anything was sent; the caller answers it.
         """
         failure: Exception | None = None
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._watch, tasks.cancel_scope)
+        async with anyio.create_task_group() as self._tasks:
+            self._tasks.start_soon(self._watch)
             try:
                 await produce(self)
                 await self._complete()
             except Exception as error:
                 failure = error
-                if self._started and not isinstance(error, ServingError):
-                    log.exception("stream failed")
-            tasks.cancel_scope.cancel()
-        if failure is None:
-            assert self._ended_by is not None
-            return self._ended_by
-        if not self._started:
+                if self._begun:
+                    if not isinstance(error, ServingError):
+                        log.exception("stream failed")
+                    await self._break_off(error)
+            self._tasks.cancel_scope.cancel()
+        if failure is not None and not self._begun:
             raise failure
-        await self._break_off(failure)
-        return Outcome.FAILED
+        assert self._ended_by is not None
+        return self._ended_by
 
-    async def _start(self) -> None:
-        self._started = True
-        head = {"status": HTTPStatus.OK, "headers": self._headers}
-        await self._send({"type": "http.response.start", **head})
+    async def _send_kept(self, sent: anyio.Event) -> None:
+        """Events that could not be written at once, then what has gathered meanwhile, and so on."""
+        while True:
+            if self._kept:
+                await self._send_body(self._take_kept())
+            elif self._gathered is not None:
+                gathered, self._gathered = self._gathered, None
+                self._kept.append(gathered())
+            else:
+                break
+        self._sent = None
+        sent.set()
+
+    def _take_kept(self) -> bytes:
+        events = b"".join(self._kept)
+        self._kept.clear()
+        return events
+
+    async def _send_body(self, events: bytes, *, more: bool = True) -> None:
+        self._quiet_since = monotonic()
+        if not self._started:
+            self._started = True
+            head = {"status": HTTPStatus.OK, "headers": self._headers}
+            await self._send({"type": "http.response.start", **head})
+        await self._send({"type": "http.response.body", "body": events, "more_body": more})
 
     async def _complete(self) -> None:
-        await self.write(DONE)
-        self._ended_by = Outcome.COMPLETE  # servers report a disconnect after the last byte too
-        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+        if self._sent is not None:
+            await self._sent.wait()
+        self._sent = anyio.Event()
+        self._completing = True
+        await self._send_body(self._take_kept() + DONE, more=False)
+        self._ended_by = Outcome.COMPLETE
 
     async def _break_off(self, failure: Exception) -> None:
         """Say what happened. The body stays unfinished, so the server cuts the connection."""
         with anyio.move_on_after(self._times.write_stall_s):
-            await self.write(b"event: error\ndata: " + describe(failure).body() + b"\n\n")
+            self.write(b"event: error\ndata: " + describe(failure).body() + b"\n\n")
+            if self._sent is not None:
+                await self._sent.wait()
+        self._ended_by = self._ended_by or Outcome.FAILED
 
-    async def _watch(self, scope: anyio.CancelScope) -> None:
+    async def _watch(self) -> None:
         """One task for the connection and the clock: a task costs as much as several tokens."""
         while self._ended_by is None:
             with anyio.move_on_after(self._times.tick_s):
                 if (await self._receive())["type"] == "http.disconnect":
-                    self._ended_by = self._ended_by or Outcome.HUNG_UP
+                    if not self._completing:  # servers say so after the last byte too
+                        self._end(Outcome.HUNG_UP)
+                    return
                 continue
-            await self._mind_the_clock()
-        scope.cancel()
+            self._mind_the_clock()
 
-    async def _mind_the_clock(self) -> None:
+    def _end(self, outcome: Outcome) -> None:
+        self._ended_by = outcome
+        self._tasks.cancel_scope.cancel()
+
+    def _mind_the_clock(self) -> None:
         times = self._times
         quiet_s = monotonic() - self._quiet_since
-        if self._writing:
+        if self._sent is not None:
             if quiet_s > times.write_stall_s:
-                self._ended_by = Outcome.STALLED
-        elif quiet_s >= (times.keep_alive_s if self._started else times.early_headers_s):
-            with anyio.move_on_after(times.write_stall_s) as patience:
-                await self.write(_KEEP_ALIVE)
-            if patience.cancelled_caught:
-                self._ended_by = Outcome.STALLED
+                self._end(Outcome.STALLED)
+        elif quiet_s >= (times.keep_alive_s if self._begun else times.early_headers_s):
+            self.write(_KEEP_ALIVE)
 
 
 async def unless_hung_up(receive: Receive, work: Callable[[], Awaitable[None]]) -> bool:

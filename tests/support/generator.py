@@ -1,7 +1,7 @@
 """An in-process ``Generator`` whose answers follow from the request alone, for HTTP tests."""
 
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import anyio
@@ -9,7 +9,7 @@ import msgspec
 
 from protocol.errors import ServingError
 from protocol.requests import GenerateRequest, TokenLogprobs
-from server.generation import Readiness, ServedModel, TokenChunk
+from server.generation import Deliver, Readiness, ServedModel, TokenChunk
 from server.text.model_text import ModelText
 
 
@@ -18,7 +18,7 @@ class ScriptedGenerator:
     """Says ``reply``, then ends; at most ``max_tokens`` tokens of it.
 
     Before the token ``block_at`` it waits until ``resume`` is set, or for ever; before the token
-    ``fail_at`` it raises ``error``. ``opened`` and ``closed`` count generators: a leak is a
+    ``fail_at`` it raises ``error``. ``opened`` and ``closed`` count requests: a leak is a
     difference.
     """
 
@@ -39,8 +39,8 @@ class ScriptedGenerator:
     deadlines_s: list[float] = field(default_factory=list)
 
     async def generate(
-        self, request: GenerateRequest, *, deadline_s: float
-    ) -> AsyncGenerator[TokenChunk]:
+        self, request: GenerateRequest, deliver: Deliver, *, deadline_s: float
+    ) -> None:
         self.opened += 1
         self.requests.append(request)
         self.deadlines_s.append(deadline_s)
@@ -52,13 +52,15 @@ class ScriptedGenerator:
                 part = tuple(ids[start : start + self.tokens_per_chunk])
                 last = start + len(part) == len(ids)
                 reason = ("stop" if ends else "length") if last else None
-                yield TokenChunk(
+                chunk = TokenChunk(
                     token_ids=part,
                     logprobs=self._logprobs(request, part),
                     finish_reason=reason,  # type: ignore[arg-type]
                     cached_tokens=self.cached_tokens if start == 0 else 0,
                     prompt_logprobs=self._prompt_logprobs(request) if start == 0 else None,
                 )
+                if not deliver(chunk):
+                    return
         finally:
             self.closed += 1
 

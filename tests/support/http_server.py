@@ -9,6 +9,8 @@ from contextlib import contextmanager
 import uvicorn
 from starlette.types import ASGIApp
 
+from server.direct_body import DirectHttpProtocol
+
 DEADLINE_S = 10.0
 
 
@@ -27,7 +29,9 @@ def eventually(condition: object, *, within_s: float = DEADLINE_S) -> bool:
 def serve(app: ASGIApp) -> Generator[str]:
     """The base URL of ``app`` while the block runs."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_config=None, lifespan="off", loop="uvloop", http="httptools")
+    config = uvicorn.Config(
+        app, log_config=None, lifespan="off", loop="uvloop", http=DirectHttpProtocol
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

@@ -1,16 +1,60 @@
 """A whole gateway behind its HTTP surface, with simulated workers, on one event loop."""
 
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
+from protocol.errors import ServingError
 from protocol.requests import GenerateRequest
+from server.generation import TokenChunk
 from server.serving import Serving, open_serving
 from tests.support.polling import eventually
 from tests.support.workers import Fabric, SimulatedDecode, SimulatedPrefill, serve_workers
 
 LONG_S = 30.0
+
+
+async def tokens_of(
+    serving: Serving, request: GenerateRequest, *, deadline_s: float = LONG_S
+) -> list[int]:
+    tokens: list[int] = []
+
+    def deliver(chunk: TokenChunk) -> bool:
+        tokens.extend(chunk.token_ids)
+        return True
+
+    await serving.generate(request, deliver, deadline_s=deadline_s)
+    return tokens
+
+
+class Stream:
+    """One request's tokens as they come, while a test does something else."""
+
+    def __init__(self, serving: Serving, request: GenerateRequest) -> None:
+        self._serving = serving
+        self._request = request
+        self.tokens: list[int] = []
+        self.ended = False
+        self.failure: ServingError | None = None
+
+    async def run(self) -> None:
+        try:
+            await self._serving.generate(self._request, self._take, deadline_s=LONG_S)
+        except ServingError as error:
+            self.failure = error
+        finally:
+            self.ended = True
+
+    def _take(self, chunk: TokenChunk) -> bool:
+        self.tokens.extend(chunk.token_ids)
+        return True
+
+    async def has(self, count: int) -> None:
+        await eventually(lambda: len(self.tokens) >= count, f"{count} tokens")
+
+    async def end(self) -> None:
+        await eventually(lambda: self.ended, "the stream's end")
 
 
 @dataclass
@@ -22,9 +66,7 @@ class System:
     add: Callable[[SimulatedPrefill | SimulatedDecode], Awaitable[None]]
 
     async def tokens(self, request: GenerateRequest, *, deadline_s: float = LONG_S) -> list[int]:
-        run = self.serving.generate(request, deadline_s=deadline_s)
-        async with aclosing(run) as chunks:
-            return [token async for chunk in chunks for token in chunk.token_ids]
+        return await tokens_of(self.serving, request, deadline_s=deadline_s)
 
     async def ready(self, pairs: int) -> None:
         cluster = self.serving.cluster

@@ -38,7 +38,7 @@ def play(choice: Choice, *, tokens_per_chunk: int = 1, reply: str = REPLY) -> st
     generator = ScriptedGenerator(text=TEXT, reply=reply, tokens_per_chunk=tokens_per_chunk)
     pieces: list[str] = []
 
-    async def deliver(_choice: Choice, text: str) -> None:
+    def deliver(_choice: Choice, text: str) -> None:
         pieces.append(text)
 
     async def scenario() -> None:
@@ -87,13 +87,13 @@ def test_special_tokens_are_shown_on_request_and_the_end_token_is_not() -> None:
 
 def test_a_stream_without_an_end_is_an_error() -> None:
     class Silent(ScriptedGenerator):
-        async def generate(self, request, *, deadline_s):
-            yield TokenChunk(token_ids=(1,))
+        async def generate(self, request, deliver, *, deadline_s):
+            deliver(TokenChunk(token_ids=(1,)))
 
     async def scenario() -> None:
         await run_choice(a_choice(), Silent(text=TEXT), deadline_s=1, deliver=ignore)
 
-    async def ignore(_choice: Choice, _text: str) -> None: ...
+    def ignore(_choice: Choice, _text: str) -> None: ...
 
     with pytest.raises(EngineError, match="without a finish reason"):
         anyio.run(scenario)

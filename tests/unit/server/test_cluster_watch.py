@@ -1,8 +1,5 @@
 """Gateways and the scheduler: what is known survives its loss, and is put right when it is back."""
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
-
 import anyio
 import pytest
 from anyio.abc import TaskStatus
@@ -14,12 +11,11 @@ from runtime.bus import Listener
 from runtime.clock import MonotonicClock
 from server.cluster import Cluster
 from server.cluster_watch import ClusterWatch
-from server.generation import TokenChunk
 from server.scheduler import FAMILY, Scheduler
 from server.serving import open_serving
 from tests.support.arithmetic import a_request, a_worker_info, expected_tokens
 from tests.support.polling import eventually, port_free
-from tests.support.system import LONG_S
+from tests.support.system import Stream, tokens_of
 from tests.support.workers import Fabric, SimulatedDecode, SimulatedPrefill, serve_workers
 
 pytestmark = pytest.mark.anyio
@@ -68,25 +64,22 @@ async def test_streams_and_new_requests_go_on_without_the_scheduler_and_after_it
         ):
             await eventually(lambda: serving.readiness().ready, "ready")
             decode.paused = True
-            stream = serving.generate(a_request(max_tokens=5), deadline_s=LONG_S)
-            tokens = [*(await anext(stream)).token_ids]
+            stream = Stream(serving, a_request(max_tokens=5))
+            tasks.start_soon(stream.run)
+            await stream.has(1)
             first.stop()
             await port_free(first.address)
             decode.resume()
-            assert tokens + await rest_of(stream) == expected_tokens((5, 6, 7), 5)
-            another = serving.generate(a_request(max_tokens=5), deadline_s=LONG_S)
-            assert await rest_of(another) == expected_tokens((5, 6, 7), 5)
+            await stream.end()
+            assert stream.tokens == expected_tokens((5, 6, 7), 5)
+            another = await tokens_of(serving, a_request(max_tokens=5))
+            assert another == expected_tokens((5, 6, 7), 5)
             await tasks.start(second.run, first.address)
             await eventually(second.knows_two, "both workers have announced themselves again")
-            third = serving.generate(a_request(max_tokens=5), deadline_s=LONG_S)
-            assert await rest_of(third) == expected_tokens((5, 6, 7), 5)
+            third = await tokens_of(serving, a_request(max_tokens=5))
+            assert third == expected_tokens((5, 6, 7), 5)
             assert serving.readiness().ready
         second.stop()
-
-
-async def rest_of(stream: AsyncGenerator[TokenChunk]) -> list[int]:
-    async with aclosing(stream):
-        return [token async for chunk in stream for token in chunk.token_ids]
 
 
 class Told:

@@ -1,7 +1,6 @@
 """One request through a gateway and simulated workers, over the real bus."""
 
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
 from functools import partial
 
 import anyio
@@ -20,10 +19,11 @@ from protocol.errors import (
     WorkerLost,
 )
 from protocol.messages import StepTokens
+from server.generation import TokenChunk
 from server.serving import open_serving
 from tests.support.arithmetic import a_request, expected_tokens, first_token
 from tests.support.polling import eventually
-from tests.support.system import LONG_S, System, a_system
+from tests.support.system import LONG_S, Stream, System, a_system, tokens_of
 from tests.support.workers import SimulatedDecode
 
 pytestmark = pytest.mark.anyio
@@ -63,14 +63,52 @@ async def test_a_request_of_one_token_needs_no_decode_step() -> None:
         await system.idle()
 
 
-async def test_closing_the_generator_cancels_the_request_at_both_workers() -> None:
+async def test_cancelling_the_task_cancels_the_request_at_both_workers() -> None:
     async with a_system() as system:
         system.decode[0].paused = True
         request = a_request(max_tokens=100)
-        async with aclosing(system.serving.generate(request, deadline_s=LONG_S)) as chunks:
-            await anext(chunks)
+        stream = Stream(system.serving, request)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(stream.run)
+            await stream.has(1)
+            tasks.cancel_scope.cancel()
         await eventually(lambda: request.ref in system.prefill[0].cancelled, "a cancel of prefill")
         await eventually(lambda: request.ref in system.decode[0].cancelled, "a cancel of decode")
+        await system.idle()
+
+
+async def test_a_caller_that_has_enough_gets_no_more_and_frees_the_workers() -> None:
+    async with a_system() as system:
+        for wanted in (1, 3):
+            request = a_request(max_tokens=100)
+            got: list[int] = []
+
+            def take(chunk: TokenChunk, wanted: int = wanted, got: list[int] = got) -> bool:
+                got.extend(chunk.token_ids)
+                return len(got) < wanted
+
+            await system.serving.generate(request, take, deadline_s=LONG_S)
+            assert got == expected_tokens((5, 6, 7), wanted)
+            await system.idle()
+
+
+async def test_what_the_caller_raises_at_a_token_is_raised_to_it_and_to_nobody_else() -> None:
+    async with a_system() as system, anyio.create_task_group() as tasks:
+        system.decode[0].paused = True
+        other = Stream(system.serving, a_request(max_tokens=5))
+        tasks.start_soon(other.run)
+        await other.has(1)
+
+        def fail_at_decode(chunk: TokenChunk) -> bool:
+            if chunk.times is None:
+                raise LookupError("a bug")
+            system.decode[0].resume()
+            return True
+
+        with pytest.raises(LookupError):
+            await system.serving.generate(a_request(), fail_at_decode, deadline_s=LONG_S)
+        await other.end()
+        assert other.tokens == expected_tokens((5, 6, 7), 5)
         await system.idle()
 
 
@@ -87,7 +125,7 @@ async def test_cancelling_the_waiting_task_cancels_the_prefill() -> None:
 async def test_without_workers_the_answer_is_immediate_and_says_when_to_retry() -> None:
     async with open_serving("tcp://127.0.0.1:0") as serving:
         with pytest.raises(NoWorkerAvailable, match="no prefill worker") as raised:
-            await anext(serving.generate(a_request(), deadline_s=LONG_S))
+            await tokens_of(serving, a_request())
         assert raised.value.retry_after_s is not None
         assert serving.models() == []
 
@@ -273,14 +311,16 @@ async def test_a_decode_rank_that_dies_takes_its_group_out_and_another_group_ser
 
 
 async def test_a_decode_rank_that_dies_after_the_first_token_ends_the_stream_as_lost() -> None:
-    async with a_system() as system:
+    async with a_system() as system, anyio.create_task_group() as tasks:
         system.decode[0].paused = True
-        run = system.serving.generate(a_request(max_tokens=50), deadline_s=LONG_S)
-        async with aclosing(run) as chunks:
-            assert (await anext(chunks)).token_ids == (first_token((5, 6, 7)),)
-            system.decode[0].crash()
-            with pytest.raises(WorkerLost, match="decode-0/0"):
-                await anext(chunks)
+        stream = Stream(system.serving, a_request(max_tokens=50))
+        tasks.start_soon(stream.run)
+        await stream.has(1)
+        assert stream.tokens == [first_token((5, 6, 7))]
+        system.decode[0].crash()
+        await stream.end()
+        assert isinstance(stream.failure, WorkerLost)
+        assert "decode-0/0" in str(stream.failure)
         with pytest.raises(NoWorkerAvailable):
             await system.tokens(a_request())
 
@@ -318,23 +358,21 @@ async def test_repeated_and_foreign_frames_change_nothing_and_are_counted() -> N
 async def test_tokens_that_went_missing_end_the_stream() -> None:
     async with a_system() as system:
         system.decode[0].frame_hook = lambda frame: [frame] if frame.deltas[0].offset != 3 else []
-        run = system.serving.generate(a_request(max_tokens=9), deadline_s=LONG_S)
-        async with aclosing(run) as chunks:
-            got = [*(await anext(chunks)).token_ids]
-            while len(got) < 3:
-                got.extend((await anext(chunks)).token_ids)
-            with pytest.raises(WorkerLost, match="tokens were lost"):
-                await anext(chunks)
-        assert got == expected_tokens((5, 6, 7), 3)
+        stream = Stream(system.serving, a_request(max_tokens=9))
+        await stream.run()
+        assert isinstance(stream.failure, WorkerLost)
+        assert "tokens were lost" in str(stream.failure)
+        assert stream.tokens == expected_tokens((5, 6, 7), 3)
 
 
 async def test_a_failure_at_decode_after_the_first_token_is_the_clients() -> None:
-    async with a_system() as system:
+    async with a_system() as system, anyio.create_task_group() as tasks:
         system.decode[0].paused = True
         request = a_request()
-        async with aclosing(system.serving.generate(request, deadline_s=LONG_S)) as chunks:
-            await anext(chunks)
-            await system.decode[0].fail(request.ref, Cancelled("withdrawn"))
-            with pytest.raises(Cancelled):
-                await anext(chunks)
+        stream = Stream(system.serving, request)
+        tasks.start_soon(stream.run)
+        await stream.has(1)
+        await system.decode[0].fail(request.ref, Cancelled("withdrawn"))
+        await stream.end()
+        assert isinstance(stream.failure, Cancelled)
         await system.idle()

@@ -1,5 +1,6 @@
 """The wire of a stream, byte by byte, and what it does while nothing happens."""
 
+import json
 import socket
 import threading
 from collections.abc import Generator
@@ -163,8 +164,105 @@ def test_the_outcome_is_complete_although_the_server_then_reports_a_disconnect()
                 await anyio.lowlevel.checkpoint()
 
         async def produce(stream: EventStream) -> None:
-            await stream.write(b"data: 1\n\n")
+            stream.write(b"data: 1\n\n")
 
         return await EventStream(receive, send, headers=[], times=StreamTimes()).run(produce)
 
     assert anyio.run(scenario) is Outcome.COMPLETE
+
+
+class Wire:
+    """The server's side of a connection whose client reads when the test says so."""
+
+    def __init__(self, *, reads: bool) -> None:
+        self.body = b""
+        self.messages = 0
+        self.readable = anyio.Event()
+        if reads:
+            self.readable.set()
+
+    async def receive(self) -> Message:
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    async def send(self, message: Message) -> None:
+        await self.readable.wait()
+        self.messages += 1
+        self.body += message.get("body", b"")
+
+
+def some_answer(events: int) -> bytes:
+    return b"".join(b"data: %d\n\n" % number for number in range(events))
+
+
+def test_what_a_client_is_not_ready_for_gathers_and_is_sent_once_and_in_order() -> None:
+    async def scenario() -> None:
+        wire = Wire(reads=False)
+        gathered: list[bytes] = []
+
+        def take() -> bytes:
+            events = b"".join(gathered)
+            gathered.clear()
+            return events
+
+        async def produce(stream: EventStream) -> None:
+            stream.write(b"data: 0\n\n")
+            for number in range(1, 100):
+                await anyio.lowlevel.checkpoint()
+                assert not stream.keeps_up
+                gathered.append(b"data: %d\n\n" % number)
+                stream.gather(take)
+            wire.readable.set()
+
+        stream = EventStream(wire.receive, wire.send, headers=[], times=StreamTimes())
+        assert await stream.run(produce) is Outcome.COMPLETE
+        assert wire.body == some_answer(100) + b"data: [DONE]\n\n"
+        assert wire.messages == 4  # the head, what came first, what gathered, the end
+
+    anyio.run(scenario)
+
+
+def test_the_last_events_go_out_in_one_piece_with_done() -> None:
+    async def scenario() -> None:
+        wire = Wire(reads=True)
+
+        async def produce(stream: EventStream) -> None:
+            stream.write_last(some_answer(1))
+
+        stream = EventStream(wire.receive, wire.send, headers=[], times=StreamTimes())
+        assert await stream.run(produce) is Outcome.COMPLETE
+        assert wire.body == some_answer(1) + b"data: [DONE]\n\n"
+        assert wire.messages == 2
+
+    anyio.run(scenario)
+
+
+def test_a_failure_after_the_last_events_comes_after_them_and_without_done() -> None:
+    async def scenario() -> None:
+        wire = Wire(reads=True)
+
+        async def produce(stream: EventStream) -> None:
+            stream.write_last(some_answer(1))
+            raise WorkerLost("gone", stage="decode")
+
+        stream = EventStream(wire.receive, wire.send, headers=[], times=StreamTimes())
+        assert await stream.run(produce) is Outcome.FAILED
+        assert wire.body.startswith(some_answer(1) + b"event: error\n")
+        assert b"[DONE]" not in wire.body
+
+    anyio.run(scenario)
+
+
+def test_a_slow_reader_gets_the_whole_answer() -> None:
+    """It reads nothing until all tokens have been made: far more than the sockets can hold."""
+    reply = "".join(f"{number} " for number in range(12_000))
+    size = len(reply) + 1
+    generator = ScriptedGenerator(text=TEXT, reply=reply, max_model_len=2 * size)
+    with served(generator) as client:
+        body = {"model": "tiny", "stream": True, "prompt": "hi", "max_tokens": size}
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            assert eventually(lambda: generator.closed == 1, within_s=60.0)
+            lines = [line for line in response.iter_lines() if line.startswith("data: {")]
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == reply
+    assert len(chunks) < size / 2  # what gathered has become few large events
