@@ -17,6 +17,7 @@ from engine.kvcache.storage import KVStorage
 from engine.loading import LoadedModel, load, resolve_numerics
 from engine.model_runner import ModelRunner
 from engine.sampling.sampler import Sampler
+from engine.vocabulary import read_grammars
 from kvtransfer.memory import allocate_shared, buffer, wrap
 from kvtransfer.source import make_source
 from prefill.loop import PrefillLoop
@@ -111,7 +112,7 @@ def _make_engine(  # noqa: PLR0917  partially applied
             ),
         ),
         runner=ModelRunner(loaded.model, storage),
-        sampler=Sampler(loaded.config.vocab_size, device),
+        sampler=Sampler(loaded.config.vocab_size, device, read_grammars(Path(settings.model.path))),
         source=source,
         outbox=outbox,
         pool=pool,

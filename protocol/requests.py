@@ -27,6 +27,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     choice: int = 0  # the k-th of n choices: same seed, other random stream
     logprobs: int | None = None  # alternatives to report per token; 0 reports the chosen one only
     prompt_logprobs: int | None = None  # likewise, for the prompt's tokens from the second on
+    grammar: str | None = None  # that the output must match: ``runtime.grammars.grammar_of``
 
 
 class StopConditions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -25,6 +25,7 @@ from server.openai.errors import HttpError, describe
 from server.openai.models import ModelEndpoints
 from server.openai.sse import StreamTimes
 from server.settings import GatewaySettings
+from server.structured.compiler import GrammarCompiler
 from server.text.model_text import ModelText
 
 log = get_log(__name__)
@@ -37,15 +38,22 @@ def create_app(
     *,
     registry: CollectorRegistry | None = None,
     times: StreamTimes | None = None,
+    grammars: GrammarCompiler | None = None,
 ) -> ASGIApp:
-    """The ASGI application. ``registry`` is what /metrics shows, the application's own included.
+    """The ASGI application. ``registry`` is what /metrics shows, the application's own included;
+    ``grammars`` stays the caller's to close.
 
     Raises:
         ConfigError: the file of API keys cannot be used.
     """
     registry = registry or CollectorRegistry()
     times = times or StreamTimes(write_stall_s=settings.limits.write_stall_s)
-    services = Services(generator=generator, text=text, limits=settings.limits)
+    services = Services(
+        generator=generator,
+        text=text,
+        limits=settings.limits,
+        grammars=grammars or GrammarCompiler(text.tokenizer.vocabulary()),
+    )
     metrics = HttpMetrics(registry)
     open_requests = OpenRequests(settings.max_open_requests)
     timeout_s = settings.request_timeout_s

@@ -16,9 +16,9 @@ from runtime.keys import load_key
 from runtime.log import get_log
 from runtime.reporting import report
 from server.app import create_app
-from server.direct_body import DirectHttpProtocol
 from server.serving import open_serving
 from server.settings import GatewaySettings, SchedulerSettings
+from server.structured.compiler import GrammarCompiler
 from server.text.loading import load_model_text
 from server.text.model_text import ModelText
 
@@ -42,7 +42,10 @@ def run(settings: GatewaySettings, scheduler: SchedulerSettings) -> int:
 
 async def _serve(settings: GatewaySettings, scheduler: SchedulerSettings, text: ModelText) -> None:
     registry = CollectorRegistry()
-    with _bound(settings.host, settings.port) as listener:
+    with (
+        _bound(settings.host, settings.port) as listener,
+        GrammarCompiler(text.tokenizer.vocabulary()) as grammars,
+    ):
         async with open_serving(
             settings.bus.scheduler,
             embed_scheduler=settings.embed_scheduler,
@@ -54,8 +57,10 @@ async def _serve(settings: GatewaySettings, scheduler: SchedulerSettings, text: 
         ) as serving:
             server = _Server(
                 uvicorn.Config(
-                    create_app(serving, text, settings, registry=registry),
-                    http=DirectHttpProtocol,
+                    create_app(
+                        serving, text, settings, registry=registry, grammars=grammars
+                    ),
+                    http="httptools",
                     loop="none",  # this one
                     lifespan="off",
                     access_log=False,

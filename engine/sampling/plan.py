@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.sampling.draw import Truncation
+from engine.sampling.grammar import ConstrainedRows, ConstrainedText
 from engine.sampling.penalties import PenaltyRows
 from engine.sampling.philox import uniform
 from protocol.ids import AttemptRef
@@ -31,6 +32,7 @@ class SampledRequest:
     num_outputs: int
     history_slot: int | None  # None: no penalties
     history_length: int
+    constrained: ConstrainedText | None = None
 
 
 class Uniforms:
@@ -99,6 +101,7 @@ class SamplingPlan:
     bias: BiasEntries | None
     masked: MaskedEntries | None
     logprobs: LogprobRows | None
+    constrained: ConstrainedRows | None
     steps: int = 0
 
     def settle(self) -> None:
@@ -124,6 +127,7 @@ def make_plan(
         bias=_bias_entries(requests, device),
         masked=_masked_entries(requests, vocab_size, device),
         logprobs=_logprob_rows(requests, device),
+        constrained=_constrained_rows(requests, device),
     )
 
 
@@ -229,6 +233,16 @@ def _logprob_rows(requests: Sequence[SampledRequest], device: torch.device) -> L
         return None
     counts = [requests[row].request.sampling.logprobs or 0 for row in rows]
     return LogprobRows(rows=rows, rows_L=torch.tensor(rows, device=device), counts=counts)
+
+
+def _constrained_rows(
+    requests: Sequence[SampledRequest], device: torch.device
+) -> ConstrainedRows | None:
+    rows = _rows_where(requests, lambda one: one.constrained is not None)
+    if not rows:
+        return None
+    texts = [text for row in rows if (text := requests[row].constrained) is not None]
+    return ConstrainedRows(rows=rows, rows_G=torch.tensor(rows, device=device), texts=texts)
 
 
 def _rows_where(

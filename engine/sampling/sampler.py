@@ -4,8 +4,8 @@ A request's tokens depend on its logits, its parameters and (seed, choice, token
 its batch-mates or on which steps it sat out. Blocks, models and stop strings are not known here.
 
 Order of work: repetition, frequency and presence penalties; logit bias; stop tokens masked while
-``min_tokens`` are not reached; log-probabilities; then greedy choice, or temperature and the
-filters of ``engine.sampling.draw``.
+``min_tokens`` are not reached; what a grammar does not allow masked; log-probabilities; then
+greedy choice, or temperature and the filters of ``engine.sampling.draw``.
 
 Shape suffixes: R rows   V vocabulary   S rows drawn at random
 """
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.sampling.draw import draw, draw_truncated, weights
+from engine.sampling.grammar import constrained_text
 from engine.sampling.logprobs import token_logprobs
 from engine.sampling.ordering import argmax
 from engine.sampling.penalties import TokenHistory
@@ -24,6 +25,7 @@ from engine.sampling.plan import RandomRows, SampledRequest, SamplingPlan, make_
 from protocol.errors import EngineError, InvalidRequest
 from protocol.ids import AttemptRef
 from protocol.requests import GenerateRequest, SamplingParams, TokenLogprobs
+from runtime.grammars import Grammars
 
 FAILED = -1
 
@@ -40,7 +42,11 @@ class Sampled:
 class Sampler:
     """Samples for all requests between their ``admit`` and their ``retire``."""
 
-    def __init__(self, vocab_size: int, device: torch.device | str) -> None:
+    def __init__(
+        self, vocab_size: int, device: torch.device | str, grammars: Grammars | None = None
+    ) -> None:
+        """Without ``grammars`` no request with a grammar is admitted."""
+        self._grammars = grammars
         self._vocab_size = vocab_size
         self._device = torch.device(device)
         self._requests: dict[AttemptRef, SampledRequest] = {}
@@ -52,7 +58,8 @@ class Sampler:
         """Be ready for a request whose output so far is ``output_ids``.
 
         Raises:
-            InvalidRequest: ``logit_bias`` names a token that the model does not have.
+            InvalidRequest: ``logit_bias`` names a token that the model does not have, or the
+                grammar cannot be used; the request is not admitted.
         """
         ref, sampling = request.ref, request.sampling
         assert ref not in self._requests, f"{ref} was admitted twice"
@@ -62,6 +69,7 @@ class Sampler:
                     f"token id {token_id} is outside the vocabulary of {self._vocab_size}",
                     param="logit_bias",
                 )
+        constrained = constrained_text(request, output_ids, self._grammars, self._vocab_size)
         slot, length = None, 0
         if _penalised(sampling):
             if self._history is None:
@@ -72,6 +80,7 @@ class Sampler:
             num_outputs=len(output_ids),
             history_slot=slot,
             history_length=length,
+            constrained=constrained,
         )
 
     def retire(self, ref: AttemptRef) -> None:
@@ -106,10 +115,12 @@ class Sampler:
             self._history.record(plan.penalties, ids_R, plan.steps)
         token_ids: list[int] = ids_R.tolist()  # host sync
         plan.steps += 1
+        if plan.constrained is not None:
+            plan.constrained.accept(token_ids)
         return Sampled(
             token_ids=token_ids,
             logprobs=self._logprobs(x_RV, ids_R, token_ids, plan),
-            errors=_errors(refs, token_ids) if FAILED in token_ids else {},
+            errors=_errors(plan, token_ids) if FAILED in token_ids else {},
         )
 
     def _plan_for(self, refs: list[AttemptRef]) -> SamplingPlan:
@@ -135,6 +146,8 @@ class Sampler:
         if masked is not None and plan.steps < masked.max_steps:
             entries = (masked.rows_E, masked.ids_E)
             x_RV[entries] = torch.where(masked.steps_E > plan.steps, float("-inf"), x_RV[entries])
+        if plan.constrained is not None:
+            plan.constrained.mask_(x_RV)
 
     def _draw(
         self, x_RV: Tensor, best_logit_R: Tensor, best_R: Tensor, random: RandomRows, step: int
@@ -184,9 +197,12 @@ def _penalised(sampling: SamplingParams) -> bool:
     )
 
 
-def _errors(refs: Sequence[AttemptRef], token_ids: Sequence[int]) -> dict[AttemptRef, EngineError]:
-    return {
-        ref: EngineError("the model's logits are not finite", stage="sample")
-        for ref, token_id in zip(refs, token_ids, strict=True)
-        if token_id == FAILED
-    }
+def _errors(plan: SamplingPlan, token_ids: Sequence[int]) -> dict[AttemptRef, EngineError]:
+    errors: dict[AttemptRef, EngineError] = {}
+    for row, (ref, token_id) in enumerate(zip(plan.refs, token_ids, strict=True)):
+        if token_id == FAILED:
+            grammar = plan.constrained.failure(row) if plan.constrained is not None else None
+            errors[ref] = grammar or EngineError(
+                "the model's logits are not finite", stage="sample"
+            )
+    return errors

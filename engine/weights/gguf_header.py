@@ -107,18 +107,41 @@ class GgufHeader:
         return start
 
     def _value(self, kind: int) -> object:
-        """A scalar or a string; of an array only its length, as nobody here needs the entries."""
+        """A scalar or a string; of an array only where it is, as few readers need the entries."""
         if kind == STRING:
             return self._string()
         if kind != ARRAY:
             return self._scalar(self._layout(kind))
         item_kind, length = self._scalar("<I"), self._scalar("<Q")
+        start = self.position
         if item_kind == STRING:
             for _ in range(length):
                 self._skip_string()
         else:
             self.position += length * struct.calcsize(self._layout(item_kind))
-        return _ArrayLength(length)
+        return _Array(item_kind, length, start)
+
+    def strings(self, key: str) -> list[str]:
+        """The entries of an array of strings; the file must still be mapped.
+
+        Raises:
+            ConfigError: the file has no such array.
+        """
+        array = self._array(key, kinds=(STRING,))
+        self.position = array.start
+        return [self._string() for _ in range(array.length)]
+
+    def integers(self, key: str) -> tuple[int, ...]:
+        """The entries of an array of integers; as ``strings``."""
+        array = self._array(key, kinds=(4, 5))
+        code = SCALARS[array.item_kind][-1]
+        return struct.unpack_from(f"<{array.length}{code}", self._data, array.start)
+
+    def _array(self, key: str, *, kinds: tuple[int, ...]) -> "_Array":
+        found = self.metadata.get(key)
+        if not isinstance(found, _Array) or found.item_kind not in kinds:
+            raise ConfigError(f"{self._path}: key '{key}' is missing, or not an array of its kind")
+        return found
 
     def _layout(self, kind: int) -> str:
         if kind >= len(SCALARS) or not SCALARS[kind]:
@@ -154,7 +177,9 @@ class GgufHeader:
 
 
 @dataclass(frozen=True, slots=True)
-class _ArrayLength:
+class _Array:
     """Stands for a metadata array that was skipped."""
 
+    item_kind: int
     length: int
+    start: int  # byte of the first entry

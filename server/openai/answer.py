@@ -16,6 +16,7 @@ from server.openai.logprobs import LogprobsShape
 from server.openai.schema import GenerationRequest
 from server.openai.usage import usage_of
 from server.settings import LimitSettings
+from server.structured.compiler import GrammarCompiler
 from server.text.model_text import ModelText
 from server.text.tokenizer import TextTokenizer
 
@@ -29,6 +30,7 @@ class Services:
     generator: Generator
     text: ModelText
     limits: LimitSettings
+    grammars: GrammarCompiler
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

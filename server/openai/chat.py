@@ -19,6 +19,7 @@ from server.openai.sampling import (
     token_budget,
 )
 from server.openai.schema import ChatRequest, ContentPart, GenerationRequest, Message
+from server.structured.constraints import constraint_of
 from server.text.chat_template import ChatMessage, TemplateOption
 from server.text.model_text import ModelText
 
@@ -63,6 +64,7 @@ async def plan_chat(body: bytes, services: Services, *, answer_id: str) -> Answe
         logprobs=logprobs,
         prompt_logprobs=asked.prompt_logprobs,
         first_index=0,
+        grammar=await grammar_of(asked, services),
     )
     return Answer(
         kind="chat",
@@ -78,6 +80,30 @@ async def plan_chat(body: bytes, services: Services, *, answer_id: str) -> Answe
     )
 
 
+async def grammar_of(asked: GenerationRequest, services: Services) -> str | None:
+    """What the output must match, if anything.
+
+    Raises:
+        InvalidRequest: it cannot be compiled, or other fields would keep it from ending.
+    """
+    constraint = constraint_of(asked.response_format, asked.structured_outputs)
+    if constraint is None:
+        return None
+    for name in ("ignore_eos", "min_tokens"):
+        if getattr(asked, name):
+            raise InvalidRequest(
+                f"{name}: cannot be combined with output that must match a format, which says "
+                "itself where it ends",
+                param=name,
+            )
+    if not services.text.defaults.end_token_ids:
+        raise InvalidRequest(
+            f"{constraint.param}: this model has no token that ends its text",
+            param=constraint.param,
+        )
+    return await services.grammars.compile(constraint)
+
+
 def choices_of_prompt(
     asked: GenerationRequest,
     text: ModelText,
@@ -89,6 +115,7 @@ def choices_of_prompt(
     logprobs: int | None,
     first_index: int,
     prompt_logprobs: int | None = None,
+    grammar: str | None = None,
 ) -> list[Choice]:
     """The ``n`` choices of one prompt: the same seed, another random stream for each.
 
@@ -111,6 +138,7 @@ def choices_of_prompt(
             choice=k,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            grammar=grammar,
             vocab_size=vocab_size,
         )
         request = GenerateRequest(

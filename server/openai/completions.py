@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from functools import partial
 
 from server.openai.answer import Answer, Services
-from server.openai.chat import choices_of_prompt, logprob_shapes
+from server.openai.chat import choices_of_prompt, grammar_of, logprob_shapes
 from server.openai.choice import Choice
 from server.openai.models import find_model
 from server.openai.parsing import parse_completion
@@ -28,6 +28,7 @@ async def plan_completion(body: bytes, services: Services, *, answer_id: str) ->
     model = find_model(services.generator, asked.model)
     text = services.text
     seed = request_seed(asked)
+    grammar = await grammar_of(asked, services)
     choices: list[Choice] = []
     echoes: list[str] = []
     for prompt in prompts:
@@ -47,6 +48,7 @@ async def plan_completion(body: bytes, services: Services, *, answer_id: str) ->
             logprobs=asked.logprobs,
             prompt_logprobs=_prompt_logprobs(asked),
             first_index=len(choices),
+            grammar=grammar,
         )
         choices += mine
         if asked.echo:

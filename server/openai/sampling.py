@@ -57,6 +57,7 @@ def sampling_params(
     choice: int,
     logprobs: int | None,
     prompt_logprobs: int | None,
+    grammar: str | None,
     vocab_size: int,
 ) -> SamplingParams:
     """
@@ -79,6 +80,7 @@ def sampling_params(
         choice=choice,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        grammar=grammar,
     )
 
 

@@ -9,7 +9,10 @@ from collections.abc import Mapping
 
 from protocol.errors import InvalidRequest
 
-_CONSTRAINS = "it constrains the output, which this server cannot do yet"
+_CONSTRAINS = (
+    "it would constrain the output, for which this server takes response_format and "
+    "structured_outputs"
+)
 _INTERNAL = "it is internal to the server"
 _UNSAFE = "the server's operator chooses it"
 _UNSUPPORTED = "this server does not support it"
@@ -17,7 +20,7 @@ _UNSUPPORTED = "this server does not support it"
 _REFUSED: dict[str, str] = {
     **dict.fromkeys(
         (
-            *("structured_outputs", "response_schema", "json_schema", "json_object", "grammar"),
+            *("response_schema", "json_schema", "json_object", "grammar"),
             *("regex", "ebnf", "structural_tag", "choice", "allowed_token_ids", "bad_words"),
             *("logits_processors", "thinking_token_budget", "tool_parser", "guidance"),
         ),
@@ -52,7 +55,6 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
     "tools": ([],),
     "tool_choice": ("none", "auto"),
     "function_call": ("none",),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "store": (False,),
     "best_of": (1,),
@@ -61,7 +63,6 @@ _WHEN_HARMFUL: dict[str, str] = {
     "tools": "this server cannot call tools yet",
     "tool_choice": "this server cannot call tools yet",
     "function_call": "this server cannot call tools yet",
-    "response_format": _CONSTRAINS,
     "modalities": "this server answers with text only",
     "store": "this server stores nothing",
     "best_of": "this server returns every choice that it makes: use n",

@@ -8,15 +8,18 @@ business, joining bytes into characters is ``server.text.detokenizer``'s.
 import json
 import re
 from collections.abc import Iterable
-from typing import Literal
 
 from tokenizers import Tokenizer
 
-from protocol.errors import ConfigError, InvalidRequest
-
-PieceStyle = Literal["byte_level", "byte_fallback"]
-
-_BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>\Z")
+from protocol.errors import InvalidRequest
+from runtime.vocabulary import (
+    PieceStyle,
+    Vocabulary,
+    decoder_stages,
+    is_byte_piece,
+    piece_style,
+    token_bytes,
+)
 
 
 class TextTokenizer:
@@ -33,7 +36,7 @@ class TextTokenizer:
         self._tokenizer = tokenizer
         self.vocab_size: int = tokenizer.get_vocab_size(with_added_tokens=True)
         decoder = json.loads(tokenizer.to_str())["decoder"]
-        self.piece_style: PieceStyle = _piece_style(decoder)
+        self.piece_style: PieceStyle = piece_style(decoder)
         self.strips_leading_space = _strips_leading_space(decoder)
         self._pieces: dict[int, bytes] = {}
         added = tokenizer.get_added_tokens_decoder()
@@ -58,11 +61,15 @@ class TextTokenizer:
         """The bytes that a token stands for; possibly not UTF-8 by themselves."""
         piece = self._pieces.get(token_id)
         if piece is None:
-            piece = self._pieces[token_id] = self._spell(self.token(token_id))
+            piece = self._pieces[token_id] = token_bytes(self.token(token_id), self.piece_style)
         return piece
 
+    def vocabulary(self) -> Vocabulary:
+        tokens = tuple(map(self.piece, range(self.vocab_size)))
+        return Vocabulary(tokens=tokens, special_ids=tuple(sorted(self.special_ids)))
+
     def is_byte_piece(self, token_id: int) -> bool:
-        return self.piece_style == "byte_fallback" and bool(_BYTE_PIECE.match(self.token(token_id)))
+        return self.piece_style == "byte_fallback" and is_byte_piece(self.token(token_id))
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Ids of text whose literals are all the caller's to write, such as a raw prompt."""
@@ -123,46 +130,6 @@ class TextTokenizer:
             raise InvalidRequest("messages: the text spells one of the model's control tokens")
         return ids
 
-    def _spell(self, token: str) -> bytes:
-        if self.piece_style == "byte_level":
-            try:
-                return bytes(map(_BYTE_OF_CHAR.__getitem__, token))
-            except KeyError:
-                return token.encode()  # an added token, written as it is
-        byte = _BYTE_PIECE.match(token)
-        return bytes([int(byte[1], 16)]) if byte else token.replace("▁", " ").encode()
-
-
-def _byte_of_char() -> dict[str, int]:
-    """The printable stand-ins of byte-level vocabularies: bytes without a visible form are moved
-    to code points from 256 on, in order. Source: GPT-2 (Radford et al., 2019), section 2.2.
-    """
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    moved = [byte for byte in range(0x100) if byte not in set(visible)]
-    return {chr(byte): byte for byte in visible} | {chr(256 + i): b for i, b in enumerate(moved)}
-
-
-_BYTE_OF_CHAR = _byte_of_char()
-
-
-def _stages(decoder: dict[str, object] | None) -> list[dict[str, object]]:
-    if decoder is None:
-        return []
-    nested = decoder.get("decoders")
-    return nested if isinstance(nested, list) else [decoder]
-
-
-def _piece_style(decoder: dict[str, object] | None) -> PieceStyle:
-    kinds = [stage["type"] for stage in _stages(decoder)]
-    if kinds == ["ByteLevel"]:
-        return "byte_level"
-    if kinds in (["Replace", "ByteFallback", "Fuse"], ["Replace", "ByteFallback", "Fuse", "Strip"]):
-        return "byte_fallback"
-    raise ConfigError(
-        f"tokenizer.json: decoder {' + '.join(map(str, kinds)) or 'null'} is not supported; "
-        "supported are ByteLevel and Replace + ByteFallback + Fuse (+ Strip)"
-    )
-
 
 def _strips_leading_space(decoder: dict[str, object] | None) -> bool:
-    return any(stage["type"] == "Strip" and stage.get("start") for stage in _stages(decoder))
+    return any(stage["type"] == "Strip" and stage.get("start") for stage in decoder_stages(decoder))

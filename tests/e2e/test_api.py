@@ -1,5 +1,7 @@
 """What the HTTP API promises beyond plain chat, asked of a running system with real weights."""
 
+import json
+import re
 from typing import Any
 
 import httpx
@@ -53,3 +55,65 @@ def test_the_sum_of_a_continuation_tells_which_answer_is_likelier(system: LocalS
     answer = complete(system, prompt=prompts, max_tokens=0, echo=True, logprobs=0)
     sums = [sum(c["logprobs"]["token_logprobs"][1:]) for c in answer["choices"]]
     assert sums[0] > sums[1]
+
+
+KINDS: dict[str, tuple[dict[str, Any], str]] = {
+    "json_schema": (
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {
+                    "name": "person",
+                    "schema": {
+                        "type": "object",
+                        "properties": {
+                            "name": {"type": "string", "maxLength": 8},
+                            "age": {"type": "integer", "minimum": 0, "maximum": 120},
+                        },
+                        "required": ["name", "age"],
+                        "additionalProperties": False,
+                    },
+                },
+            }
+        },
+        r".*",
+    ),
+    "regex": ({"structured_outputs": {"regex": "[a-z]{2,4}[0-9]"}}, r"[a-z]{2,4}[0-9]"),
+    "choice": ({"structured_outputs": {"choice": ["red", "green", "blue"]}}, r"red|green|blue"),
+    "grammar": (
+        {"structured_outputs": {"grammar": 'start: digit ("+" digit)~1..3\ndigit: /[0-9]/'}},
+        r"\d(\+\d){1,3}",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_constrained_output_matches_at_a_high_temperature(system: LocalSystem, kind: str) -> None:
+    """The first token comes from a prefill worker, the others from two decode ranks."""
+    fields, pattern = KINDS[kind]
+    body = {
+        "model": "smollm2",
+        "messages": [{"role": "user", "content": "Invent something."}],
+        "temperature": 1.5,
+        "max_tokens": 80,
+        "n": 8,
+        **fields,
+    }
+    texts = []
+    with httpx.Client(base_url=system.url, timeout=120) as client:
+        for seed in range(2):
+            answer = client.post("/v1/chat/completions", json={**body, "seed": seed})
+            assert answer.status_code == 200, answer.text
+            texts += [
+                choice["message"]["content"]
+                for choice in answer.json()["choices"]
+                if choice["finish_reason"] == "stop"
+            ]
+    assert len(texts) > 8  # a few strings of the schema may be cut by max_tokens
+    for text in texts:
+        assert re.fullmatch(pattern, text, re.DOTALL), text
+        if kind == "json_schema":
+            person = json.loads(text)
+            assert set(person) == {"name", "age"}
+            assert len(person["name"]) <= 8
+            assert 0 <= person["age"] <= 120

@@ -1,0 +1,138 @@
+"""What a caller wants its output to look like, from the fields that say so. Nothing compiles here.
+
+One request has one constraint at most; fields that would give it two are refused by name.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import orjson
+from msgspec import UNSET, UnsetType
+
+from protocol.errors import InvalidRequest
+from runtime.grammars import Kind
+
+MAX_BYTES = 64 * 1024
+MAX_CHOICES = 1024
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
+
+
+class JsonSchemaFormat(msgspec.Struct, kw_only=True):
+    name: str
+    schema: dict[str, Any] | bool | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(msgspec.Struct, kw_only=True):
+    type: str
+    json_schema: JsonSchemaFormat | None = None
+
+
+class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    """The extension: exactly one of these."""
+
+    json: dict[str, Any] | str | bool | UnsetType | None = UNSET
+    json_object: bool | UnsetType | None = UNSET
+    regex: str | UnsetType | None = UNSET
+    choice: list[str] | UnsetType | None = UNSET
+    grammar: str | UnsetType | None = UNSET
+
+
+class Constraint(NamedTuple):
+    """``param`` is the field to name when it cannot be used."""
+
+    kind: Kind
+    source: str
+    param: str
+    lenient: bool = False
+
+
+def constraint_of(
+    response_format: ResponseFormat | None, structured: StructuredOutputs | None
+) -> Constraint | None:
+    """
+    Raises:
+        InvalidRequest: the fields contradict each other, or one is too large.
+    """
+    of_format = None if response_format is None else _of_response_format(response_format)
+    of_extension = None if structured is None else _of_extension(structured)
+    if of_format is not None and of_extension is not None:
+        raise _invalid("structured_outputs", "cannot be combined with response_format")
+    return of_format or of_extension
+
+
+def json_constraint(schema: object, *, param: str, lenient: bool = False) -> Constraint:
+    return _checked("json", orjson.dumps(schema).decode(), param, lenient=lenient)
+
+
+def lark_constraint(source: str, *, param: str) -> Constraint:
+    return _checked("lark", source, param)
+
+
+def _of_response_format(asked: ResponseFormat) -> Constraint | None:
+    if asked.type == "json_object":
+        return json_constraint({"type": "object"}, param="response_format")
+    if asked.type == "text":
+        return None
+    if asked.type != "json_schema":
+        raise _invalid("response_format.type", "must be text, json_object or json_schema")
+    if asked.json_schema is None:
+        raise _invalid("response_format.json_schema", "is required")
+    if not _NAME.match(asked.json_schema.name):
+        raise _invalid(
+            "response_format.json_schema.name", "must be 1 to 64 letters, digits, _ or -"
+        )
+    schema = asked.json_schema.schema
+    return json_constraint(
+        {} if schema is None else schema, param="response_format.json_schema.schema"
+    )
+
+
+def _of_extension(asked: StructuredOutputs) -> Constraint | None:
+    fields = msgspec.structs.asdict(asked)
+    given = {name: value for name, value in fields.items() if value not in (UNSET, None, False)}
+    if len(given) != 1:
+        raise _invalid("structured_outputs", f"needs exactly one of {', '.join(fields)}")
+    ((name, value),) = given.items()
+    param = f"structured_outputs.{name}"
+    match name:
+        case "json":
+            return json_constraint(_parsed(value, param), param=param)
+        case "json_object":
+            return json_constraint({"type": "object"}, param=param)
+        case "regex":
+            return _checked("regex", value, param)
+        case "choice":
+            return lark_constraint(f"start: {_one_of(value, param)}", param=param)
+        case _:
+            return lark_constraint(value, param=param)
+
+
+def _one_of(choices: Sequence[str], param: str) -> str:
+    if not choices or "" in choices:
+        raise _invalid(param, "must have at least one text, and none that is empty")
+    if len(choices) > MAX_CHOICES:
+        raise _invalid(param, f"more than {MAX_CHOICES} choices")
+    return " | ".join(orjson.dumps(choice).decode() for choice in choices)
+
+
+def _parsed(schema: object, param: str) -> object:
+    if not isinstance(schema, str):
+        return schema
+    try:
+        return orjson.loads(schema)
+    except orjson.JSONDecodeError:
+        raise _invalid(param, "the string is not valid JSON") from None
+
+
+def _checked(kind: Kind, source: str, param: str, *, lenient: bool = False) -> Constraint:
+    if len(source.encode()) > MAX_BYTES:
+        raise _invalid(param, f"is larger than {MAX_BYTES} bytes")
+    return Constraint(kind, source, param, lenient)
+
+
+def _invalid(param: str, problem: str) -> InvalidRequest:
+    return InvalidRequest(f"{param}: {problem}", param=param)

@@ -1,0 +1,127 @@
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import anyio
+import httpx
+import pytest
+
+from protocol.errors import InvalidRequest
+from server.app import create_app
+from server.settings import GatewaySettings
+from server.structured import compiler
+from server.structured.compiler import GrammarCompiler
+from server.structured.constraints import Constraint
+from tests.support.generator import ScriptedGenerator
+from tests.support.model_text import byte_model_text
+
+TEXT = byte_model_text()
+USER = [{"role": "user", "content": "hi"}]
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+
+
+@pytest.fixture(scope="module")
+def grammars() -> Iterator[GrammarCompiler]:
+    with GrammarCompiler(TEXT.tokenizer.vocabulary()) as made:
+        yield made
+
+
+def post(grammars: GrammarCompiler, **fields: Any) -> tuple[httpx.Response, ScriptedGenerator]:
+    generator = ScriptedGenerator(text=TEXT)
+    app = create_app(generator, TEXT, GatewaySettings(), grammars=grammars)
+
+    async def exchange() -> httpx.Response:
+        transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+            body = {"model": "tiny", "messages": USER, **fields}
+            return await client.post("/v1/chat/completions", json=body)
+
+    return anyio.run(exchange), generator
+
+
+def json_schema(schema: Any, name: str = "answer") -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": name, "schema": schema}}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"response_format": {"type": "json_object"}},
+        {"response_format": json_schema(SCHEMA)},
+        {"structured_outputs": {"json": SCHEMA}},
+        {"structured_outputs": {"json": json.dumps(SCHEMA), "regex": None}},
+        {"structured_outputs": {"regex": "[0-9]+"}},
+        {"structured_outputs": {"choice": ["yes", 'n"o']}},
+        {"structured_outputs": {"grammar": 'start: "a" | "b"'}},
+        {"structured_outputs": {"json_object": True}},
+    ],
+    ids=json.dumps,
+)
+def test_every_kind_of_constraint_reaches_the_workers(
+    fields: dict[str, Any], grammars: GrammarCompiler
+) -> None:
+    response, generator = post(grammars, **fields)
+    assert response.status_code == 200, response.text
+    assert generator.requests[0].sampling.grammar
+
+
+def test_plain_text_is_no_constraint(grammars: GrammarCompiler) -> None:
+    response, generator = post(grammars, response_format={"type": "text"})
+    assert response.status_code == 200
+    assert generator.requests[0].sampling.grammar is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": json_schema(SCHEMA, name="a b")}, "response_format.json_schema.name"),
+        ({"response_format": json_schema({"type": "nothing"})}, "response_format.json_schema"),
+        ({"response_format": json_schema({"unevaluatedItems": False})}, "response_format"),
+        ({"response_format": json_schema({"type": "string", "pattern": "(("})}, "response_format"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["b"]}}, "structured_outputs"),
+        ({"structured_outputs": {"structural_tag": "x"}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "((("}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": ["a"] * 1025}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"grammar": "start: nobody"}}, "structured_outputs.grammar"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        ({"structured_outputs": {"regex": "a" * 70_000}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"regex": "a"}, "ignore_eos": True}, "ignore_eos"),
+        ({"structured_outputs": {"regex": "a"}, "min_tokens": 3}, "min_tokens"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "structured_outputs",
+        ),
+        ({"guided_json": SCHEMA}, "guided_json"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else json.dumps(value)[:70],
+)
+def test_what_cannot_be_honoured_is_refused_by_name(
+    fields: dict[str, Any], param: str, grammars: GrammarCompiler
+) -> None:
+    response, generator = post(grammars, **fields)
+    error = response.json()["error"]
+    assert response.status_code == 400, error
+    assert error["param"].startswith(param)
+    assert len(error["message"]) < 600
+    assert generator.requests == []
+
+
+def test_a_grammar_that_takes_too_long_is_refused_and_the_next_one_compiles(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    patience = compiler.TRIAL_S
+
+    async def compile_two() -> str:
+        with GrammarCompiler(TEXT.tokenizer.vocabulary()) as grammars:
+            await grammars.compile(Constraint("regex", "a", "x"))
+            monkeypatch.setattr(compiler, "TRIAL_S", 0.0)
+            with pytest.raises(InvalidRequest, match="compile"):
+                await grammars.compile(Constraint("regex", "b", "x"))
+            monkeypatch.setattr(compiler, "TRIAL_S", patience)
+            return await grammars.compile(Constraint("regex", "c", "x"))
+
+    assert anyio.run(compile_two)
