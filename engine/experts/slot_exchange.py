@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.experts.grouped_gemm import ExpertWeights
 from engine.experts.layer import ExpertLayer
 from engine.experts.placement import EMPTY, ExpertPlacement
 
@@ -39,8 +40,13 @@ class SlotExchange:
         """``read`` gives any expert of the layer, on any device; it may take its time."""
         self._layer = layer
         self._rank = rank
-        self._read = read
+        self.read = read
         self.placement = placement
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """Of this rank's slots, as the model uses them."""
+        return self._layer.weights
 
     @torch.no_grad()
     def stage(self, placement: ExpertPlacement) -> StagedSlots:
@@ -55,7 +61,7 @@ class SlotExchange:
             for slot, (old, new) in enumerate(zip(held, wanted, strict=True))
             if new not in (old, EMPTY)
         )
-        weights = self._layer.weights
+        weights = self.weights
         staged = StagedSlots(
             placement=placement,
             slots=slots,
@@ -63,7 +69,7 @@ class SlotExchange:
             down_CDI=weights.down.new_empty(len(slots), *weights.down.shape[1:]),
         )
         for row, slot in enumerate(slots):
-            gate_up_FD, down_DI = self._read(wanted[slot])
+            gate_up_FD, down_DI = self.read(wanted[slot])
             staged.gate_up_CFD[row].copy_(gate_up_FD)
             staged.down_CDI[row].copy_(down_DI)
         return staged
@@ -71,7 +77,7 @@ class SlotExchange:
     @torch.no_grad()
     def commit(self, staged: StagedSlots) -> None:
         """Put the experts in their slots. Between two steps, on every rank before the next."""
-        weights = self._layer.weights
+        weights = self.weights
         for row, slot in enumerate(staged.slots):
             weights.gate_up[slot].copy_(staged.gate_up_CFD[row])
             weights.down[slot].copy_(staged.down_CDI[row])

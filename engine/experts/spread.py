@@ -67,10 +67,9 @@ class ExpertSpread:
 EVENLY = ExpertSpread()
 
 
-def digest(placements: Sequence[ExpertPlacement]) -> int:
-    """63 bits: equal where the same experts are in the same slots."""
-    slots = repr([placement.slots for placement in placements]).encode()
-    return int.from_bytes(hashlib.sha256(slots).digest()[:8], "little") >> 1
+def digest(*parts: object) -> int:
+    """63 bits that are equal where all ``parts``, of plain types and dataclasses, are equal."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "little") >> 1
 
 
 def _listed(layers: object) -> str:

@@ -48,7 +48,8 @@ class LayerCache:
 
     def __init__(self, layout: KVLayout, blocks: Tensor, plans: OncePerStep) -> None:
         self.block_tokens = layout.block_tokens
-        self.row_kinds = 2 if layout.kind == "gqa" else 1
+        self.keys_and_values = layout.kind == "gqa"  # else latents alone
+        self.row_kinds = 2 if self.keys_and_values else 1
         self.heads = layout.kv_heads
         self.width = layout.key_width
         self.plans = plans  # shared by all layers

@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.attention.gqa import gqa_attention
 from engine.batch import ForwardBatch
 from engine.config import GqaConfig
+from engine.cpu.grouped_attention import HeadNorms, grouped_decode, serves
 from engine.kvcache.storage import LayerCache
 from engine.layers.linear import Linear
 from engine.layers.norm import rms_norm
@@ -26,23 +27,32 @@ class GroupedQueryAttention:
         self._heads, self._kv_heads = config.num_heads, config.num_kv_heads
         self._width = config.head_width
         self._scale = config.head_width**-0.5
-        self._epsilon = setting.config.norm_epsilon
         self._project = Linear(read_rows(weights.projections), numerics=setting.numerics)
         self._output = Linear(weights.output_DO.read(), numerics=setting.numerics)
-        self._query_norm_W = weights.query_norm_W.read() if weights.query_norm_W else None
-        self._key_norm_W = weights.key_norm_W.read() if weights.key_norm_W else None
+        self._norms: HeadNorms | None = None
+        if weights.query_norm_W and weights.key_norm_W:
+            self._norms = HeadNorms(
+                query_W=weights.query_norm_W.read(),
+                key_W=weights.key_norm_W.read(),
+                epsilon=setting.config.norm_epsilon,
+            )
 
     def __call__(
         self, x_ND: Tensor, rotation: Rotation, cache: LayerCache, batch: ForwardBatch
     ) -> Tensor:
         heads, rotated = self._heads, self._heads + self._kv_heads
         qkv_NSW = self._project(x_ND).view(-1, rotated + self._kv_heads, self._width)
-        if self._query_norm_W is None or self._key_norm_W is None:
+        if batch.num_tokens and batch.decode_only and serves(cache):
+            out_NHW = grouped_decode(
+                qkv_NSW, rotation, cache, batch, scale=self._scale, norms=self._norms
+            )
+            return self._output(out_NHW.flatten(1))
+        if self._norms is None:
             qk_NJW = rotation.apply(qkv_NSW[:, :rotated])
             q_NHW, k_NGW = qk_NJW[:, :heads], qk_NJW[:, heads:]
         else:
-            q_NHW = rms_norm(qkv_NSW[:, :heads], self._query_norm_W, self._epsilon)
-            k_NGW = rms_norm(qkv_NSW[:, heads:rotated], self._key_norm_W, self._epsilon)
+            q_NHW = rms_norm(qkv_NSW[:, :heads], self._norms.query_W, self._norms.epsilon)
+            k_NGW = rms_norm(qkv_NSW[:, heads:rotated], self._norms.key_W, self._norms.epsilon)
             q_NHW, k_NGW = rotation.apply(q_NHW), rotation.apply(k_NGW)
         out_NHW = gqa_attention(
             q_NHW,

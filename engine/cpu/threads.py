@@ -1,0 +1,117 @@
+"""Runs a compiled kernel on the OpenMP threads that torch already has in this process.
+
+A second pool of threads would fight torch's for the same cores, as both spin between regions. So
+torch's copy of the OpenMP runtime is asked to run the kernel; where that is not GNU's, a kernel
+runs on one thread. A kernel shares its work out with ``first_item`` and ``end_item``.
+
+Machine code is kept in the user's cache folder, under a digest of this package's sources.
+"""
+
+import ctypes
+import hashlib
+import os
+import struct
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+import numba
+import numpy as np
+import torch
+from numba import cfunc, njit, types
+
+from engine.cpu.values import FAST_MATH
+
+_SIGNATURE = types.void(types.CPointer(types.int64))
+_MOST_ARGUMENTS = 24
+
+_PACKERS = tuple(struct.Struct(f"={count}q") for count in range(_MOST_ARGUMENTS + 1))
+
+_thread_number = types.ExternalFunction("omp_get_thread_num", types.int32())
+_thread_count = types.ExternalFunction("omp_get_num_threads", types.int32())
+
+
+@njit(inline="always")
+def first_item(items: int) -> Any:
+    """Where this thread's share of ``items`` begins; shares are in order and even."""
+    return items * np.int64(_thread_number()) // np.int64(_thread_count())
+
+
+@njit(inline="always")
+def end_item(items: int) -> Any:
+    return items * (np.int64(_thread_number()) + 1) // np.int64(_thread_count())
+
+
+@njit(inline="always")
+def own_part(address: int, num_bytes: int) -> Any:
+    """This thread's part of a workspace that has ``num_bytes`` for each thread."""
+    return address + np.int64(_thread_number()) * num_bytes
+
+
+class Kernel:
+    """A compiled function of up to 24 integers: addresses, strides, counts, bits of floats.
+
+    Nothing is checked: what is at an address must stay there until the call returns. Python's
+    lock is not held meanwhile. Not for several threads of Python at once.
+    """
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._runtime = _load_runtime()
+        compiled = cfunc(
+            _SIGNATURE,
+            nopython=True,
+            cache=_prepare_cache(),
+            fastmath=FAST_MATH,
+            error_model="numpy",
+        )(function)
+        self._compiled = compiled  # owns the machine code
+        self._address = ctypes.c_void_p(compiled.address)
+        self._call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
+        self._arguments = bytearray(8 * _MOST_ARGUMENTS)
+        view = (ctypes.c_int64 * _MOST_ARGUMENTS).from_buffer(self._arguments)
+        self._place = ctypes.c_void_p(ctypes.addressof(view))
+
+    def __call__(self, *arguments: int, threads: int = 1) -> None:
+        _PACKERS[len(arguments)].pack_into(self._arguments, 0, *arguments)
+        if threads > 1 and self._runtime is not None:
+            self._runtime.GOMP_parallel(self._address, self._place, threads, 0)
+        else:
+            self._call(self._place)
+
+
+@cache
+def _load_runtime() -> Any:
+    """Torch's OpenMP runtime, its symbols known to kernels, or None."""
+    for path in sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*")):
+        runtime = ctypes.CDLL(str(path))
+        runtime.GOMP_parallel.restype = None
+        llvm.load_library_permanently(str(path))
+        return runtime
+    for name, function in (("omp_get_thread_num", _zero), ("omp_get_num_threads", _one)):
+        llvm.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
+    return None
+
+
+_zero = ctypes.CFUNCTYPE(ctypes.c_int32)(lambda: 0)
+_one = ctypes.CFUNCTYPE(ctypes.c_int32)(lambda: 1)
+
+
+@cache
+def _prepare_cache() -> bool:
+    """Point numba at a folder of this version of the kernels; False: there is none to write to.
+
+    numba itself looks at the file of the compiled function only, not at what it calls.
+    """
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    folder = Path.home() / ".cache" / "headrace" / "kernels" / digest
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return False
+    if not os.access(folder, os.W_OK):
+        return False
+    numba.config.CACHE_DIR = str(folder)
+    return True
