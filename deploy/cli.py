@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from deploy.bench_options import add_bench_options
 from deploy.config import KEYS, WrongSetting, variable
 from deploy.exits import DONE, FAILED, INTERRUPTED, USAGE
 from deploy.options import OPTIONS, add_options, configuration
@@ -28,6 +29,7 @@ VERBS = {
     "prefill": "run one prefill worker",
     "decode": "run one rank of a decode worker, or all of them as child processes",
     "status": "show what a running system serves and how its workers do",
+    "bench": "test a server under load and say what it can do",
     "settings": "list every setting with its default, variable and meaning",
     "key": "make a cluster key file, which processes on several machines share",
     "version": "print the version",
@@ -72,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="holds the API key, where the gateway asks for one",
     )
+    add_bench_options(verbs.choices["bench"])
     verbs.choices["settings"].add_argument("--json", action="store_true", help="print JSON")
     verbs.choices["key"].add_argument("file", metavar="FILE", type=Path, help="must not exist yet")
     return command
@@ -123,6 +126,10 @@ def _run(chosen: argparse.Namespace) -> int:
             timeout_s=chosen.timeout,
             api_key_file=chosen.api_key_file,
         )
+    elif verb == "bench":
+        from deploy.bench import bench
+
+        return bench(chosen)
     elif verb == "up":
         from deploy.up import up
 

@@ -1,0 +1,104 @@
+"""What is found out about a server before any load: its model, its dialect, its token count.
+
+A few small requests: the list of models, one generation that tells whether the extensions for exact
+output lengths are taken, and one longer prompt that tells how words become tokens.
+"""
+
+import asyncio
+from dataclasses import dataclass
+from time import monotonic_ns
+
+import msgspec
+import orjson
+
+from capacity.load.address import Address
+from capacity.load.api import Api
+from capacity.load.client import Client
+from capacity.load.connection import Broken
+from capacity.load.errors import ServerUnusable
+from capacity.load.records import Record
+from capacity.load.text import Calibration, Text
+from capacity.load.workload import nonce_words
+
+_OK = 200
+_UNAUTHORISED = (401, 403)
+_REFUSES_FIELDS = ("http 400", "http 422")
+_SHORT_WORDS, _LONG_WORDS = 16, 144
+_PROBE_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    api: Api
+    calibration: Calibration
+    models: tuple[str, ...]
+
+
+async def probe(address: Address, wanted: Api, *, with_nonce: bool) -> Found:
+    """
+    Raises:
+        ServerUnusable: it does not answer, or not as an OpenAI-compatible server would.
+    """
+    client = Client(address, wanted, timeout_s=_PROBE_TIMEOUT_S)
+    try:
+        models = await _models(client, address)
+        model = wanted.model or models[0]
+        if models and model not in models and wanted.model:
+            raise ServerUnusable(f"no model {model!r} at {address.url}; it has {', '.join(models)}")
+        client.api = msgspec.structs.replace(wanted, model=model)
+        short = await _ask(client, _SHORT_WORDS, with_nonce=with_nonce)
+        if short.error in _REFUSES_FIELDS and wanted.exact_length:
+            client.api = msgspec.structs.replace(client.api, exact_length=False)
+            short = await _ask(client, _SHORT_WORDS, with_nonce=with_nonce)
+        if short.error:
+            raise ServerUnusable(f"{address.url}{client.api.path}: {short.error}: {short.message}")
+        long = await _ask(client, _LONG_WORDS, with_nonce=with_nonce)
+    finally:
+        client.pool.close()
+    return Found(
+        api=client.api,
+        calibration=_calibration(short.input_tokens, long.input_tokens),
+        models=models,
+    )
+
+
+async def _models(client: Client, address: Address) -> tuple[str, ...]:
+    try:
+        status, body = await client.get("/v1/models")
+    except Broken as broken:
+        raise ServerUnusable(f"{address.url}: {broken.failure}: {broken}") from None
+    if status in _UNAUTHORISED:
+        raise ServerUnusable(f"{address.url} wants an API key (http {status}): --api-key-file FILE")
+    models: list[str] = []
+    if status == _OK:
+        try:
+            models = [str(model["id"]) for model in orjson.loads(body)["data"]]
+        except (orjson.JSONDecodeError, KeyError, TypeError):
+            models = []
+    if not models and not client.api.model:
+        raise ServerUnusable(
+            f"{address.url}/v1/models lists no model (http {status}); is this an OpenAI-compatible "
+            "server? If it is, name the model: --model NAME"
+        )
+    return tuple(models)
+
+
+async def _ask(client: Client, words: int, *, with_nonce: bool) -> Record:
+    text = Text()
+    prompt = text.words(words, "probe", monotonic_ns())
+    if with_nonce:
+        prompt = f"{nonce_words(text, 'probe', monotonic_ns())} {prompt}"
+    record = Record(index=0, stage=-1, intended_ns=monotonic_ns())
+    # Two tokens: some servers' streams of a single token differ from all others.
+    request = client.request(client.api.body(prompt, 2))
+    async with asyncio.timeout(_PROBE_TIMEOUT_S):
+        await client.ask(request, record)
+    return record
+
+
+def _calibration(short: int | None, long: int | None) -> Calibration:
+    """One token a word where the server does not count."""
+    if short is None or long is None or long <= short:
+        return Calibration()
+    per_word = (long - short) / (_LONG_WORDS - _SHORT_WORDS)
+    return Calibration(overhead=short - per_word * _SHORT_WORDS, per_word=per_word)
