@@ -7,13 +7,13 @@ rows travel and what a step computes is unknown here.
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, fields
 from enum import IntEnum
 from typing import Literal
 
 from protocol.errors import ProtocolError
 
-ROW_VERSION = 1
+ROW_VERSION = 2
 EXPECTING_PACE_S = 0.005
 IDLE_PACE_S = 0.05
 
@@ -26,15 +26,38 @@ class RankState(IntEnum):
     LEAVING = 2
 
 
+class Rebalancing(IntEnum):
+    """How far a rank is with moving experts, one layer at a time.
+
+    ``READY`` has counted a window and can tell what it counted for the next layer. ``STAGING``
+    reads what the layer's next placement brings here, beside its steps. ``STAGED`` could commit
+    now; ``FAILED`` could not read it.
+    """
+
+    OFF = 0
+    COUNTING = 1
+    READY = 2
+    STAGING = 3
+    STAGED = 4
+    FAILED = 5
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRow:
-    """What one rank tells the others before a step."""
+    """What one rank tells the others before a step.
+
+    ``placement`` stands for which experts are in which slots now, as far as this rank knows;
+    ``started_with`` for the placement and the settings that it started with.
+    """
 
     epoch: int
     state: RankState
     tokens: int  # that it brings to this step; 0 when it has none to decode
     expecting: bool  # it has granted blocks: tokens may come at any moment
     free_blocks: int
+    rebalancing: Rebalancing = Rebalancing.OFF
+    placement: int = 0
+    started_with: int = 0
     version: int = ROW_VERSION
 
     def to_ints(self) -> tuple[int, ...]:
@@ -51,17 +74,20 @@ class StepRow:
                 f"a rank sent a step row of another version: {tuple(row)}; all ranks of a decode "
                 f"worker must run the same release (row version {ROW_VERSION})"
             )
-        epoch, state, tokens, expecting, free_blocks, _ = row
+        epoch, state, tokens, expecting, free_blocks, rebalancing, placement, started_with, _ = row
         return cls(
             epoch=epoch,
             state=RankState(state),
             tokens=tokens,
             expecting=bool(expecting),
             free_blocks=free_blocks,
+            rebalancing=Rebalancing(rebalancing),
+            placement=placement,
+            started_with=started_with,
         )
 
 
-ROW_WIDTH = 6
+ROW_WIDTH = len(fields(StepRow))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,21 +97,27 @@ class StepPlan:
     ``decode``: all ranks run the model, those without tokens with an empty batch, and
     ``tokens_of_rank`` is what each brings. ``idle``: no rank computes; exchange rows again after
     ``pace_s``, or sooner if work comes. ``stop``: all ranks have left; exchange nothing any more.
+    ``restore``: ranks have different placements, because one of them has started again; every rank
+    goes back to the placement that it started with, and then rows are exchanged again.
+
+    ``experts`` comes before that. ``gather``: all ranks exchange what they counted for the next
+    layer, and begin to stage. ``commit``: what is staged takes effect. ``abandon``: it is dropped.
     """
 
-    kind: Literal["decode", "idle", "stop"]
+    kind: Literal["decode", "idle", "stop", "restore"]
     tokens_of_rank: tuple[int, ...]
     pace_s: float
     draining: bool  # some rank takes no new requests
     free_blocks_of_rank: tuple[int, ...]
+    experts: Literal["keep", "gather", "commit", "abandon"]
 
 
 def decide(rows: Sequence[StepRow]) -> StepPlan:
     """The plan that follows from the rows, the same on every rank. ``rows`` are in rank order.
 
     Raises:
-        ProtocolError: the ranks are not of one epoch, or a row contradicts itself. Every rank
-            raises it, for they all see the same rows.
+        ProtocolError: the ranks are not of one epoch or did not start alike, or a row contradicts
+            itself. Every rank raises it, for they all see the same rows.
     """
     epochs = sorted({row.epoch for row in rows})
     if len(epochs) != 1:
@@ -93,8 +125,11 @@ def decide(rows: Sequence[StepRow]) -> StepPlan:
     for rank, row in enumerate(rows):
         if row.tokens < 0 or (row.tokens and row.state is RankState.LEAVING):
             raise ProtocolError(f"rank {rank} is {row.state.name} with {row.tokens} tokens")
-    kind: Literal["decode", "idle", "stop"]
-    if any(row.tokens for row in rows):
+    _check_start(rows)
+    kind: Literal["decode", "idle", "stop", "restore"]
+    if len({row.placement for row in rows}) != 1:
+        kind, pace_s = "restore", 0.0
+    elif any(row.tokens for row in rows):
         kind, pace_s = "decode", 0.0
     elif all(row.state is RankState.LEAVING for row in rows):
         kind, pace_s = "stop", 0.0
@@ -107,4 +142,26 @@ def decide(rows: Sequence[StepRow]) -> StepPlan:
         pace_s=pace_s,
         draining=any(row.state is not RankState.SERVING for row in rows),
         free_blocks_of_rank=tuple(row.free_blocks for row in rows),
+        experts="keep" if kind in ("stop", "restore") else _with_experts(rows),
     )
+
+
+def _with_experts(rows: Sequence[StepRow]) -> Literal["keep", "gather", "commit", "abandon"]:
+    stages = {row.rebalancing for row in rows}
+    if Rebalancing.FAILED in stages:
+        return "abandon"
+    if stages == {Rebalancing.READY}:
+        return "gather"
+    if stages == {Rebalancing.STAGED}:
+        return "commit"
+    return "keep"
+
+
+def _check_start(rows: Sequence[StepRow]) -> None:
+    starts = [row.started_with for row in rows]
+    odd = [rank for rank, start in enumerate(starts) if start != starts[0]]
+    if odd:
+        raise ProtocolError(
+            f"ranks {odd} started with another expert placement than rank 0: decode.experts and "
+            "the recorded load must be the same on all ranks"
+        )

@@ -16,9 +16,11 @@ import torch
 
 from decode.intake import Arrived, Intake, Lost
 from decode.lockstep import RankState, StepRow, decide
+from decode.rebalance import ExpertMoves
 from decode.scheduler import DecodeScheduler, DecodeStep
 from decode.swap import SwapSpace
 from engine.collectives import StepGroup
+from engine.experts.replicas import request_key
 from engine.model_runner import ModelRunner, SequenceStep, batch_from
 from engine.sampling.sampler import Sampled, Sampler
 from engine.sampling.stopping import finish_reason
@@ -56,6 +58,7 @@ class _Running:
     """A committed request. ``num_output`` counts the first token, which prefill sampled."""
 
     request: GenerateRequest
+    key: int  # ``engine.experts.replicas.request_key``
     num_output: int = 1
 
 
@@ -69,6 +72,7 @@ class DecodeLoop:
         swap: SwapSpace,
         runner: ModelRunner,
         sampler: Sampler,
+        experts: ExpertMoves,
         form_group: Callable[[int, Callable[[], bool]], StepGroup],
         outbox: Outbox[ToPeer],
         on_membership: Callable[[], object],
@@ -85,6 +89,7 @@ class DecodeLoop:
         self._swap = swap
         self._runner = runner
         self._sampler = sampler
+        self._experts = experts
         self._form_group = form_group
         self._outbox = outbox
         self._on_membership = on_membership
@@ -139,6 +144,7 @@ class DecodeLoop:
             last_epoch = group.epoch
             try:
                 self._enter(group.epoch)
+                self._experts.enter_group()
                 while self._turn(group):
                     pass
                 return
@@ -170,10 +176,14 @@ class DecodeLoop:
             self._swap.take(swap.ref, swap.blocks)
         rows = group.exchange(self._row(step, group.epoch).to_ints())
         plan = decide([StepRow.from_ints(row) for row in rows])
+        self._experts.follow(plan.experts, group)
         if plan.kind == "decode":
             group.expert_group.begin_step(plan.tokens_of_rank)
             self._compute(step)
+            self._experts.after_step()
             self._note_step(time.monotonic() - now)
+        elif plan.kind == "restore":
+            self._experts.restore()
         elif plan.kind == "idle":
             self._account()
             # Alone there is nobody to keep pace with.
@@ -184,9 +194,14 @@ class DecodeLoop:
         try:
             batch = batch_from(
                 [
-                    SequenceStep(token_ids=(token,), start=position, block_table=table.blocks)
-                    for token, position, table in zip(
-                        step.token_ids, step.positions, step.tables, strict=True
+                    SequenceStep(
+                        token_ids=(token,),
+                        start=position,
+                        block_table=table.blocks,
+                        key=self._running[ref].key,
+                    )
+                    for ref, token, position, table in zip(
+                        step.refs, step.token_ids, step.positions, step.tables, strict=True
                     )
                 ],
                 block_tokens=self._runner.storage.layout.block_tokens,
@@ -261,7 +276,9 @@ class DecodeLoop:
             self._clients.disown(request.ref)
             return
         self._land(arrived.block_ids)
-        self._running[request.ref] = _Running(request=request)
+        self._running[request.ref] = _Running(
+            request=request, key=request_key(request.request_id)
+        )
         try:
             self._sampler.admit(request, (hand_off.token_id,))
         except ServingError as error:
@@ -316,12 +333,16 @@ class DecodeLoop:
         if self._intake.draining:
             busy = self._running or len(self._intake)
             state = RankState.DRAINING if busy else RankState.LEAVING
+        rebalancing, placement, started_with = self._experts.row()
         return StepRow(
             epoch=epoch,
             state=state,
             tokens=len(step.refs),
             expecting=len(self._intake) > 0,
             free_blocks=self.load.free_blocks,
+            rebalancing=rebalancing,
+            placement=placement,
+            started_with=started_with,
         )
 
     def _note_step(self, seconds: float) -> None:

@@ -1,5 +1,8 @@
 """Settings of one decode rank process. Values are final; ``deploy`` reads flags and files."""
 
+from pathlib import Path
+from typing import Annotated
+
 from pydantic import ByteSize, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from runtime.settings import (
@@ -39,12 +42,47 @@ class GroupSettings(Settings):
         return self
 
 
+class ExpertSettings(Settings):
+    """How a model's experts are spread over the ranks of the group; the same on every rank."""
+
+    redundant: NonNegativeInt = 0
+    """Expert slots beyond one for each expert, over all ranks, for replicas of busy experts."""
+
+    ranks_per_tray: PositiveInt = 1
+    """Consecutive ranks that may fail together. Replicas of an expert are put in other trays."""
+
+    load_file: Path | None = None
+    """A recorded expert load (JSON) to place experts by at the start. Empty: evenly."""
+
+    rebalance: bool = False
+    """Count where tokens go and move experts between the ranks' slots while they decode."""
+
+    rebalance_window: PositiveInt = 1000
+    """Steps that are counted before experts move; also the interval of reports."""
+
+    rebalance_interval: PositiveInt = 3000
+    """Steps from one rebalancing to the next; at least the window."""
+
+    rebalance_above: Annotated[float, Field(ge=1)] = 1.05
+    """A layer stays as it is when its busiest rank has at most this times the mean of tokens."""
+
+    @model_validator(mode="after")
+    def _window_fits_the_interval(self) -> "ExpertSettings":
+        if self.rebalance and self.rebalance_window > self.rebalance_interval:
+            raise ValueError(
+                f"rebalance_window {self.rebalance_window} is longer than rebalance_interval "
+                f"{self.rebalance_interval}: lower the window or raise the interval"
+            )
+        return self
+
+
 class DecodeSettings(Settings):
     model: ModelSettings = ModelSettings()
     kv: KVSettings = KVSettings()
     bus: BusSettings = BusSettings()
     process: ProcessSettings = ProcessSettings()
     group: GroupSettings = GroupSettings()
+    experts: ExpertSettings = ExpertSettings()
 
     worker_id: str = "decode-0"
     """Of the whole group, unique in the cluster; rank 3 announces itself as decode-0/3."""

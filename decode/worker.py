@@ -12,10 +12,13 @@ import torch
 
 from decode.intake import Intake
 from decode.loop import DecodeLoop
+from decode.rebalance import ExpertMoves, RebalanceRule
 from decode.scheduler import DecodeScheduler
-from decode.settings import DecodeSettings
+from decode.settings import DecodeSettings, ExpertSettings
 from decode.swap import SwapSpace
 from engine.collectives import ExpertGroup, StepGroup
+from engine.experts.recorded_load import RecordedLoad, parse_load
+from engine.experts.spread import ExpertSpread
 from engine.kvcache.block_pool import BlockPool
 from engine.kvcache.mirror import HostMirror
 from engine.kvcache.storage import KVStorage
@@ -27,7 +30,7 @@ from engine.vocabulary import read_grammars
 from kvtransfer.memory import allocate_shared, buffer
 from kvtransfer.sink import TRANSPORTS, make_sink
 from protocol.codec import Decoder
-from protocol.errors import Cancelled
+from protocol.errors import Cancelled, ConfigError
 from protocol.ids import BlockId, WorkerId, WorkerRef, new_incarnation
 from protocol.messages import ToDecode
 from protocol.workers import WorkerInfo
@@ -63,6 +66,7 @@ def run(settings: DecodeSettings) -> int:
         numerics=resolve_numerics(settings.model.numerics, device),
         group=group,
         split_dense_experts=settings.model.split_dense_experts,
+        spread=_spread(settings.experts, group.world_size),
         block_tokens=settings.kv.block_tokens,
         progress=weights_progress(),
     )
@@ -75,6 +79,48 @@ def run(settings: DecodeSettings) -> int:
     )
     anyio.run(process.serve, settings.bind)
     return 0
+
+
+def _spread(settings: ExpertSettings, num_ranks: int) -> ExpertSpread:
+    return ExpertSpread(
+        redundant=settings.redundant,
+        ranks_per_tray=settings.ranks_per_tray,
+        load=None if settings.load_file is None else _read_load(settings.load_file),
+        movable=settings.rebalance and num_ranks > 1,
+        counted=True,
+    )
+
+
+def _read_load(file: Path) -> RecordedLoad:
+    try:
+        document = file.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"decode.experts.load_file {file}: {error.strerror}") from error
+    return parse_load(document, str(file))
+
+
+def _expert_moves(settings: ExpertSettings, loaded: LoadedModel, group: ExpertGroup) -> ExpertMoves:
+    spread = _spread(settings, group.world_size)
+    if settings.rebalance and loaded.counts is None:
+        log.warning("experts stay where they are: no token chooses among them")
+    layers = loaded.config.sparse_layers
+    return ExpertMoves(
+        exchanges=loaded.model.slot_exchanges,
+        placements={
+            layer: placement
+            for layer, placement in enumerate(loaded.placements)
+            if layers[layer]
+        },
+        counts=loaded.counts,
+        rank=group.rank,
+        topology=spread.topology(group.world_size),
+        mode=spread.mode,
+        rule=RebalanceRule(
+            window=settings.rebalance_window,
+            interval=settings.rebalance_interval if spread.movable else settings.rebalance_window,
+            above=settings.rebalance_above,
+        ),
+    )
 
 
 def _landed_already(_block_ids: Sequence[BlockId]) -> None:
@@ -155,6 +201,7 @@ def _make_engine(  # noqa: PLR0917  partially applied
         sampler=Sampler(
             loaded.config.vocab_size, group.device, read_grammars(Path(settings.model.path))
         ),
+        experts=_expert_moves(settings.experts, loaded, group),
         form_group=functools.partial(_form_group, settings, group),
         outbox=outbox,
         land=land,

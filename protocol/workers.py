@@ -55,6 +55,19 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     generated_tokens: int = 0  # cumulative
 
 
+class ExpertReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What one decode rank's own tokens chose, and which experts it holds: sums over the ranks of
+    a group are the group's. Sequences are by layer, in the order of ``layers``.
+    """
+
+    layers: tuple[int, ...]
+    tokens: tuple[tuple[int, ...], ...]  # by expert, cumulative
+    window_tokens: tuple[tuple[int, ...], ...]  # by expert, of the last whole window
+    held: tuple[tuple[int, ...], ...]  # the expert in each of its slots, -1 where there is none
+    placement_epoch: int  # how often a layer has got another placement
+    migrations: int  # experts that have come to this rank, cumulative
+
+
 class PrefixEvents(msgspec.Struct, frozen=True, kw_only=True):
     """Changes of a prefill worker's prefix cache since its previous report.
 

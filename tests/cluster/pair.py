@@ -13,9 +13,11 @@ import torch
 
 from decode.intake import Intake
 from decode.loop import DecodeLoop
+from decode.rebalance import ExpertMoves, RebalanceRule
 from decode.scheduler import DecodeScheduler
 from decode.swap import SwapSpace
 from engine.collectives import ExpertGroup, StepGroup
+from engine.experts.placement import Topology
 from engine.kvcache.block_pool import BlockPool
 from engine.kvcache.mirror import HostMirror
 from engine.kvcache.prefix_index import PrefixIndex
@@ -290,6 +292,15 @@ def _decode(
         swap=SwapSpace(storage),
         runner=ModelRunner(model.model, storage),
         sampler=Sampler(model.config.vocab_size, "cpu"),
+        experts=ExpertMoves(
+            exchanges={},
+            placements={},
+            counts=None,
+            rank=0,
+            topology=Topology(1),
+            mode="global",
+            rule=RebalanceRule(window=100, interval=100, above=1.0),
+        ),
         form_group=lambda last_epoch, _given_up: alone(last_epoch),
         outbox=gateway,  # type: ignore[arg-type]
         on_membership=lambda: None,

@@ -1,13 +1,14 @@
 """No rank may ever skip a collective, whatever the ranks are doing."""
 
 from collections import deque
+from dataclasses import replace
 from itertools import product
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decode.lockstep import RankState, StepPlan, StepRow, decide
+from decode.lockstep import ROW_WIDTH, RankState, Rebalancing, StepPlan, StepRow, decide
 from protocol.errors import ProtocolError
 
 LAYERS = 2
@@ -58,6 +59,9 @@ def test_an_expected_request_quickens_the_pace_of_idle_ranks() -> None:
         tokens=st.integers(0, 4096),
         expecting=st.booleans(),
         free_blocks=st.integers(0, 2**30),
+        rebalancing=st.sampled_from(Rebalancing),
+        placement=st.integers(0, 2**63 - 1),
+        started_with=st.integers(0, 2**63 - 1),
     )
 )
 def test_a_row_survives_the_way_to_other_ranks(sent: StepRow) -> None:
@@ -132,7 +136,37 @@ def test_a_rank_that_leaves_with_tokens_is_refused_by_name() -> None:
         decide([row(), row(RankState.LEAVING, 2)])
 
 
-@pytest.mark.parametrize("ints", [(), (1, 0, 0, 0, 0, 2), (1, 0, 0, 0, 0, 1, 0)])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_experts_move_only_when_every_rank_is_at_the_same_point(world_size: int) -> None:
+    for stages in product(Rebalancing, repeat=world_size):
+        rows = [replace(row(tokens=1), rebalancing=stage) for stage in stages]
+        plan = decide(rows).experts
+        if Rebalancing.FAILED in stages:
+            assert plan == "abandon"
+        else:
+            assert (plan == "gather") == (set(stages) == {Rebalancing.READY})
+            assert (plan == "commit") == (set(stages) == {Rebalancing.STAGED})
+
+
+def test_experts_stay_while_ranks_leave() -> None:
+    rows = [replace(row(RankState.LEAVING), rebalancing=Rebalancing.STAGED)] * 2
+    assert (decide(rows).kind, decide(rows).experts) == ("stop", "keep")
+
+
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_ranks_with_different_placements_do_not_compute(tokens: int) -> None:
+    moved = replace(row(tokens=tokens), placement=5, rebalancing=Rebalancing.STAGED)
+    plan = decide([replace(moved, placement=7), moved, moved])
+    assert (plan.kind, plan.experts) == ("restore", "keep")
+
+
+def test_ranks_that_started_differently_are_refused_by_name() -> None:
+    odd = replace(row(), started_with=1)
+    with pytest.raises(ProtocolError, match=r"ranks \[1, 3\] started with another"):
+        decide([row(), odd, row(), odd])
+
+
+@pytest.mark.parametrize("ints", [(), (1, 0, 0, 0, 0, 2), (0,) * (ROW_WIDTH - 1) + (1,)])
 def test_a_row_of_another_release_is_refused(ints: tuple[int, ...]) -> None:
     with pytest.raises(ProtocolError, match="same release"):
         StepRow.from_ints(ints)

@@ -1,0 +1,192 @@
+"""One rank's part in moving experts: when it counts, gathers, stages, commits and gives up."""
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from decode.lockstep import Rebalancing
+from decode.rebalance import ExpertMoves, RebalanceRule
+from engine.collectives import ExpertGroup
+from engine.experts.counting import ExpertCounts
+from engine.experts.grouped_gemm import ExpertWeights
+from engine.experts.layer import ExpertLayer
+from engine.experts.placement import Topology, place_evenly
+from engine.experts.slot_exchange import SlotExchange
+from protocol.errors import ConfigError
+
+CPU = torch.device("cpu")
+LAYERS = (1, 2)
+EVEN = place_evenly(4, 2, 2)
+HOT = torch.tensor([[3, 3, 3, 3, 3, 3, 3, 2, 1, 0]]).T  # most tokens choose expert 3
+
+
+@dataclass
+class TwoAlike:
+    """A group of two ranks that always say the same."""
+
+    gathered: list[Sequence[int]] = field(default_factory=list)
+
+    def exchange(self, row: Sequence[int]) -> list[tuple[int, ...]]:
+        self.gathered.append(row)
+        return [tuple(row), tuple(row)]
+
+
+@dataclass
+class Rank:
+    rule: RebalanceRule
+    moving: bool = True
+    broken: bool = False
+
+    def __post_init__(self) -> None:
+        self.group = TwoAlike()
+        self.counts = ExpertCounts(LAYERS, 4, device=CPU)
+        self.go = threading.Event()
+        self.go.set()
+        self.exchanges = {layer: self._exchange() for layer in LAYERS} if self.moving else {}
+        self.moves = ExpertMoves(
+            exchanges=self.exchanges,
+            placements=dict.fromkeys(LAYERS, EVEN),
+            counts=self.counts,
+            rank=0,
+            topology=Topology(2),
+            mode="global",
+            rule=self.rule,
+        )
+        self.moves.enter_group()
+
+    def _exchange(self) -> SlotExchange:
+        weights = ExpertWeights(gate_up=torch.zeros(3, 4, 2), down=torch.zeros(3, 2, 2))
+        group = ExpertGroup(rank=0, world_size=2, device=CPU)
+        layer = ExpertLayer(weights, EVEN, group, "exact", movable=True)
+        return SlotExchange(layer, EVEN, rank=0, read=self._read)
+
+    def _read(self, expert: int) -> tuple[Tensor, Tensor]:
+        self.go.wait(10)
+        if self.broken:
+            raise ConfigError("the checkpoint is gone")
+        return torch.full((4, 2), float(expert)), torch.full((2, 2), float(expert))
+
+    def steps(self, number: int) -> None:
+        for _ in range(number):
+            for layer in LAYERS:
+                self.counts.add(layer, HOT)
+            self.moves.after_step()
+
+    def stage(self) -> Rebalancing:
+        return self.moves.row()[0]
+
+    def follow(self, plan: str) -> None:
+        self.moves.follow(plan, self.group)  # type: ignore[arg-type]
+
+    def staged(self) -> Rebalancing:
+        staging = self.moves._staging
+        assert staging is not None
+        assert staging.ended.wait(10)
+        return self.stage()
+
+
+def rule(window: int, interval: int, above: float = 1.0) -> RebalanceRule:
+    return RebalanceRule(window=window, interval=interval, above=above)
+
+
+def test_only_the_steps_of_the_window_are_counted() -> None:
+    rank = Rank(rule(2, 5))
+    rank.steps(4)
+    assert rank.stage() is Rebalancing.COUNTING
+    rank.steps(1)
+    assert rank.stage() is Rebalancing.READY
+    rank.follow("gather")
+    assert rank.group.gathered == [(2, 2, 2, 14)]
+    assert rank.moves.report is not None
+    assert rank.moves.report.window_tokens == ((2, 2, 2, 14),) * 2
+    assert rank.moves.report.tokens == ((5, 5, 5, 35),) * 2
+
+
+def test_layers_move_one_after_another_until_the_next_window() -> None:
+    rank = Rank(rule(3, 3))
+    rank.steps(3)
+    for layer in LAYERS:
+        rank.go.clear()
+        rank.follow("gather")
+        assert rank.stage() is Rebalancing.STAGING
+        rank.go.set()
+        assert rank.staged() is Rebalancing.STAGED
+        before = rank.moves.row()[1]
+        rank.follow("commit")
+        exchange = rank.exchanges[layer]
+        assert len(exchange.placement.replicas_of(3)) == 2
+        held = exchange.placement.slots_of(0)
+        changed = [slot for slot in range(3) if held[slot] != EVEN.slots_of(0)[slot]]
+        assert changed
+        assert all((exchange.weights.down[slot] == held[slot]).all() for slot in changed)
+        assert rank.moves.row()[1] != before
+    assert rank.stage() is Rebalancing.COUNTING
+    report = rank.moves.report
+    assert report is not None
+    assert report.placement_epoch == 2
+    assert report.held == tuple(rank.exchanges[layer].placement.slots_of(0) for layer in LAYERS)
+    rank.steps(1)  # the window begins after it
+    rank.steps(3)
+    assert rank.stage() is Rebalancing.READY
+
+
+def test_a_layer_that_is_even_enough_stays() -> None:
+    rank = Rank(rule(1, 1, above=10.0))
+    rank.steps(1)
+    for _ in LAYERS:
+        rank.follow("gather")
+        assert rank.staged() in (Rebalancing.READY, Rebalancing.COUNTING)
+    assert rank.stage() is Rebalancing.COUNTING
+    assert all(exchange.placement == EVEN for exchange in rank.exchanges.values())
+
+
+def test_an_expert_that_cannot_be_read_is_told_and_the_round_given_up() -> None:
+    rank = Rank(rule(1, 1), broken=True)
+    rank.steps(1)
+    rank.follow("gather")
+    assert rank.staged() is Rebalancing.FAILED
+    rank.follow("abandon")
+    assert rank.stage() is Rebalancing.COUNTING
+    assert all(exchange.placement == EVEN for exchange in rank.exchanges.values())
+
+
+def test_what_was_under_way_is_dropped_when_the_ranks_meet_anew() -> None:
+    rank = Rank(rule(1, 1))
+    rank.steps(1)
+    rank.go.clear()
+    rank.follow("gather")
+    rank.moves.enter_group()
+    rank.go.set()
+    assert rank.stage() is Rebalancing.COUNTING
+
+
+def test_restoring_brings_back_the_first_placement_and_its_number() -> None:
+    rank = Rank(rule(1, 1))
+    first = rank.moves.row()[1]
+    rank.steps(1)
+    rank.follow("gather")
+    rank.staged()
+    rank.follow("commit")
+    assert rank.moves.row()[1] != first
+    rank.moves.restore()
+    assert rank.moves.row()[1] == first
+    assert all(exchange.placement == EVEN for exchange in rank.exchanges.values())
+
+
+def test_where_experts_stay_windows_are_only_reported() -> None:
+    rank = Rank(rule(2, 2), moving=False)
+    rank.steps(5)
+    assert rank.stage() is Rebalancing.OFF
+    assert rank.moves.report is not None
+    assert rank.moves.report.tokens == ((4, 4, 4, 28),) * 2
+    assert rank.moves.report.held == (EVEN.slots_of(0),) * 2
+
+
+@pytest.mark.parametrize("other", [rule(2, 3), rule(1, 2), rule(1, 3, above=2.0)])
+def test_ranks_with_other_rules_did_not_start_alike(other: RebalanceRule) -> None:
+    assert Rank(rule(1, 3)).moves.row()[2] != Rank(other).moves.row()[2]
+    assert Rank(rule(1, 3)).moves.row()[2] == Rank(rule(1, 3)).moves.row()[2]
