@@ -166,13 +166,19 @@ def soften(typing_context: Any, scores: Any, count: Any, scale: Any, state: Any)
 
 @intrinsic(prefer_literal=True)
 def gate_rows(
-    typing_context: Any, gates: Any, values: Any, count: Any, out: Any, format_: Any
+    typing_context: Any,
+    gates: Any,
+    values: Any,
+    count: Any,
+    out: Any,
+    format_: Any,
+    out_format: Any,
 ) -> Any:
     """``out = silu(gates) * values``, element by element; ``count`` is a multiple of 16."""
-    chosen = format_.literal_value
+    chosen, chosen_out = format_.literal_value, out_format.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        gates, values, count, out, _ = arguments
+        gates, values, count, out, *_ = arguments
         one, nothing = vectors.constant(1.0), vectors.constant(0.0)
 
         def body(k: Any, _: Any) -> Any:
@@ -184,13 +190,14 @@ def gate_rows(
             power = vectors.exp(builder, shrunk)  # of -|gate|, which cannot overflow
             share = builder.fdiv(builder.select(positive, one, power), builder.fadd(one, power))
             found = builder.fmul(builder.fmul(gate, share), value)
-            vectors.store(builder, builder.add(out, offset), found, chosen)
+            offset = builder.mul(k, vectors.index(ELEMENT_BYTES[chosen_out]))
+            vectors.store(builder, builder.add(out, offset), found, chosen_out)
             return []
 
         vectors.loop(builder, count, LANES, [], body)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 4, format_), generate
+    return types.void(*[types.int64] * 4, format_, out_format), generate
 
 
 def _dot_products(builder: Any, left: Any, right: Any, length: Any, format_: int) -> Any:

@@ -139,6 +139,7 @@ def _gate_kernel(width: int, format_: int) -> Kernel:
     def gate(arguments: Any) -> None:
         for n in range(first_item(arguments[2]), end_item(arguments[2])):
             gates = arguments[0] + 2 * n * row_bytes
-            gate_rows(gates, gates + row_bytes, width, arguments[1] + n * row_bytes, format_)
+            out = arguments[1] + n * row_bytes
+            gate_rows(gates, gates + row_bytes, width, out, format_, format_)
 
     return Kernel(gate)

@@ -72,6 +72,18 @@ def load_integer(typing_context: Any, address: Any, number: Any) -> Any:
     return types.int64(types.int64, types.int64), generate
 
 
+@intrinsic
+def store_integer(typing_context: Any, address: Any, number: Any, value: Any) -> Any:
+    """Put an int64 as element ``number`` after ``address``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        address, number, value = arguments
+        builder.store(value, _element(builder, address, number, ir.IntType(64)), align=8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
 @intrinsic(prefer_literal=True)
 def fetch_early(typing_context: Any, address: Any, num_bytes: Any) -> Any:
     """Ask for ``num_bytes`` (a constant) of memory that will be read soon, from any address."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from engine.cpu import experts
 from engine.exact import cancelling
 
 TILE = 8
@@ -81,6 +82,11 @@ class GroupedExperts:
         """
         if x_BD.is_cuda and not self._exact:
             return self._without_host_sync(x_BD, slot_BK)
+        if experts.serves(self.weights.gate_up, self.weights.down):
+            y_PD, place_BK = experts.apply_experts(
+                x_BD, slot_BK, self.weights.gate_up, self.weights.down
+            )
+            return ExpertRows(y_PD=y_PD, place_BK=place_BK)
         num_slots = self.weights.num_slots
         slot_R = slot_BK.flatten()
         # Rows of slot -1 sort first and are cut off.
