@@ -276,9 +276,7 @@ class DecodeLoop:
             self._clients.disown(request.ref)
             return
         self._land(arrived.block_ids)
-        self._running[request.ref] = _Running(
-            request=request, key=request_key(request.request_id)
-        )
+        self._running[request.ref] = _Running(request=request, key=request_key(request.request_id))
         try:
             self._sampler.admit(request, (hand_off.token_id,))
         except ServingError as error:

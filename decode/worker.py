@@ -107,9 +107,7 @@ def _expert_moves(settings: ExpertSettings, loaded: LoadedModel, group: ExpertGr
     return ExpertMoves(
         exchanges=loaded.model.slot_exchanges,
         placements={
-            layer: placement
-            for layer, placement in enumerate(loaded.placements)
-            if layers[layer]
+            layer: placement for layer, placement in enumerate(loaded.placements) if layers[layer]
         },
         counts=loaded.counts,
         rank=group.rank,
@@ -185,6 +183,7 @@ def _make_engine(  # noqa: PLR0917  partially applied
         cluster_key=None if key is None else key.derive("kv"),
     )
     events = asyncio.get_running_loop()
+    experts = _expert_moves(settings.experts, loaded, group)
     loop = DecodeLoop(
         worker=worker,
         scheduler=scheduler,
@@ -201,7 +200,7 @@ def _make_engine(  # noqa: PLR0917  partially applied
         sampler=Sampler(
             loaded.config.vocab_size, group.device, read_grammars(Path(settings.model.path))
         ),
-        experts=_expert_moves(settings.experts, loaded, group),
+        experts=experts,
         form_group=functools.partial(_form_group, settings, group),
         outbox=outbox,
         land=land,
@@ -229,5 +228,11 @@ def _make_engine(  # noqa: PLR0917  partially applied
             host=platform.node(),
         )
 
-    registration = Registration(settings.bus.scheduler, info=info, load=lambda: loop.load, key=key)
+    registration = Registration(
+        settings.bus.scheduler,
+        info=info,
+        load=lambda: loop.load,
+        experts=lambda: experts.report,
+        key=key,
+    )
     return loop, registration

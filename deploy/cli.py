@@ -74,6 +74,15 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="holds the API key, where the gateway asks for one",
     )
+    status.add_argument(
+        "--experts", action="store_true", help="show each layer's experts, slots and balance too"
+    )
+    status.add_argument(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="write the experts' load there, for decode.experts.load_file",
+    )
     add_bench_options(verbs.choices["bench"])
     verbs.choices["settings"].add_argument("--json", action="store_true", help="print JSON")
     verbs.choices["key"].add_argument("file", metavar="FILE", type=Path, help="must not exist yet")
@@ -125,6 +134,8 @@ def _run(chosen: argparse.Namespace) -> int:
             as_json=chosen.json,
             timeout_s=chosen.timeout,
             api_key_file=chosen.api_key_file,
+            experts=chosen.experts,
+            record_file=chosen.record,
         )
     elif verb == "bench":
         from deploy.bench import bench

@@ -13,6 +13,8 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.exits import DONE, FAILED
+from deploy.expert_status import Group, groups_in, lines_of_experts, record
+from protocol.errors import ConfigError
 
 _WORKER_METRIC = "headrace_worker_"
 _COLUMNS = {
@@ -28,7 +30,9 @@ _COLUMNS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
-    """``workers``: for each its role and its figures by the name of their metric."""
+    """``workers``: for each its role and its figures by the name of their metric. ``experts``: by
+    decode worker, where they were asked for.
+    """
 
     url: str
     healthy: bool
@@ -36,10 +40,22 @@ class State:
     reason: str
     models: Sequence[str]
     workers: dict[str, dict[str, str | float]]
+    experts: dict[str, Group] | None = None
 
 
-def show_status(url: str, *, as_json: bool, timeout_s: float, api_key_file: Path | None) -> int:
-    """Print the state of the gateway at ``url``; failed when it is not ready or not there."""
+def show_status(
+    url: str,
+    *,
+    as_json: bool,
+    timeout_s: float,
+    api_key_file: Path | None,
+    experts: bool = False,
+    record_file: Path | None = None,
+) -> int:
+    """Print the state of the gateway at ``url``; failed when it is not ready or not there.
+
+    With ``record_file`` the load of each expert is written there.
+    """
     headers = {}
     if api_key_file is not None:
         try:
@@ -49,15 +65,22 @@ def show_status(url: str, *, as_json: bool, timeout_s: float, api_key_file: Path
             return FAILED
     try:
         with httpx.Client(timeout=timeout_s, trust_env=False, headers=headers) as client:
-            state = ask(client, url.rstrip("/"))
+            wanted = experts or record_file is not None
+            state = ask(client, url.rstrip("/"), experts=wanted)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         print(f"headrace: no gateway answers at {url}: {error}", file=sys.stderr)
         return FAILED
+    if record_file is not None:
+        try:
+            record(state.experts or {}, record_file)
+        except ConfigError as error:
+            print(f"headrace: {error}", file=sys.stderr)
+            return FAILED
     print(json.dumps(asdict(state), indent=2) if as_json else "\n".join(lines_of(state)))
     return DONE if state.ready else FAILED
 
 
-def ask(client: httpx.Client, url: str) -> State:
+def ask(client: httpx.Client, url: str, *, experts: bool = False) -> State:
     """
     Raises:
         HTTPError: nobody answers at ``url``, or not in time.
@@ -76,6 +99,7 @@ def ask(client: httpx.Client, url: str) -> State:
         reason=str(readiness.get("reason") or ""),
         models=[model["id"] for model in models.json()["data"]] if models.is_success else [],
         workers=_workers(metrics.text) if metrics.is_success else {},
+        experts=groups_in(metrics.text) if experts and metrics.is_success else None,
     )
 
 
@@ -108,7 +132,8 @@ def lines_of(state: State) -> list[str]:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
     )
-    return [*lines, "", *table]
+    lines = [*lines, "", *table]
+    return lines if state.experts is None else [*lines, *lines_of_experts(state.experts)]
 
 
 def _cell(value: str | float | None) -> str:

@@ -11,7 +11,7 @@ are durations: each process has its own monotonic clock.
     worker   -> scheduler  Announce, Heartbeat, Withdraw
     scheduler-> worker     Welcome, Refused, UnknownWorker
     gateway  -> scheduler  WatchCluster
-    scheduler-> gateway    ClusterSnapshot, PrefixUpdate
+    scheduler-> gateway    ClusterSnapshot, PrefixUpdate, ExpertUpdate
 
 The KV bytes, and what prefill and decode say about them, go over ``kvtransfer`` connections.
 """
@@ -24,6 +24,7 @@ from protocol.ids import AttemptRef, GatewayId, WorkerRef
 from protocol.kv import Grant
 from protocol.requests import GenerateRequest, TokenLogprobs
 from protocol.workers import (
+    ExpertReport,
     FingerprintDifference,
     PrefixEvents,
     WorkerInfo,
@@ -162,6 +163,7 @@ class Heartbeat(Message, frozen=True, kw_only=True):
     worker: WorkerRef
     load: WorkerLoad
     prefix: PrefixEvents | None = None
+    experts: ExpertReport | None = None  # with the first beat after it has changed
 
 
 class Withdraw(Message, frozen=True, kw_only=True):
@@ -185,13 +187,20 @@ class PrefixUpdate(Message, frozen=True, kw_only=True):
     events: PrefixEvents
 
 
+class ExpertUpdate(Message, frozen=True, kw_only=True):
+    """A decode rank's latest report, to every gateway."""
+
+    worker: WorkerRef
+    report: ExpertReport
+
+
 ToDecode = Reserve | Cancel | GatewayAlive
 FromDecode = Granted | Rejected | StepTokens | RequestFailed
 ToPrefill = Prefill | Cancel | GatewayAlive
 FromPrefill = PrefillDone | RequestFailed
 FromWorker = FromDecode | FromPrefill
 ToScheduler = Announce | Heartbeat | Withdraw | WatchCluster
-FromScheduler = Welcome | Refused | UnknownWorker | ClusterSnapshot | PrefixUpdate
+FromScheduler = Welcome | Refused | UnknownWorker | ClusterSnapshot | PrefixUpdate | ExpertUpdate
 
 GATEWAY_ALIVE_S = 2.0
 GATEWAY_SILENT_S = 10.0

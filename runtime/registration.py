@@ -20,7 +20,7 @@ from protocol.messages import (
     Welcome,
     Withdraw,
 )
-from protocol.workers import PrefixEvents, WorkerInfo, WorkerLoad
+from protocol.workers import ExpertReport, PrefixEvents, WorkerInfo, WorkerLoad
 from runtime.bus import Connection
 from runtime.keys import ClusterKey
 from runtime.log import get_log
@@ -43,17 +43,21 @@ class Registration:
         info: Callable[[], WorkerInfo | None],
         load: Callable[[], WorkerLoad],
         prefix: Callable[[bool], PrefixEvents | None] = lambda _snapshot: None,
+        experts: Callable[[], ExpertReport | None] = lambda: None,
         key: ClusterKey | None = None,
     ) -> None:
         """``info`` is None while the worker cannot serve: it is then withdrawn. ``prefix`` gives
-        the changes since its last call, or everything when asked for a snapshot.
+        the changes since its last call, or everything when asked for a snapshot. ``experts`` gives
+        another object when there is something new.
         """
         self._address = scheduler_address
         self._info = info
         self._load = load
         self._prefix = prefix
+        self._experts = experts
         self._key = key
         self._announced: WorkerInfo | None = None
+        self._reported: ExpertReport | None = None
         self._heartbeat_s = 1.0
         self._changed = anyio.Event()
         self.accepted = anyio.Event()
@@ -97,6 +101,7 @@ class Registration:
 
     def _forget(self) -> None:
         self._announced = None
+        self._reported = None
 
     def _hear(self, message: FromScheduler) -> None:
         match message:
@@ -114,6 +119,13 @@ class Registration:
             case _:
                 pass
 
+    def _heartbeat(self, info: WorkerInfo, *, snapshot: bool) -> Heartbeat:
+        report = self._experts()
+        news = None if report is self._reported and not snapshot else report
+        self._reported = report
+        prefix = self._prefix(snapshot)
+        return Heartbeat(worker=info.ref, load=self._load(), prefix=prefix, experts=news)
+
     async def _beat(self, connection: Connection[FromScheduler]) -> NoReturn:
         while True:
             self._changed = anyio.Event()
@@ -124,11 +136,9 @@ class Registration:
                     await connection.send(Withdraw(worker=worker, reason="cannot serve now"))
             elif info != self._announced:
                 await connection.send(Announce(info=info, load=self._load()))
-                prefix = self._prefix(True)
-                await connection.send(Heartbeat(worker=info.ref, load=self._load(), prefix=prefix))
+                await connection.send(self._heartbeat(info, snapshot=True))
             else:
-                prefix = self._prefix(False)
-                await connection.send(Heartbeat(worker=info.ref, load=self._load(), prefix=prefix))
+                await connection.send(self._heartbeat(info, snapshot=False))
             self._announced = info
             with anyio.move_on_after(self._heartbeat_s):
                 await self._changed.wait()

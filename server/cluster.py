@@ -12,10 +12,10 @@ from anyio.abc import TaskGroup
 
 from protocol.errors import NoWorkerAvailable, WorkerLost
 from protocol.ids import GatewayId, WorkerId, WorkerRef
-from protocol.messages import Cancel, Prefill, PrefixUpdate, Reserve
+from protocol.messages import Cancel, ExpertUpdate, Prefill, PrefixUpdate, Reserve
 from protocol.prefix import HINT_BYTES, block_hashes, fingerprint_digest
 from protocol.requests import GenerateRequest
-from protocol.workers import WorkerState
+from protocol.workers import ExpertReport, WorkerState
 from runtime.clock import Clock
 from runtime.keys import ClusterKey
 from runtime.log import get_log
@@ -63,6 +63,7 @@ class Cluster:
         self._max_waiting = max_waiting
         self._members: tuple[WorkerState, ...] = ()
         self._prefixes = PrefixDirectory()
+        self.expert_reports: dict[WorkerRef, ExpertReport] = {}
         self._unreported = UnreportedWork()
         self._lines: dict[tuple[str, Pair | None], WaitingLine] = {}
         tasks.start_soon(self.attempts.expire_forever)
@@ -83,11 +84,15 @@ class Cluster:
         for gone in before.keys() - {state.info.ref for state in self._members}:
             self._unreported.reported(gone)
             self._prefixes.forget(gone)
+            self.expert_reports.pop(gone, None)
         self.links.follow(state.info for state in self._members)
         self._look_again()
 
     def update_prefixes(self, update: PrefixUpdate) -> None:
         self._prefixes.apply(update.worker, update.events)
+
+    def update_experts(self, update: ExpertUpdate) -> None:
+        self.expert_reports[update.worker] = update.report
 
     def _look_again(self) -> None:
         before = self.view

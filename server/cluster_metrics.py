@@ -12,6 +12,7 @@ headrace_worker_blocks{worker,role,state}       free, cached, granted, active, q
 headrace_worker_step_seconds{worker,role}
 headrace_worker_tokens_per_second{worker,role}
 headrace_worker_prefix_hit_tokens_total{worker,role}
+headrace_expert_...                             see ``server.expert_metrics``
 """
 
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from protocol.workers import WorkerLoad
 from server.cluster import Cluster
+from server.expert_metrics import expert_metrics
 
 _WORKER = ("worker", "role")
 
@@ -50,6 +52,7 @@ class ClusterMetrics(Collector):
             "headrace_gateway_retries", "Attempts tried again elsewhere", value=cluster.retries
         )
         yield from self._workers()
+        yield from expert_metrics(cluster.members, cluster.expert_reports)
 
     def _workers(self) -> Iterable[Metric]:
         up = GaugeMetricFamily("headrace_worker_up", "The gateway has a link to it", labels=_WORKER)

@@ -1,4 +1,5 @@
-"""A gateway's subscription to the scheduler: membership and prefix hints, kept across its loss.
+"""A gateway's subscription to the scheduler: membership, prefix hints and reports on experts,
+kept across its loss.
 
 While the scheduler is out of reach, the last known membership stands. A scheduler that has just
 been found again may be a new one that knows few workers yet, so for ``settle_s`` nobody is
@@ -15,6 +16,7 @@ from protocol.ids import GatewayId
 from protocol.messages import (
     GATEWAY_ALIVE_S,
     ClusterSnapshot,
+    ExpertUpdate,
     FromScheduler,
     PrefixUpdate,
     WatchCluster,
@@ -89,3 +91,5 @@ class ClusterWatch:
             self._cluster.set_members(workers)
         elif isinstance(message, PrefixUpdate):
             self._cluster.update_prefixes(message)
+        elif isinstance(message, ExpertUpdate):
+            self._cluster.update_experts(message)

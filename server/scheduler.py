@@ -15,6 +15,7 @@ from protocol.messages import (
     GATEWAY_SILENT_S,
     Announce,
     ClusterSnapshot,
+    ExpertUpdate,
     Heartbeat,
     Message,
     PrefixUpdate,
@@ -25,7 +26,7 @@ from protocol.messages import (
     Welcome,
     Withdraw,
 )
-from protocol.workers import WorkerState
+from protocol.workers import ExpertReport, WorkerState
 from runtime.bus import Listener
 from runtime.clock import Clock
 from runtime.keys import ClusterKey
@@ -55,6 +56,7 @@ class Scheduler:
         self._welcome = Welcome(lease_s=lease_s, heartbeat_s=heartbeat_s)
         self._membership = Membership(lease_s=lease_s)
         self._prefixes = PrefixDirectory()
+        self._experts: dict[WorkerRef, ExpertReport] = {}
         self._watchers: dict[bytes, float] = {}  # gateway's peer -> when it was last heard
         self._version = 0
         self._loads_changed = False
@@ -132,6 +134,11 @@ class Scheduler:
             await self._send(peer, UnknownWorker())
         else:
             self._loads_changed = True
+            if message.experts is not None:
+                self._experts[message.worker] = message.experts
+                await self._broadcast(
+                    ExpertUpdate(worker=message.worker, report=message.experts)
+                )
             if message.prefix is not None:
                 if self._prefixes.apply(message.worker, message.prefix):
                     await self._broadcast(
@@ -149,10 +156,13 @@ class Scheduler:
                 events = self._prefixes.snapshot(worker)
                 if events is not None:
                     await self._send(peer, PrefixUpdate(worker=worker, events=events))
+            for worker, report in self._experts.items():
+                await self._send(peer, ExpertUpdate(worker=worker, report=report))
 
     async def _membership_changed(self, gone: list[WorkerRef]) -> None:
         for worker in gone:
             self._prefixes.forget(worker)
+            self._experts.pop(worker, None)
         self._version += 1
         await self._broadcast_snapshot()
 

@@ -19,7 +19,7 @@ from protocol.messages import (
     Welcome,
     Withdraw,
 )
-from protocol.workers import FingerprintDifference, WorkerInfo, WorkerLoad
+from protocol.workers import ExpertReport, FingerprintDifference, WorkerInfo, WorkerLoad
 from runtime.bus import Listener
 from runtime.registration import Registration
 
@@ -61,6 +61,7 @@ def anyio_backend() -> str:
 class Worker:
     info: WorkerInfo | None = INFO
     registration: Registration | None = None
+    report: ExpertReport | None = None
     beats: list[ToScheduler] = field(default_factory=list)
 
 
@@ -69,7 +70,10 @@ async def registered(
     listener: Listener[ToScheduler], worker: Worker
 ) -> AsyncGenerator[Registration]:
     registration = Registration(
-        listener.address, info=lambda: worker.info, load=lambda: WorkerLoad(free_blocks=3)
+        listener.address,
+        info=lambda: worker.info,
+        load=lambda: WorkerLoad(free_blocks=3),
+        experts=lambda: worker.report,
     )
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(registration.run)
@@ -107,6 +111,31 @@ async def test_a_worker_announces_beats_and_withdraws_when_it_leaves() -> None:
                 for _ in range(3):
                     await next_of(listener, Heartbeat)
             await next_of(listener, Withdraw)
+
+
+async def test_a_report_on_experts_goes_with_one_beat_and_with_every_announcement() -> None:
+    report = ExpertReport(
+        layers=(), tokens=(), window_tokens=(), held=(), placement_epoch=1, migrations=0
+    )
+    with anyio.fail_after(10):
+        async with (
+            Listener.bind("tcp://127.0.0.1:0", FAMILY) as listener,
+            registered(listener, Worker(report=report)),
+        ):
+            peer = await next_of(listener, Announce)
+            await listener.send(peer, Welcome(lease_s=1.0, heartbeat_s=0.01))
+            reports = [await next_report(listener) for _ in range(3)]
+            assert reports == [report, None, None]
+            await listener.send(peer, UnknownWorker())
+            await next_of(listener, Announce)
+            assert await next_report(listener) == report
+
+
+async def next_report(listener: Listener[ToScheduler]) -> ExpertReport | None:
+    async for _, message in listener:
+        if isinstance(message, Heartbeat):
+            return message.experts
+    raise AssertionError("the listener ended")
 
 
 async def test_a_scheduler_that_forgot_the_worker_hears_the_announcement_again() -> None:

@@ -1,0 +1,112 @@
+"""What the experts of a decode group do, over all its ranks, for /metrics.
+
+headrace_expert_tokens_total{group,layer,expert}   tokens that chose the expert
+headrace_expert_replicas{group,layer,expert}       slots that hold it
+headrace_expert_slots{group,layer}                 slots on all ranks, empty ones included
+headrace_expert_balancedness{group,layer}          mean / max of ranks' tokens in the last window
+headrace_expert_placement_epoch{group}             how often a layer has got another placement
+headrace_expert_migrations_total{group}            experts that have come to ranks that had them not
+
+A group is shown when all its ranks have reported a window. Ranks report windows of the same steps,
+so the sums are of one window but for the moment in which the reports arrive.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from protocol.ids import WorkerRef
+from protocol.workers import ExpertReport, WorkerState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerExperts:
+    """One layer over all ranks. Sequences are by expert."""
+
+    tokens: Sequence[int]
+    replicas: Sequence[int]
+    slots: int
+    balancedness: float  # 1 where no rank has more tokens than the mean, and without tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupExperts:
+    layers: Mapping[int, LayerExperts]
+    placement_epoch: int
+    migrations: int
+
+
+def groups_of(
+    members: Iterable[WorkerState], reports: Mapping[WorkerRef, ExpertReport]
+) -> dict[str, GroupExperts]:
+    """By group id; groups of which a rank has not reported are left out."""
+    ranks: dict[str, list[WorkerState]] = defaultdict(list)
+    for state in members:
+        if state.info.role == "decode":
+            ranks[state.info.group_id].append(state)
+    found = {}
+    for group, states in ranks.items():
+        of_group = [reports[s.info.ref] for s in states if s.info.ref in reports]
+        whole = len(of_group) == states[0].info.world_size
+        if whole and len({report.layers for report in of_group}) == 1:
+            found[group] = _group(of_group)
+    return found
+
+
+def expert_metrics(
+    members: Iterable[WorkerState], reports: Mapping[WorkerRef, ExpertReport]
+) -> Iterable[Metric]:
+    """The families above."""
+    of_expert, of_layer = ("group", "layer", "expert"), ("group", "layer")
+    tokens = CounterMetricFamily(
+        "headrace_expert_tokens", "Tokens that chose the expert", labels=of_expert
+    )
+    replicas = GaugeMetricFamily(
+        "headrace_expert_replicas", "Slots that hold the expert", labels=of_expert
+    )
+    slots = GaugeMetricFamily("headrace_expert_slots", "Expert slots on all ranks", labels=of_layer)
+    balancedness = GaugeMetricFamily(
+        "headrace_expert_balancedness", "Mean over max of ranks' tokens", labels=of_layer
+    )
+    epoch = GaugeMetricFamily(
+        "headrace_expert_placement_epoch", "Placements that layers have got", labels=("group",)
+    )
+    migrations = CounterMetricFamily(
+        "headrace_expert_migrations", "Experts that have come to ranks", labels=("group",)
+    )
+    for group, experts in groups_of(members, reports).items():
+        epoch.add_metric([group], experts.placement_epoch)
+        migrations.add_metric([group], experts.migrations)
+        for layer, of in experts.layers.items():
+            slots.add_metric([group, str(layer)], of.slots)
+            balancedness.add_metric([group, str(layer)], of.balancedness)
+            for expert, (count, copies) in enumerate(zip(of.tokens, of.replicas, strict=True)):
+                tokens.add_metric([group, str(layer), str(expert)], count)
+                replicas.add_metric([group, str(layer), str(expert)], copies)
+    return tokens, replicas, slots, balancedness, epoch, migrations
+
+
+def _group(reports: Sequence[ExpertReport]) -> GroupExperts:
+    layers = reports[0].layers
+    return GroupExperts(
+        layers={layer: _layer(reports, index) for index, layer in enumerate(layers)},
+        placement_epoch=max(report.placement_epoch for report in reports),
+        migrations=sum(report.migrations for report in reports),
+    )
+
+
+def _layer(reports: Sequence[ExpertReport], index: int) -> LayerExperts:
+    tokens = [sum(of) for of in zip(*(report.tokens[index] for report in reports), strict=True)]
+    window = [sum(of) for of in zip(*(r.window_tokens[index] for r in reports), strict=True)]
+    held = [report.held[index] for report in reports]
+    copies = Counter(expert for of_rank in held for expert in of_rank if expert >= 0)
+    loads = [sum(window[e] / copies[e] for e in of_rank if e >= 0) for of_rank in held]
+    busiest = max(loads)
+    return LayerExperts(
+        tokens=tokens,
+        replicas=[copies[expert] for expert in range(len(tokens))],
+        slots=sum(map(len, held)),
+        balancedness=sum(loads) / len(loads) / busiest if busiest else 1.0,
+    )

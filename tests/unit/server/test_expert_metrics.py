@@ -1,0 +1,130 @@
+"""A group's experts are the sums over its ranks, from the worker's beat to the command's table."""
+
+import json
+from pathlib import Path
+
+import anyio
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
+
+from deploy.expert_status import Group, groups_in, lines_of_experts, record
+from engine.experts.recorded_load import parse_load
+from protocol.errors import ConfigError
+from protocol.ids import GatewayId
+from protocol.messages import Announce, ExpertUpdate, Heartbeat, Message, WatchCluster, Withdraw
+from protocol.workers import ExpertReport, WorkerLoad, WorkerState
+from runtime.clock import MonotonicClock
+from server.expert_metrics import expert_metrics, groups_of
+from server.scheduler import Scheduler
+from tests.support.arithmetic import a_worker_info
+
+RANKS = [
+    WorkerState(
+        info=a_worker_info(f"d/{rank}", "decode", group_id="d", rank=rank, world_size=2),
+        load=WorkerLoad(),
+    )
+    for rank in range(2)
+]
+
+
+def report(tokens: tuple[int, ...], held: tuple[int, ...]) -> ExpertReport:
+    return ExpertReport(
+        layers=(3,),
+        tokens=(tuple(10 * count for count in tokens),),
+        window_tokens=(tokens,),
+        held=(held,),
+        placement_epoch=4,
+        migrations=2,
+    )
+
+
+# Expert 0 has two replicas. Ranks carry 6/2 + 1 = 4 and 6/2 + 5 = 8 of the window's 12 tokens.
+REPORTS = [report((4, 1, 2), (0, 1, -1)), report((2, 0, 3), (0, 2, -1))]
+OF_RANK = {state.info.ref: of for state, of in zip(RANKS, REPORTS, strict=True)}
+
+
+class Metrics(Collector):
+    def collect(self) -> list[Metric]:
+        return list(expert_metrics(RANKS, OF_RANK))
+
+
+def scraped() -> str:
+    registry = CollectorRegistry()
+    registry.register(Metrics())
+    return generate_latest(registry).decode()
+
+
+def test_a_group_is_the_sum_of_its_ranks() -> None:
+    group = groups_of(RANKS, OF_RANK)["d"]
+    layer = group.layers[3]
+    assert list(layer.tokens) == [60, 10, 50]
+    assert list(layer.replicas) == [2, 1, 1]
+    assert layer.slots == 6
+    assert layer.balancedness == pytest.approx(6 / 8)
+    assert (group.placement_epoch, group.migrations) == (4, 4)
+
+
+def test_a_group_is_not_shown_in_part() -> None:
+    assert groups_of(RANKS, {RANKS[0].info.ref: REPORTS[0]}) == {}
+
+
+def test_a_window_without_tokens_is_balanced() -> None:
+    idle = {state.info.ref: report((0, 0, 0), (0, 1, 2)) for state in RANKS}
+    assert groups_of(RANKS, idle)["d"].layers[3].balancedness == 1
+
+
+def test_the_command_reads_what_the_gateway_shows() -> None:
+    groups = groups_in(scraped())
+    assert groups["d"].layers[3].tokens == {0: 60, 1: 10, 2: 50}
+    assert groups["d"].placement_epoch == 4
+    lines = lines_of_experts(groups)
+    assert lines[1] == "d: placement epoch 4, 4 experts moved"
+    assert lines[3].split() == ["3", "3", "6", "120", "0.750", "0", "50.0%", "2"]
+
+
+def test_before_the_first_window_the_command_says_when_there_will_be_something() -> None:
+    assert "rebalance_window" in lines_of_experts(groups_in(""))[0]
+
+
+def test_the_recorded_load_can_be_placed_by(tmp_path: Path) -> None:
+    file = tmp_path / "load.json"
+    record(groups_in(scraped()), file)
+    load = parse_load(file.read_bytes(), "load.json")
+    assert (load.num_experts, dict(load.layers)) == (3, {3: [60, 10, 50]})
+    assert json.loads(file.read_bytes())["format"] == "headrace-expert-load"
+
+
+@pytest.mark.parametrize("groups", [{}, {"a": Group(), "b": Group()}])
+def test_only_the_load_of_one_worker_can_be_recorded(
+    groups: dict[str, Group], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="needs one decode worker"):
+        record(groups, tmp_path / "load.json")
+
+
+def test_the_scheduler_passes_reports_on_and_forgets_those_of_the_gone() -> None:
+    told: list[tuple[bytes, Message]] = []
+
+    async def send(peer: bytes, message: Message) -> None:
+        told.append((peer, message))
+
+    async def life() -> None:
+        scheduler = Scheduler(send, clock=MonotonicClock())
+        worker = RANKS[0].info
+        update = ExpertUpdate(worker=worker.ref, report=REPORTS[0])
+        await scheduler.hear(b"w", Announce(info=worker, load=WorkerLoad()))
+        await scheduler.hear(b"g", WatchCluster(gateway_id=GatewayId("g")))
+        await scheduler.hear(
+            b"w", Heartbeat(worker=worker.ref, load=WorkerLoad(), experts=REPORTS[0])
+        )
+        assert (b"g", update) in told
+        await scheduler.hear(b"late", WatchCluster(gateway_id=GatewayId("late")))
+        assert (b"late", update) in told
+        await scheduler.hear(b"w", Withdraw(worker=worker.ref, reason="leaving"))
+        told.clear()
+        await scheduler.hear(b"later", WatchCluster(gateway_id=GatewayId("later")))
+        assert not any(isinstance(message, ExpertUpdate) for _, message in told)
+
+    anyio.run(life)
