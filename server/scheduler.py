@@ -136,9 +136,7 @@ class Scheduler:
             self._loads_changed = True
             if message.experts is not None:
                 self._experts[message.worker] = message.experts
-                await self._broadcast(
-                    ExpertUpdate(worker=message.worker, report=message.experts)
-                )
+                await self._broadcast(ExpertUpdate(worker=message.worker, report=message.experts))
             if message.prefix is not None:
                 if self._prefixes.apply(message.worker, message.prefix):
                     await self._broadcast(
