@@ -14,11 +14,11 @@ from functools import cache
 from typing import Any
 
 import torch
-from numba import njit
 from torch import Tensor
 
-from engine.cpu.products import ROW_STEP, dot_rows, gate_rows
+from engine.cpu.products import ROW_STEP, gate_rows
 from engine.cpu.threads import Kernel, end_item, first_item, own_part
+from engine.cpu.tiles import TILE, TILE_FLOATS, TILE_ROWS, tile_products
 from engine.cpu.values import (
     ELEMENT_BYTES,
     FLOAT32,
@@ -29,8 +29,6 @@ from engine.cpu.values import (
     store_integer,
 )
 
-_ROWS = 4  # of a register block
-_TILE = 64  # outputs of a work item
 _SHARED_ROWS = 2  # below, waking threads takes longer than the work
 
 
@@ -63,7 +61,7 @@ def apply_experts(
     x_PD = x_BD.new_empty((num_places, hidden))
     activated_PI = x_BD.new_empty((num_places, width))
     out_PD = x_BD.new_empty((num_places, hidden))
-    workspace = torch.empty(threads * _WORKSPACE_FLOATS)
+    workspace = torch.empty(2 * threads * TILE_FLOATS)
     _sort_kernel(hidden, format_)(
         x_BD.data_ptr(), slot_BK.data_ptr(), num_places, slot_BK.shape[1], num_slots,
         starts.data_ptr(), place_BK.data_ptr(), x_PD.data_ptr(),
@@ -114,24 +112,24 @@ def _sort_kernel(hidden: int, format_: int) -> Kernel:
 @cache
 def _gate_up_kernel(hidden: int, width: int, format_: int) -> Kernel:
     size = ELEMENT_BYTES[format_]
-    row_bytes, tiles = hidden * size, -(-width // _TILE)
-    multiply = _tile_products(hidden, format_)
+    row_bytes, tiles = hidden * size, -(-width // TILE)
+    multiply = tile_products(hidden, format_)
 
     def gate_up(arguments: Any) -> None:
         x, weights, starts = arguments[0], arguments[1], arguments[2]
-        gates = own_part(arguments[5], 4 * _WORKSPACE_FLOATS)
-        ups = gates + 4 * _ROWS * _TILE
+        gates = own_part(arguments[5], 8 * TILE_FLOATS)
+        ups = gates + 4 * TILE_FLOATS
         for item in range(first_item(arguments[3] * tiles), end_item(arguments[3] * tiles)):
-            slot, first = item // tiles, item % tiles * _TILE
-            units = min(_TILE, width - first)
+            slot, first = item // tiles, item % tiles * TILE
+            units = min(TILE, width - first)
             gate = weights + (2 * slot * width + first) * row_bytes
             end = load_integer(starts, slot + 1)
-            for row in range(load_integer(starts, slot), end, _ROWS):
-                rows = min(_ROWS, end - row)
-                multiply(x + row * row_bytes, rows, gate, units, gates)
-                multiply(x + row * row_bytes, rows, gate + width * row_bytes, units, ups)
+            for row in range(load_integer(starts, slot), end, TILE_ROWS):
+                rows = min(TILE_ROWS, end - row)
+                multiply(x + row * row_bytes, row_bytes, rows, gate, units, gates)
+                multiply(x + row * row_bytes, row_bytes, rows, gate + width * row_bytes, units, ups)
                 for number in range(rows):
-                    offset = 4 * number * _TILE
+                    offset = 4 * number * TILE
                     out = arguments[4] + ((row + number) * width + first) * size
                     gate_rows(gates + offset, ups + offset, units, out, FLOAT32, format_)
 
@@ -141,61 +139,23 @@ def _gate_up_kernel(hidden: int, width: int, format_: int) -> Kernel:
 @cache
 def _down_kernel(hidden: int, width: int, format_: int) -> Kernel:
     size = ELEMENT_BYTES[format_]
-    row_bytes, tiles = width * size, -(-hidden // _TILE)
-    multiply = _tile_products(width, format_)
+    row_bytes, tiles = width * size, -(-hidden // TILE)
+    multiply = tile_products(width, format_)
 
     def down(arguments: Any) -> None:
         x, weights, starts = arguments[0], arguments[1], arguments[2]
-        products = own_part(arguments[5], 4 * _WORKSPACE_FLOATS)
+        products = own_part(arguments[5], 8 * TILE_FLOATS)
         for item in range(first_item(arguments[3] * tiles), end_item(arguments[3] * tiles)):
-            slot, first = item // tiles, item % tiles * _TILE
-            units = min(_TILE, hidden - first)
+            slot, first = item // tiles, item % tiles * TILE
+            units = min(TILE, hidden - first)
             weight = weights + (slot * hidden + first) * row_bytes
             end = load_integer(starts, slot + 1)
-            for row in range(load_integer(starts, slot), end, _ROWS):
-                rows = min(_ROWS, end - row)
-                multiply(x + row * row_bytes, rows, weight, units, products)
+            for row in range(load_integer(starts, slot), end, TILE_ROWS):
+                rows = min(TILE_ROWS, end - row)
+                multiply(x + row * row_bytes, row_bytes, rows, weight, units, products)
                 for number in range(rows):
                     out = arguments[4] + ((row + number) * hidden + first) * size
                     for d in range(units):
-                        store(out, d, load(products, number * _TILE + d, FLOAT32), format_)
+                        store(out, d, load(products, number * TILE + d, FLOAT32), format_)
 
     return Kernel(down)
-
-
-def _tile_products(length: int, format_: int) -> Any:
-    """Up to 4 rows times up to 64 weight rows: the fewer rows, the more weight rows at a time."""
-    single, double, triple, full = (
-        _block_products(length, format_, rows, columns)
-        for rows, columns in ((1, 16), (2, 8), (3, 4), (_ROWS, 4))
-    )
-
-    @njit(inline="always")
-    def multiply(left: int, rows: int, right: int, columns: int, out: int) -> None:
-        if rows == _ROWS:
-            full(left, right, columns, out)
-        elif rows > 2:  # noqa: PLR2004
-            triple(left, right, columns, out)
-        elif rows > 1:
-            double(left, right, columns, out)
-        else:
-            single(left, right, columns, out)
-
-    return multiply
-
-
-def _block_products(length: int, format_: int, rows: int, columns: int) -> Any:
-    row_bytes, out_bytes = length * ELEMENT_BYTES[format_], 4 * _TILE
-
-    @njit(inline="always")
-    def multiply(left: int, right: int, count: int, out: int) -> None:
-        for c in range(0, count, columns):
-            dot_rows(
-                left, row_bytes, right + c * row_bytes, row_bytes, length,
-                out + 4 * c, out_bytes, format_, rows, columns,
-            )  # fmt: skip
-
-    return multiply
-
-
-_WORKSPACE_FLOATS = 2 * _ROWS * _TILE + 16

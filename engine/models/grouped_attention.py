@@ -13,7 +13,8 @@ from torch import Tensor
 from engine.attention.gqa import gqa_attention
 from engine.batch import ForwardBatch
 from engine.config import GqaConfig
-from engine.cpu.grouped_attention import HeadNorms, grouped_decode, serves
+from engine.cpu.grouped_attention import HeadNorms, grouped_decode
+from engine.cpu.paged_attention import serves
 from engine.kvcache.storage import LayerCache
 from engine.layers.linear import Linear
 from engine.layers.norm import rms_norm

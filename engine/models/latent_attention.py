@@ -18,6 +18,8 @@ from torch import Tensor
 from engine.attention.mla import mla_attention
 from engine.batch import ForwardBatch
 from engine.config import MlaConfig
+from engine.cpu.latent_attention import latent_decode, serves_heads
+from engine.cpu.paged_attention import serves
 from engine.kvcache.storage import LayerCache
 from engine.layers.linear import Linear
 from engine.layers.norm import rms_norm
@@ -50,6 +52,11 @@ class LatentAttention:
         expand_HXC = weights.expand_XC.read().view(config.num_heads, -1, config.latent_width)
         self._key_HPC = expand_HXC[:, : config.nope_width].contiguous()
         self._value_HVC = expand_HXC[:, config.nope_width :].contiguous()
+        # The kernels of a CPU want rows of what is summed over; a GPU is content with one copy.
+        key_HCP = self._key_HPC.transpose(1, 2)
+        self._key_HCP: Tensor | None = None
+        if key_HCP.device.type == "cpu" and serves_heads(key_HCP.contiguous(), self._value_HVC):
+            self._key_HCP = key_HCP.contiguous()
         self._output = Linear(weights.output_DO.read(), numerics=setting.numerics)
 
     def __call__(
@@ -60,6 +67,20 @@ class LatentAttention:
         )
         if self._expand_query is not None and self._query_norm_Q is not None:
             q = self._expand_query(rms_norm(q, self._query_norm_Q, self._epsilon))
+        latent_NC = rms_norm(latent_NC, self._latent_norm_C, self._epsilon)
+        if batch.num_tokens and batch.decode_only and self._key_HCP is not None and serves(cache):
+            out_NHV = latent_decode(
+                q,
+                latent_NC,
+                k_rope_NR,
+                rotation,
+                cache,
+                batch,
+                w_uk_HCP=self._key_HCP,
+                w_uv_HVC=self._value_HVC,
+                scale=self._scale,
+            )
+            return self._output(out_NHV.flatten(1))
         q_nope, q_rope = torch.split_with_sizes(
             q, (self._heads * self._nope, self._heads * self._rope), dim=1
         )
@@ -68,7 +89,7 @@ class LatentAttention:
         out_NHV = mla_attention(
             q_nope.view(-1, self._heads, self._nope),
             q_rope_NHR,
-            rms_norm(latent_NC, self._latent_norm_C, self._epsilon),
+            latent_NC,
             k_rope_NR,
             w_uk_HPC=self._key_HPC,
             w_uv_HVC=self._value_HVC,
