@@ -4,7 +4,6 @@ With ``--record`` the tokens of each expert become a recorded load, by which a d
 place its experts when it starts (``decode.experts.load_file``).
 """
 
-from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,16 @@ from engine.experts.recorded_load import RecordedLoad
 from protocol.errors import ConfigError
 
 _METRIC = "headrace_expert_"
-_COLUMNS = ("layer", "experts", "slots", "tokens", "balancedness", "busiest", "its share", "slots")
+_COLUMNS = (
+    "layer",
+    "experts",
+    "slots",
+    "tokens",
+    "balancedness",
+    "busiest",
+    "its share",
+    "replicas",
+)
 
 
 @dataclass(slots=True)
@@ -32,27 +40,27 @@ class Group:
 
     placement_epoch: float = 0
     migrations: float = 0
-    layers: dict[int, Layer] = field(default_factory=lambda: defaultdict(Layer))
+    layers: dict[int, Layer] = field(default_factory=dict)
 
 
 def groups_in(metrics: str) -> dict[str, Group]:
     """By group id, from the text of /metrics; none before the first window is over."""
-    groups: dict[str, Group] = defaultdict(Group)
+    groups: dict[str, Group] = {}
     for family in text_string_to_metric_families(metrics):
         for sample in family.samples:
             if not sample.name.startswith(_METRIC) or "group" not in sample.labels:
                 continue
             name = sample.name.removeprefix(_METRIC).removesuffix("_total")
-            group = groups[sample.labels["group"]]
+            group = groups.setdefault(sample.labels["group"], Group())
             if name in ("placement_epoch", "migrations"):
                 setattr(group, name, sample.value)
                 continue
-            layer = group.layers[int(sample.labels["layer"])]
+            layer = group.layers.setdefault(int(sample.labels["layer"]), Layer())
             if name in ("slots", "balancedness"):
                 setattr(layer, name, sample.value)
             elif name in ("tokens", "replicas"):
                 getattr(layer, name)[int(sample.labels["expert"])] = sample.value
-    return dict(groups)
+    return groups
 
 
 def lines_of_experts(groups: Mapping[str, Group]) -> list[str]:
