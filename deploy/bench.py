@@ -51,6 +51,8 @@ def bench(chosen: argparse.Namespace) -> int:
         view = view_for(sys.stderr)
         try:
             summary, _ = anyio.run(run_bench, plan, view, backend_options={"use_uvloop": True})
+        except BaseExceptionGroup as group:
+            raise _leaf(group) from None
         finally:
             view.close()
     except LoadError as error:
@@ -64,6 +66,15 @@ def bench(chosen: argparse.Namespace) -> int:
         print("\n".join(lines_of(summary)))
     print(f"written: {plan.out}/", file=sys.stderr)
     return summary.verdict.exit_code
+
+
+def _leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """What ended the task groups: the expected error in it, if there is one."""
+    expected = group.subgroup((LoadError, KeyboardInterrupt))
+    error: BaseException = group if expected is None else expected
+    while isinstance(error, BaseExceptionGroup) and expected is not None:
+        error = error.exceptions[0]
+    return error
 
 
 def plan_of(chosen: argparse.Namespace) -> Plan:

@@ -88,6 +88,7 @@ async def run_bench(plan: Plan, view: View) -> tuple[Summary, list[Record]]:
             asker.pool.close()
     summary = Summary(
         started=started.isoformat(timespec="seconds"),
+        zero_ns=zero_ns,
         duration_s=(monotonic_ns() - zero_ns) / SECOND,
         partial=run.interrupted,
         target=Target(

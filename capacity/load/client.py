@@ -104,7 +104,8 @@ class Client:
         except Broken as broken:
             attempt.answer.flush()
             attempt.fill()
-            attempt.fail(broken.failure, str(broken))
+            said = attempt.reader  # a server that names its error and then cuts has said more
+            attempt.fail(said.failure or broken.failure, said.message or str(broken))
         except asyncio.CancelledError:
             attempt.answer.flush()
             attempt.fill()

@@ -71,6 +71,7 @@ class Connection(asyncio.Protocol):
         self._answer = Answer(lambda _, __: None)
         self._ended: asyncio.Future[None] | None = None
         self._now = 0
+        self._reusable = False
         self.idle_since_ns = 0
         self.open = False
 
@@ -115,6 +116,7 @@ class Connection(asyncio.Protocol):
     def on_message_complete(self) -> None:
         answer = self._answer
         answer.done_ns = self._now
+        self._reusable = self._parser.should_keep_alive()  # the parser knows it only now
         if self._ended is not None and not self._ended.done():
             self._ended.set_result(None)
 
@@ -143,7 +145,7 @@ class Connection(asyncio.Protocol):
         finally:
             alarm.cancel()
             self._ended = None
-        if not self._parser.should_keep_alive():
+        if not self._reusable:
             self.close()
 
     def close(self) -> None:

@@ -74,6 +74,8 @@ async def crew_of(size: int) -> AsyncGenerator[Crew]:
             finally:
                 tasks.cancel_scope.cancel()
     finally:
+        send.close()
+        receive.close()
         with anyio.move_on_after(_END_S, shield=True):
             for process in processes:
                 if process.stdin is not None:

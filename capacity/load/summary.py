@@ -41,10 +41,13 @@ class Environment(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
-    """``started`` is wall-clock time of day, RFC 3339, for people; all else is monotonic."""
+    """``started`` is wall-clock time of day, RFC 3339, for people. All other times are those of the
+    client machine's monotonic clock, counted from ``zero_ns``.
+    """
 
     schema: str = SCHEMA
     started: str
+    zero_ns: int
     duration_s: float
     partial: bool
     target: Target

@@ -1,7 +1,10 @@
 """Token counts and finish of an answer, and stages from the ``server-timing`` header."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
+
+_COMMA_OUTSIDE_QUOTES = re.compile(r',(?=(?:[^"]*"[^"]*")*[^"]*$)')
 
 
 def token_counts(usage: Mapping[str, Any]) -> tuple[int | None, int | None, int | None]:
@@ -15,7 +18,7 @@ def token_counts(usage: Mapping[str, Any]) -> tuple[int | None, int | None, int 
 def server_stages(header: str) -> dict[str, float]:
     """``queue;dur=1.5, prefill;desc="x";dur=20`` as milliseconds by stage (W3C Server Timing)."""
     stages: dict[str, float] = {}
-    for metric in header.split(","):
+    for metric in _COMMA_OUTSIDE_QUOTES.split(header):
         name, *parameters = (part.strip() for part in metric.split(";"))
         for parameter in parameters:
             key, _, value = parameter.partition("=")

@@ -136,10 +136,8 @@ class _Connection(asyncio.Protocol):
 
     def _answer(self, status: int, content: dict[str, object]) -> None:
         text = json.dumps(content).encode()
-        self._write(
-            b"HTTP/1.1 %d Scripted\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b"
-            % (status, len(text), text)
-        )
+        head = b"HTTP/1.1 %d Scripted\r\ncontent-type: application/json\r\n" % status
+        self._write(head + b"content-length: %d\r\n\r\n%b" % (len(text), text))
 
     def _write(self, data: bytes) -> None:
         assert self._transport is not None

@@ -1,0 +1,232 @@
+"""The load test as a command, against a server that remembers when it sent what."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.scripted_server import Reference, Script, Sent, scripted_server
+
+pytestmark = pytest.mark.timeout(120)
+MS = 1e6
+SECOND = 1_000_000_000
+
+
+def command(url: str, out: Path, *options: str) -> list[str]:
+    given = [sys.executable, "-m", "deploy.cli", "bench", url, "--out", str(out), *options]
+    return given if "--output" in options else [*given, "--output", "10"]
+
+
+def bench(url: str, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(url, out, *options), check=False, capture_output=True, text=True, timeout=90
+    )
+
+
+def summary_in(out: Path) -> dict[str, Any]:
+    found = json.loads((out / "summary.json").read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+def requests_in(out: Path) -> list[dict[str, Any]]:
+    lines = (out / "requests.jsonl").read_text().splitlines()
+    return sorted(map(json.loads, lines), key=lambda record: record["index"])
+
+
+def both_sides(reference: Reference, out: Path) -> list[tuple[dict[str, Any], Sent]]:
+    """Each record with what the server did for it. They are told apart by their order, so they
+    must be sent further apart than a connection's delay."""
+    records = sorted(requests_in(out), key=lambda record: record["sent_ns"])
+    zero_ns = summary_in(out)["zero_ns"]
+    for record in records:
+        for name in [name for name in record if name.endswith("_ns") and name != "chunks_ns"]:
+            record[name] += zero_ns
+        record["chunks_ns"] = [at + zero_ns for at in record.get("chunks_ns", [])]
+    log = sorted(reference.generations, key=lambda sent: sent.arrived_ns)
+    return list(zip(records, log, strict=True))
+
+
+def test_every_percentile_is_that_of_the_servers_own_clock(tmp_path: Path) -> None:
+    """What the client adds is bounded by how late it measured its own event loop to be."""
+    script = Script(per_chunk=2, stalls=[(1.5, 0.3)])
+    with scripted_server(script) as reference:
+        ended = bench(reference.url, tmp_path, "--rate", "60", "--duration", "4", "--warmup", "0")
+        assert ended.returncode in (0, 2), ended.stderr
+        log = reference.generations
+    (stage,) = summary_in(tmp_path)["stages"]
+    figures = stage["figures"]
+    assert figures["succeeded"] == figures["attempts"] == len(log) > 150
+    firsts = [sent.chunks_ns[0] - sent.arrived_ns for sent in log]
+    lasts = [sent.chunks_ns[-1] - sent.arrived_ns for sent in log]
+    tpots = [(sent.chunks_ns[-1] - sent.chunks_ns[0]) / 9 for sent in log]
+    gaps = [gap for sent in log for gap in np.diff(sent.chunks_ns)]
+    lag_ms = stage["client"]["loop_lag_p99_ms"]
+    for name, truth in (
+        ("ttft_from_sent", firsts),
+        ("e2e_from_sent", lasts),
+        ("tpot", tpots),
+        ("icl", gaps),
+    ):
+        for quantile, told in figures[name]["percentiles"].items():
+            true = float(np.percentile(truth, float(quantile[1:]))) / MS
+            assert abs(told - true) <= max(0.02 * true, 0.5) + 2 * lag_ms, (name, quantile)
+    assert figures["tokens_per_chunk"] == pytest.approx(2)
+
+
+def test_a_stall_shows_from_intended_in_every_request_due_meanwhile(tmp_path: Path) -> None:
+    with scripted_server(Script(stalls=[(1.0, 1.0)])) as reference:
+        options = ("--rate", "40", "--arrivals", "constant", "--duration", "3")
+        assert bench(reference.url, tmp_path, *options).returncode in (0, 2)
+    sides = both_sides(reference, tmp_path)
+    stall_end = sides[0][1].arrived_ns + 2 * SECOND
+    due = [
+        record for record, _ in sides if 0.1 * SECOND < stall_end - record["intended_ns"] < SECOND
+    ]
+    assert len(due) > 30
+    assert all(record["first_token_ns"] >= stall_end for record in due)
+
+
+def test_the_client_counts_every_chunk_and_sees_none_before_it_was_sent(tmp_path: Path) -> None:
+    with scripted_server(Script(per_chunk=3)) as reference:
+        bench(reference.url, tmp_path, "--rate", "20", "--arrivals", "constant", "--duration", "2")
+    sides = both_sides(reference, tmp_path)
+    assert len(sides) > 30
+    for record, sent in sides:
+        assert record["intended_ns"] <= record["started_ns"] <= record["sent_ns"] <= sent.arrived_ns
+        assert len(record["chunks_ns"]) == len(sent.chunks_ns) == 4
+        assert all(c >= s for c, s in zip(record["chunks_ns"], sent.chunks_ns, strict=True))
+        assert record["output_tokens"] == 10
+
+
+def test_every_attempt_counts_and_errors_have_classes(tmp_path: Path) -> None:
+    fails: dict[int, int | str] = {2: 503, 5: "event", 7: "cut", 9: "reset", 11: 429}
+    with scripted_server(Script(fails=fails)) as reference:
+        options = ("--rate", "20", "--arrivals", "constant", "--duration", "2", "--warmup", "0")
+        ended = bench(reference.url, tmp_path, *options, "--slo", "ttft=10s")
+    figures = summary_in(tmp_path)["stages"][0]["figures"]
+    assert figures["errors"] == {
+        "http 503": 1,
+        "error event": 1,
+        "stream without an end": 1,
+        "connection closed": 1,
+        "http 429": 1,
+    }
+    assert figures["attempts"] == figures["succeeded"] + 5
+    assert figures["attainment"]["good"] == figures["succeeded"]
+    assert summary_in(tmp_path)["verdict"]["slo_met"] is False
+    assert ended.returncode in (1, 2)
+
+
+@pytest.mark.parametrize("endpoint", ["chat", "completions", "responses"])
+@pytest.mark.parametrize("stream", [True, False], ids=["streamed", "whole"])
+def test_all_endpoints_are_measured(tmp_path: Path, endpoint: str, stream: bool) -> None:
+    with scripted_server(Script(spaced_json=True)) as reference:
+        options = ["--endpoint", endpoint, "--concurrency", "2", "--requests", "6", "--warmup", "0"]
+        ended = bench(reference.url, tmp_path, *options, *([] if stream else ["--no-stream"]))
+    assert ended.returncode == 0, ended.stderr
+    records = requests_in(tmp_path)
+    assert [record.get("error") for record in records] == [None] * 6
+    assert {record["output_tokens"] for record in records} == {10}
+    assert {"first_token_ns" in record for record in records} == {stream}
+
+
+def test_equal_seeds_send_equal_requests_at_equal_times(tmp_path: Path) -> None:
+    sent: list[list[object]] = []
+    for name in ("a", "b"):
+        with scripted_server(Script(first_token_s=0.005, token_s=0.001)) as reference:
+            options = ("--rate", "30", "--duration", "1", "--seed", "7", "--nonce", "fixed")
+            bench(reference.url, tmp_path / name, *options, "--workers", "2")
+            sent.append(sorted(str(one.body) for one in reference.generations))
+        begin = summary_in(tmp_path / name)["stages"][0]["begin_ns"]
+        records = requests_in(tmp_path / name)
+        sent.append(sorted(record["intended_ns"] - begin for record in records))
+    assert sent[0] == sent[2]
+    assert sent[1] == sent[3]
+    assert len(sent[0]) > 10
+
+
+def test_conversations_carry_what_was_said(tmp_path: Path) -> None:
+    with scripted_server(Script(first_token_s=0.005, token_s=0.001)) as reference:
+        options = ("--concurrency", "1", "--requests", "2", "--turns", "3", "--think", "0.01")
+        assert bench(reference.url, tmp_path, *options).returncode == 0
+    lengths = [len(sent.body["messages"]) for sent in reference.generations]  # type: ignore[arg-type]
+    assert lengths == [1, 3, 5, 1, 3, 5]
+    last = reference.generations[2].body["messages"]
+    assert isinstance(last, list)
+    assert last[1] == {"role": "assistant", "content": "x" * 10}
+
+
+def test_a_server_without_extensions_or_usage_is_measured_as_far_as_it_goes(tmp_path: Path) -> None:
+    with scripted_server(Script(exact_length=False, usage=False)) as reference:
+        ended = bench(reference.url, tmp_path, "--concurrency", "2", "--requests", "6")
+    assert ended.returncode == 0, ended.stderr
+    summary = summary_in(tmp_path)
+    assert summary["target"]["exact_length"] is False
+    assert "had no usage" in " ".join(summary["verdict"]["notes"])
+    assert summary["stages"][0]["figures"]["tpot"]["count"] == 0
+
+
+def test_ctrl_c_leaves_a_partial_report(tmp_path: Path) -> None:
+    with scripted_server(Script()) as reference:
+        started = subprocess.Popen(
+            command(reference.url, tmp_path, "--rate", "20", "--duration", "60"),
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        deadline = time.monotonic() + 30
+        while len(reference.generations) < 20 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        started.send_signal(signal.SIGINT)
+        out, _ = started.communicate(timeout=30)
+    summary = summary_in(tmp_path)
+    assert summary["partial"] is True
+    assert summary["stages"][0]["figures"]["succeeded"] >= 10
+    assert summary["stages"][0]["figures"]["errors"] == {}
+    assert "a partial report" in out
+
+
+def test_a_trace_with_shared_blocks_is_replayed_on_time(tmp_path: Path) -> None:
+    trace = tmp_path / "mooncake.jsonl"
+    rows = [
+        {"timestamp": 100 * n, "input_length": 600, "output_length": 5, "hash_ids": [n % 2, 9 + n]}
+        for n in range(10)
+    ]
+    trace.write_text("\n".join(map(json.dumps, rows)))
+    with scripted_server(Script()) as reference:
+        ended = bench(
+            reference.url, tmp_path, "--trace", str(trace), "--speed", "2", "--warmup", "0"
+        )
+    assert ended.returncode in (0, 2), ended.stderr
+    begin = summary_in(tmp_path)["stages"][0]["begin_ns"]
+    due = sorted(record["intended_ns"] - begin for record in requests_in(tmp_path))
+    assert due == [50_000_000 * n for n in range(10)]
+    prompts = [sent.body["messages"][0]["content"] for sent in reference.generations]  # type: ignore[index]
+    assert len({prompt[:2000] for prompt in prompts}) == 2
+    assert len(set(prompts)) == 10
+
+
+def test_a_search_finds_the_rate_that_a_server_can_hold(tmp_path: Path) -> None:
+    """A server that stalls for good after a while holds no rate: the search says so soon."""
+    with scripted_server(Script(first_token_s=0.3)) as reference:
+        options = ("--search", "--slo", "ttft=100ms", "--rate", "0.04", "--duration", "1")
+        ended = bench(reference.url, tmp_path, *options)
+    found = summary_in(tmp_path)["search"]
+    assert found["highest"] is None
+    assert ended.returncode in (1, 2)
+
+
+def test_metrics_of_the_server_are_kept(tmp_path: Path) -> None:
+    with scripted_server(Script()) as reference:
+        reference.metrics = "# TYPE served counter\nserved_total 5\nqueue 3\n"
+        bench(reference.url, tmp_path, "--concurrency", "1", "--requests", "3")
+    lines = (tmp_path / "server-metrics.jsonl").read_text().splitlines()
+    assert len(lines) >= 2
+    assert json.loads(lines[0])["samples"] == {"served_total": 5.0, "queue": 3.0}
