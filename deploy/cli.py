@@ -17,6 +17,7 @@ from deploy.bench_options import add_bench_options
 from deploy.config import KEYS, WrongSetting, variable
 from deploy.exits import DONE, FAILED, INTERRUPTED, USAGE
 from deploy.options import OPTIONS, add_options, configuration
+from deploy.plan_placement import add_plan_options, show_plan
 from deploy.roles import ROLE_VERBS, run_role
 from protocol.errors import ServingError
 from runtime.parent import die_with_parent
@@ -30,6 +31,7 @@ VERBS = {
     "decode": "run one rank of a decode worker, or all of them as child processes",
     "status": "show what a running system serves and how its workers do",
     "bench": "test a server under load and say what it can do",
+    "plan": "say how a model's experts are placed on so many ranks, and what room that leaves",
     "settings": "list every setting with its default, variable and meaning",
     "key": "make a cluster key file, which processes on several machines share",
     "version": "print the version",
@@ -84,6 +86,7 @@ def parser() -> argparse.ArgumentParser:
         help="write the experts' load there, for decode.experts.load_file",
     )
     add_bench_options(verbs.choices["bench"])
+    add_plan_options(verbs.choices["plan"])
     verbs.choices["settings"].add_argument("--json", action="store_true", help="print JSON")
     verbs.choices["key"].add_argument("file", metavar="FILE", type=Path, help="must not exist yet")
     return command
@@ -122,6 +125,8 @@ def _run(chosen: argparse.Namespace) -> int:
     verb: str = chosen.verb
     if verb == "version":
         print(importlib.metadata.version("headrace"))
+    elif verb == "plan":
+        show_plan(chosen)
     elif verb == "settings":
         _print_settings(as_json=chosen.json)
     elif verb == "key":
