@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import orjson
-
 from server.generation import Generator, ServedModel
-from server.openai.choice import Choice
 from server.openai.logprobs import LogprobsShape
-from server.openai.schema import GenerationRequest
-from server.openai.usage import usage_of
+from server.openai.part_events import ReadAnswer, message_of
 from server.settings import LimitSettings
 from server.structured.compiler import GrammarCompiler
-from server.text.model_text import ModelText
 from server.text.tokenizer import TextTokenizer
+
+from server.openai.choice import Choice
+from server.openai.schema import GenerationRequest
+from server.openai.usage import usage_of
+from server.text.model_text import ModelText
 
 Kind = Literal["chat", "completions"]
 
@@ -50,6 +51,7 @@ class Answer:
     tokenizer: TextTokenizer
     logprobs: Sequence[LogprobsShape] | None
     echoes: Sequence[str] | None = None
+    read: ReadAnswer | None = None  # None: all text is content
     ignored: tuple[str, ...] = ()
 
     def usage(self) -> dict[str, Any]:
@@ -91,15 +93,23 @@ class Answer:
         shape = LogprobsShape(self.tokenizer, as_token_ids=False)
         return {"prompt_logprobs": shape.prompt(choice.prompt_tokens())}
 
+    def finish_reason(self, choice: Choice) -> str | None:
+        return choice.finish_reason if self.read is None else self.read.finish_reason(choice)
+
+    def _message(self, choice: Choice, text: str) -> dict[str, Any]:
+        if self.read is None:
+            return {"role": "assistant", "content": text, "refusal": None}
+        return message_of([*self.read.push(choice, text), *self.read.finish(choice)])
+
     def _choice(self, choice: Choice, text: str) -> dict[str, Any]:
         shown: dict[str, Any] = {"index": choice.index}
         if self.kind == "chat":
-            shown["message"] = {"role": "assistant", "content": text, "refusal": None}
+            shown["message"] = self._message(choice, text)
         else:
             shown["text"] = self.echo(choice) + text
         echoed = self.echo_logprobs(choice)
         shown["logprobs"] = _joined(echoed, self.take_logprobs(choice))
-        shown["finish_reason"] = choice.finish_reason
+        shown["finish_reason"] = self.finish_reason(choice)
         if self.asked.return_token_ids:
             shown["token_ids"] = choice.take_token_ids()
             if self.kind == "completions":

@@ -2,26 +2,24 @@
 
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any
 
 from protocol.errors import InvalidRequest
-from protocol.ids import RequestId
-from protocol.requests import DEFAULT_NAMESPACE, GenerateRequest
-from server.openai.answer import Answer, Services
-from server.openai.choice import Choice
-from server.openai.logprobs import LogprobsShape
 from server.openai.models import find_model
-from server.openai.parsing import parse_chat, stop_strings
-from server.openai.prompts import check_length, tokenise
-from server.openai.sampling import (
-    request_seed,
-    sampling_params,
-    stop_conditions,
-    token_budget,
-)
-from server.openai.schema import ChatRequest, ContentPart, GenerationRequest, Message
+from server.openai.part_events import ReadAnswer
+from server.openai.planning import choices_of_prompt, compile_grammar, logprob_shapes
+from server.openai.sampling import request_seed, token_budget
+from server.openai.tools import ToolUse, called, part_reader, tool_constraint, tool_use
 from server.structured.constraints import constraint_of
+from server.text.families.parts import PartReader
+
+from server.openai.answer import Answer, Services
+from server.openai.choice import Reasoned
+from server.openai.parsing import parse_chat
+from server.openai.prompts import check_length, text_length, tokenise
+from server.openai.schema import ChatRequest, ContentPart, Message
 from server.text.chat_template import ChatMessage, TemplateOption
-from server.text.model_text import ModelText
+from server.text.model_text import ChatPrompt, ModelText
 
 
 async def plan_chat(body: bytes, services: Services, *, answer_id: str) -> Answer:
@@ -31,40 +29,40 @@ async def plan_chat(body: bytes, services: Services, *, answer_id: str) -> Answe
         NoWorkerAvailable: no worker has announced itself yet.
     """
     asked, ignored = parse_chat(body, services.limits)
+    return await plan_parsed_chat(asked, services, answer_id=answer_id, ignored=ignored)
+
+
+async def plan_parsed_chat(
+    asked: ChatRequest, services: Services, *, answer_id: str, ignored: tuple[str, ...] = ()
+) -> Answer:
+    """As ``plan_chat``, for whoever has read the request already."""
     model = find_model(services.generator, asked.model)
     text = services.text
-    messages = [_message(message) for message in asked.messages]
-    chars = sum(len(message["content"]) for message in messages)
-    check_length(chars, max_model_len=model.max_model_len, param="messages")
-    prompt = await tokenise(
-        partial(
-            text.chat_prompt,
-            messages,
-            add_generation_prompt=_or(
-                asked.add_generation_prompt, not asked.continue_final_message
-            ),
-            continue_final_message=bool(asked.continue_final_message),
-            options=_template_options(asked, text),
-        ),
-        chars=chars,
-    )
+    use = tool_use(asked)
+    prompt = await _prompt(asked, use, text, max_model_len=model.max_model_len)
+    ids = tuple(prompt.token_ids)
     max_tokens = token_budget(
-        prompt_tokens=len(prompt),
+        prompt_tokens=len(ids),
         max_tokens=asked.max_completion_tokens or asked.max_tokens,
         max_model_len=model.max_model_len,
     )
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
+    constraint = constraint_of(asked.response_format, asked.structured_outputs)
+    constraint = tool_constraint(use, constraint, text, reasons=prompt.reasons)
+    readers = [part_reader(use, text, reasons=prompt.reasons) for _ in range(asked.n or 1)]
     choices = choices_of_prompt(
         asked,
         text,
-        tuple(prompt),
+        ids,
         answer_id=answer_id,
         seed=request_seed(asked),
         max_tokens=max_tokens,
         logprobs=logprobs,
         prompt_logprobs=asked.prompt_logprobs,
         first_index=0,
-        grammar=await grammar_of(asked, services),
+        grammar=await compile_grammar(constraint, asked, services),
+        shown_markers=_shown_markers(use, text),
+        reasoned=_reasoned(text, reasons=prompt.reasons),
     )
     return Answer(
         kind="chat",
@@ -76,94 +74,58 @@ async def plan_chat(body: bytes, services: Services, *, answer_id: str) -> Answe
         tokenizer=text.tokenizer,
         choices_per_prompt=len(choices),
         logprobs=None if logprobs is None else logprob_shapes(asked, text, len(choices)),
+        read=_read_answer(readers, asked),
         ignored=ignored,
     )
 
 
-async def grammar_of(asked: GenerationRequest, services: Services) -> str | None:
-    """What the output must match, if anything.
+async def _prompt(
+    asked: ChatRequest, use: ToolUse, text: ModelText, *, max_model_len: int
+) -> ChatPrompt:
+    messages = [_message(m, f"messages[{i}]", text) for i, m in enumerate(asked.messages)]
+    chars = sum(map(text_length, messages)) + sum(text_length(t.definition) for t in use.tools)
+    check_length(chars, max_model_len=max_model_len, param="messages")
+    return await tokenise(
+        partial(
+            text.chat_prompt,
+            messages,
+            add_generation_prompt=_or(
+                asked.add_generation_prompt, not asked.continue_final_message
+            ),
+            continue_final_message=bool(asked.continue_final_message),
+            options=_template_options(asked, text),
+            tools=use.tools,
+        ),
+        chars=chars,
+    )
 
-    Raises:
-        InvalidRequest: it cannot be compiled, or other fields would keep it from ending.
-    """
-    constraint = constraint_of(asked.response_format, asked.structured_outputs)
-    if constraint is None:
+
+def _read_answer(readers: list[PartReader | None], asked: ChatRequest) -> ReadAnswer | None:
+    present = [reader for reader in readers if reader is not None]
+    if not present:
         return None
-    for name in ("ignore_eos", "min_tokens"):
-        if getattr(asked, name):
-            raise InvalidRequest(
-                f"{name}: cannot be combined with output that must match a format, which says "
-                "itself where it ends",
-                param=name,
-            )
-    if not services.text.defaults.end_token_ids:
-        raise InvalidRequest(
-            f"{constraint.param}: this model has no token that ends its text",
-            param=constraint.param,
-        )
-    return await services.grammars.compile(constraint)
+    return ReadAnswer(present, shows_reasoning=asked.include_reasoning is not False)
 
 
-def choices_of_prompt(
-    asked: GenerationRequest,
-    text: ModelText,
-    prompt: tuple[int, ...],
-    *,
-    answer_id: str,
-    seed: int,
-    max_tokens: int,
-    logprobs: int | None,
-    first_index: int,
-    prompt_logprobs: int | None = None,
-    grammar: str | None = None,
-) -> list[Choice]:
-    """The ``n`` choices of one prompt: the same seed, another random stream for each.
-
-    With ``max_tokens`` 0 and ``prompt_logprobs`` the prompt is still computed, and its one token
-    of output dropped.
-    """
-    only_prompt = max_tokens == 0 and prompt_logprobs is not None
-    max_tokens = 1 if only_prompt else max_tokens
-    vocab_size = text.tokenizer.vocab_size
-    stop = stop_conditions(asked, text.defaults, max_tokens=max_tokens, vocab_size=vocab_size)
-    namespace = DEFAULT_NAMESPACE if asked.cache_salt is None else f"salt:{asked.cache_salt}"
-    stops = stop_strings(asked)
-    choices: list[Choice] = []
-    for k in range(asked.n or 1):
-        index = first_index + k
-        sampling = sampling_params(
-            asked,
-            text.defaults,
-            seed=seed,
-            choice=k,
-            logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
-            grammar=grammar,
-            vocab_size=vocab_size,
-        )
-        request = GenerateRequest(
-            request_id=RequestId(f"{answer_id}-{index}"),
-            attempt=0,
-            model=asked.model,
-            prompt_token_ids=prompt,
-            sampling=sampling,
-            stop=stop,
-            namespace=namespace,
-        )
-        choices.append(
-            Choice(index, request, asked, stops, text.tokenizer, only_prompt=only_prompt)
-        )
-    return choices
+def _shown_markers(use: ToolUse, text: ModelText) -> tuple[str, ...]:
+    """Control tokens that the answer's reader must see."""
+    marks = text.reasoning
+    reasoning = () if marks is None else (marks.open, marks.close)
+    uses_family = use.tools or text.family.reads_every_text
+    return (*reasoning, *(text.family.markers if uses_family else ()))
 
 
-def logprob_shapes(
-    asked: GenerationRequest, text: ModelText, num_choices: int
-) -> list[LogprobsShape]:
-    as_ids = bool(asked.return_tokens_as_token_ids)
-    return [LogprobsShape(text.tokenizer, as_token_ids=as_ids) for _ in range(num_choices)]
+def _reasoned(text: ModelText, *, reasons: bool) -> Reasoned | None:
+    """How the tokens of reasoning are told from those of the answer."""
+    if text.reasoning is None:
+        return None
+    close = text.tokenizer.token_id(text.reasoning.close)
+    if close is None:
+        return None
+    return Reasoned(open=text.tokenizer.token_id(text.reasoning.open), close=close, begun=reasons)
 
 
-def _message(message: Message) -> ChatMessage:
+def _message(message: Message, path: str, text: ModelText) -> ChatMessage:
     """The message as templates know it: one text, and ``system`` for what newer clients call
     ``developer``.
     """
@@ -171,11 +133,20 @@ def _message(message: Message) -> ChatMessage:
     content = message.content
     if not isinstance(content, str):
         content = "\n".join(map(_part_text, content or ()))
-    known = {"role": role, "content": content}
+    known: dict[str, Any] = {"role": role, "content": content}
     if message.name is not None:
         known["name"] = message.name
     if message.tool_call_id is not None:
         known["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        as_text = text.family.arguments_as_text
+        known["tool_calls"] = [
+            called(call, f"{path}.tool_calls[{i}]", arguments_as_text=as_text)
+            for i, call in enumerate(message.tool_calls)
+        ]
+    reasoning = message.reasoning_content or message.reasoning
+    if reasoning is not None:
+        known["reasoning_content"] = reasoning
     return known
 
 

@@ -11,10 +11,11 @@ from protocol.errors import EngineError
 from protocol.messages import FinishReason
 from protocol.requests import GenerateRequest, TokenLogprobs
 from server.generation import Generator, TokenChunk
-from server.openai.schema import GenerationRequest
-from server.text.detokenizer import detokenizer
 from server.text.stop_strings import StopStrings
 from server.text.tokenizer import TextTokenizer
+
+from server.openai.schema import GenerationRequest
+from server.text.detokenizer import detokenizer
 
 
 class Token(NamedTuple):
@@ -27,6 +28,14 @@ class Token(NamedTuple):
     logprobs: TokenLogprobs | None
 
 
+class Reasoned(NamedTuple):
+    """The tokens around reasoning, and whether the prompt has ended with the first of them."""
+
+    open: int | None
+    close: int
+    begun: bool
+
+
 class Choice:
     """``index`` is the choice's place in the answer. Feed chunks to ``accept`` until
     ``finish_reason`` is set; then the text is complete, and nothing more may be fed.
@@ -37,6 +46,8 @@ class Choice:
         "_hides_stop_token",
         "_keeps_token_ids",
         "_only_prompt",
+        "_reasoned",
+        "_reasoning",
         "_stop_token_ids",
         "_stops",
         "cached_tokens",
@@ -44,6 +55,7 @@ class Choice:
         "finish_reason",
         "index",
         "prompt_logprobs",
+        "reasoning_tokens",
         "request",
         "token_ids",
         "tokens",
@@ -58,8 +70,12 @@ class Choice:
         tokenizer: TextTokenizer,
         *,
         only_prompt: bool = False,
+        shown_ids: frozenset[int] = frozenset(),
+        reasoned: Reasoned | None = None,
     ) -> None:
-        """``only_prompt``: the prompt's probabilities are wanted, and no text."""
+        """``only_prompt``: the prompt's probabilities are wanted, and no text. ``shown_ids`` stay
+        in the text although they are control tokens.
+        """
         self.index = index
         self.request = request
         include_stop = bool(asked.include_stop_str_in_output)
@@ -69,8 +85,13 @@ class Choice:
         self._only_prompt = only_prompt
         self._stop_token_ids = frozenset(request.stop.stop_token_ids)
         self._detokenizer = detokenizer(
-            tokenizer, skip_special_tokens=asked.skip_special_tokens is not False
+            tokenizer,
+            skip_special_tokens=asked.skip_special_tokens is not False,
+            shown_ids=shown_ids,
         )
+        self._reasoned = reasoned
+        self._reasoning = reasoned is not None and reasoned.begun
+        self.reasoning_tokens = 0
         self.completion_tokens = 0
         self.cached_tokens = 0
         self.finish_reason: FinishReason | None = None
@@ -90,6 +111,8 @@ class Choice:
         last = len(chunk.token_ids) - 1
         for position, token_id in enumerate(chunk.token_ids):
             self.completion_tokens += 1
+            if self._reasoned is not None:
+                self._count_reasoning(token_id, self._reasoned)
             if self._keeps_token_ids:
                 self.token_ids.append(token_id)
             if (
@@ -119,6 +142,14 @@ class Choice:
         if stops.matched is not None:
             self.finish_reason = "stop"
         return text
+
+    def _count_reasoning(self, token_id: int, reasoned: Reasoned) -> None:
+        """Both markers count as reasoning."""
+        if token_id == reasoned.open and self.completion_tokens == 1:
+            self._reasoning = True
+        self.reasoning_tokens += self._reasoning
+        if token_id == reasoned.close:
+            self._reasoning = False
 
     def prompt_tokens(self) -> list[Token]:
         """The prompt's own tokens with their probabilities, if these were asked for."""

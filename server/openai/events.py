@@ -4,9 +4,12 @@ Everything but the text is constant for a choice and is rendered once; an event 
 and one ``orjson`` call, because at thousands of tokens a second every object counts.
 """
 
+from functools import partial
 from typing import Any
 
 import orjson
+from server.openai.part_events import delta_of
+from server.text.families.parts import Part
 
 from server.openai.answer import Answer
 from server.openai.choice import Choice
@@ -31,7 +34,10 @@ class AnswerEvents:
         self._before = [self._before_choice(choice) + before_text for choice in answer.choices]
         self._after = after_text + b',"logprobs":null,"finish_reason":null}]' + self._tail
         self._plain = not (
-            answer.logprobs is not None or asked.return_token_ids or asked.continuous_usage
+            answer.logprobs is not None
+            or asked.return_token_ids
+            or asked.continuous_usage
+            or answer.read is not None
         )
         self._content = b'{"content":%b}' if self._chat else b"%b"
 
@@ -58,20 +64,34 @@ class AnswerEvents:
         """The next piece of text, with what belongs to its tokens."""
         if self._plain:
             return b"".join((self._before[choice.index], orjson.dumps(text), self._after))
+        if self._answer.read is not None:
+            return self._parts(choice, self._answer.read.push(choice, text))
+        return self._value(choice, self._content % orjson.dumps(text))
+
+    def _parts(self, choice: Choice, parts: list[Part]) -> bytes:
+        """An event each; what belongs to the tokens is in the first."""
+        return b"".join(self._value(choice, delta_of(part)) for part in parts)
+
+    def _value(self, choice: Choice, value: bytes) -> bytes:
+        logprobs, more = self._of_tokens(choice)
+        return self._event(choice, value, logprobs=logprobs, in_choice=more)
+
+    def _of_tokens(self, choice: Choice) -> tuple[bytes, bytes]:
+        """Probabilities and ids of the tokens since the last call."""
         more = b""
         if self._answer.asked.return_token_ids:
             more = b',"token_ids":' + orjson.dumps(choice.take_token_ids())
-        return self._event(
-            choice,
-            self._content % orjson.dumps(text),
-            logprobs=orjson.dumps(self._answer.take_logprobs(choice)),
-            in_choice=more,
-        )
+        return orjson.dumps(self._answer.take_logprobs(choice)), more
 
     def finish(self, choice: Choice) -> bytes:
-        return self._event(
-            choice, b"{}" if self._chat else b'""', finish_reason=orjson.dumps(choice.finish_reason)
-        )
+        read = self._answer.read
+        held = b"" if read is None else self._parts(choice, read.finish(choice))
+        reason = orjson.dumps(self._answer.finish_reason(choice))
+        ending = partial(self._event, choice, b"{}" if self._chat else b'""', finish_reason=reason)
+        if read is not None and not held and (choice.tokens or choice.token_ids):
+            logprobs, more = self._of_tokens(choice)
+            return ending(logprobs=logprobs, in_choice=more)
+        return held + ending()
 
     def usage(self) -> bytes:
         """The event after all others, for callers who asked for it."""

@@ -10,11 +10,17 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 import orjson
-
 from protocol.errors import InvalidRequest
-from server.openai.schema import ChatRequest, CompletionRequest, ContentPart, GenerationRequest
-from server.openai.treatment import ignored_params
 from server.settings import LimitSettings
+
+from server.openai.schema import (
+    ChatRequest,
+    CompletionRequest,
+    ContentPart,
+    GenerationRequest,
+    Message,
+)
+from server.openai.treatment import ignored_params
 
 _ROLES = ("developer", "system", "user", "assistant", "tool")
 _NOT_FINITE_FIELD = re.compile(r'"([A-Za-z_]{1,64})"\s*:\s*[^",:{}]{0,400}\Z')
@@ -43,16 +49,7 @@ def parse_chat(body: bytes, limits: LimitSettings) -> ParsedChat:
     """
     request, ignored = _convert(body, ChatRequest, limits)
     _check_generation(request, limits)
-    if len(request.messages) > limits.max_messages:
-        raise _invalid("messages", f"more than {limits.max_messages} messages")
-    for index, message in enumerate(request.messages):
-        path = f"messages[{index}]"
-        if message.role not in _ROLES:
-            raise _invalid(f"{path}.role", f"must be one of {', '.join(_ROLES)}")
-        for name in ("tool_calls", "function_call", "audio"):
-            if getattr(message, name):
-                raise _invalid(f"{path}.{name}", "this server cannot pass it to a model yet")
-        _check_content(message.content, f"{path}.content")
+    _check_messages(request.messages, limits)
     if request.top_logprobs is not None:
         if not request.logprobs:
             raise _invalid("top_logprobs", "needs logprobs: true")
@@ -66,6 +63,8 @@ def parse_chat(body: bytes, limits: LimitSettings) -> ParsedChat:
     both = (request.max_completion_tokens, request.max_tokens)
     if None not in both and both[0] != both[1]:
         ignored = (*ignored, "max_tokens")
+    if request.tools == []:
+        ignored = (*ignored, "tools")
     return ParsedChat(request, ignored)
 
 
@@ -178,6 +177,24 @@ def _check_generation(request: GenerationRequest, limits: LimitSettings) -> None
         raise _invalid("logit_bias", f"more than {limits.max_logit_bias} entries")
     if request.cache_salt and not _CACHE_SALT_FORBIDDEN.isdisjoint(request.cache_salt):
         raise _invalid("cache_salt", "must not contain @, /, backslash or NUL")
+
+
+def _check_messages(messages: Sequence[Message], limits: LimitSettings) -> None:
+    if len(messages) > limits.max_messages:
+        raise _invalid("messages", f"more than {limits.max_messages} messages")
+    for index, message in enumerate(messages):
+        path = f"messages[{index}]"
+        if message.role not in _ROLES:
+            raise _invalid(f"{path}.role", f"must be one of {', '.join(_ROLES)}")
+        for name in ("function_call", "audio"):
+            if getattr(message, name):
+                raise _invalid(f"{path}.{name}", "this server cannot pass it to a model")
+        if message.tool_calls and message.role != "assistant":
+            raise _invalid(f"{path}.tool_calls", "only messages of the assistant can have it")
+        if message.role == "tool" and message.tool_call_id is None:
+            raise _invalid(f"{path}.tool_call_id", "is required where the role is tool")
+        if message.content is not None or not message.tool_calls:
+            _check_content(message.content, f"{path}.content")
 
 
 def _check_content(content: str | list[ContentPart] | None, path: str) -> None:

@@ -1,10 +1,9 @@
 """Guards around tokenising, the one part of reading a request that costs real time."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import anyio.to_thread
-
 from protocol.errors import ContextLengthExceeded
 
 P = TypeVar("P")
@@ -31,3 +30,12 @@ async def tokenise(work: Callable[[], P], *, chars: int) -> P:
     if chars <= _INLINE_CHARS:
         return work()
     return await anyio.to_thread.run_sync(work)
+
+
+def text_length(value: object) -> int:
+    """Characters of all texts inside ``value``."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(len(key) + text_length(child) for key, child in value.items())
+    return sum(map(text_length, value)) if isinstance(value, list | tuple) else 0

@@ -5,11 +5,10 @@ fixes are here, bounds that an operator may choose are in ``server.openai.parsin
 fields that are not listed is decided in ``server.openai.treatment``.
 """
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
-
 from server.structured.constraints import ResponseFormat, StructuredOutputs
 
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
@@ -74,14 +73,50 @@ class ContentPart(msgspec.Struct, kw_only=True):
     refusal: str | None = None
 
 
+class CalledFunction(msgspec.Struct, kw_only=True):
+    name: Annotated[str, Meta(max_length=256)]
+    arguments: str
+
+
+class ToolCall(msgspec.Struct, kw_only=True):
+    """A call that an earlier answer made."""
+
+    id: Annotated[str, Meta(max_length=256)] | None = None
+    type: str = "function"
+    function: CalledFunction
+
+
 class Message(msgspec.Struct, kw_only=True):
     role: str
     content: str | list[ContentPart] | None = None
     name: Annotated[str, Meta(max_length=256)] | None = None
     tool_call_id: Annotated[str, Meta(max_length=256)] | None = None
-    tool_calls: list[object] | None = None
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=128)] | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
     function_call: object = None
     audio: object = None
+
+
+class FunctionDefinition(msgspec.Struct, kw_only=True, omit_defaults=True):
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolDefinition(msgspec.Struct, kw_only=True):
+    type: str
+    function: FunctionDefinition | None = None
+
+
+class NamedFunction(msgspec.Struct, kw_only=True):
+    name: str
+
+
+class NamedTool(msgspec.Struct, kw_only=True):
+    type: str
+    function: NamedFunction
 
 
 class ChatRequest(GenerationRequest, kw_only=True):
@@ -93,6 +128,10 @@ class ChatRequest(GenerationRequest, kw_only=True):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, OptionValue] | None = None
+    include_reasoning: bool | None = None
+    tools: list[ToolDefinition] | None = None
+    tool_choice: str | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
 
 
 class CompletionRequest(GenerationRequest, kw_only=True):

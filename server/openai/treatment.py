@@ -35,6 +35,7 @@ _REFUSED: dict[str, str] = {
         ),
         _INTERNAL,
     ),
+    "functions": "it is deprecated: use tools",
     **dict.fromkeys(
         (
             *("chat_template", "mm_processor_kwargs", "media_io_kwargs", "prompt_embeds"),
@@ -44,7 +45,7 @@ _REFUSED: dict[str, str] = {
     ),
     **dict.fromkeys(
         (
-            *("audio", "web_search_options", "functions", "suffix", "use_beam_search"),
+            *("audio", "web_search_options", "suffix", "use_beam_search"),
             *("logprob_token_ids", "truncate_prompt_tokens", "input_embeds"),
         ),
         _UNSUPPORTED,
@@ -52,17 +53,13 @@ _REFUSED: dict[str, str] = {
 }
 # Fields that are harmless with some values. The value is data of the caller: compare it only.
 _HARMLESS: dict[str, tuple[object, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "function_call": ("none",),
     "modalities": (["text"],),
     "store": (False,),
     "best_of": (1,),
 }
 _WHEN_HARMFUL: dict[str, str] = {
-    "tools": "this server cannot call tools yet",
-    "tool_choice": "this server cannot call tools yet",
-    "function_call": "this server cannot call tools yet",
+    "function_call": "it is deprecated: use tool_choice",
     "modalities": "this server answers with text only",
     "store": "this server stores nothing",
     "best_of": "this server returns every choice that it makes: use n",

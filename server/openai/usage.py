@@ -17,5 +17,5 @@ def usage_of(choices: Sequence[Choice], *, choices_per_prompt: int) -> Usage:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
         "prompt_tokens_details": {"cached_tokens": sum(c.cached_tokens for c in firsts)},
-        "completion_tokens_details": {"reasoning_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": sum(c.reasoning_tokens for c in choices)},
     }

@@ -7,18 +7,17 @@ jinja2's immutable sandbox. What the text's control tokens mean is not known her
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jinja2
 import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from protocol.errors import ConfigError, InvalidRequest
 from runtime.log import get_log
 
 log = get_log(__name__)
 
-ChatMessage = Mapping[str, str]  # role, content, and where given name and tool_call_id
+ChatMessage = Mapping[str, Any]  # role, content, and where given what else a template may show
 TemplateOption = str | int | float | bool
 
 _OURS = frozenset(("messages", "tools", "documents", "tokenize", "chat_template"))
@@ -46,6 +45,7 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ConfigError(f"the chat template is not valid: {error}") from error
         self.options = frozenset(names) - _OURS - set(special_tokens)
+        self.takes_tools = "tools" in names
 
     def render(
         self,
@@ -54,6 +54,7 @@ class ChatTemplate:
         add_generation_prompt: bool,
         continue_final_message: bool = False,
         options: Mapping[str, TemplateOption] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> str:
         """The conversation as text, ready for an answer or open at the end of its last message.
 
@@ -66,6 +67,7 @@ class ChatTemplate:
                     **(options or {}),
                     **self._special_tokens,
                     "messages": messages,
+                    "tools": tools,
                     "add_generation_prompt": add_generation_prompt,
                 }
             )

@@ -23,9 +23,14 @@ class Detokenizer(Protocol):
         ...
 
 
-def detokenizer(tokenizer: TextTokenizer, *, skip_special_tokens: bool = True) -> Detokenizer:
-    """A fresh one for one choice of one request."""
-    skipped = tokenizer.special_ids if skip_special_tokens else frozenset()
+def detokenizer(
+    tokenizer: TextTokenizer,
+    *,
+    skip_special_tokens: bool = True,
+    shown_ids: frozenset[int] = frozenset(),
+) -> Detokenizer:
+    """A fresh one for one choice of one request; ``shown_ids`` are never skipped."""
+    skipped = tokenizer.special_ids - shown_ids if skip_special_tokens else frozenset()
     if tokenizer.piece_style == "byte_level":
         return _ByteLevel(tokenizer, skipped)
     return _ByteFallback(tokenizer, skipped)

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from protocol.errors import ConfigError
+from server.text.families.choose import family_of
+from server.text.families.reasoning import reasoning_marks
+from server.text.tokenizer import TextTokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-from protocol.errors import ConfigError
 from server.text.chat_template import ChatTemplate
 from server.text.model_text import GenerationDefaults, ModelText
-from server.text.tokenizer import TextTokenizer
 
 _TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _GGUF_CONTROL, _GGUF_USER_DEFINED = 3, 4
@@ -127,6 +129,8 @@ def _model_text(
         tokenizer=TextTokenizer(tokenizer, control_tokens=control),
         template=ChatTemplate(template, special_tokens=special_tokens) if template else None,
         defaults=defaults,
+        family=family_of(template),
+        reasoning=reasoning_marks(template),
     )
 
 

@@ -6,7 +6,6 @@ from typing import Any
 
 import httpx
 import pytest
-
 from benchmarks.local_system import LocalSystem
 from tests.e2e.conftest import Start
 from tests.e2e.test_faults import FLAGS
@@ -117,3 +116,38 @@ def test_constrained_output_matches_at_a_high_temperature(system: LocalSystem, k
             assert set(person) == {"name", "age"}
             assert len(person["name"]) <= 8
             assert 0 <= person["age"] <= 120
+
+
+def test_forced_calls_parse_at_a_high_temperature(system: LocalSystem) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {
+            "city": {"type": "string", "maxLength": 8},
+            "unit": {"enum": ["celsius", "kelvin"]},
+        },
+        "required": ["city", "unit"],
+        "additionalProperties": False,
+    }
+    body = {
+        "model": "smollm2",
+        "messages": [{"role": "user", "content": "What is the weather like in Paris?"}],
+        "tools": [
+            {"type": "function", "function": {"name": "weather", "parameters": parameters}},
+            {"type": "function", "function": {"name": "time", "parameters": {"type": "object"}}},
+        ],
+        "tool_choice": {"type": "function", "function": {"name": "weather"}},
+        "parallel_tool_calls": False,
+        "temperature": 1.5,
+        "max_tokens": 100,
+        "n": 4,
+        "seed": 1,
+    }
+    answer = httpx.post(f"{system.url}/v1/chat/completions", json=body, timeout=120).json()
+    complete = [c for c in answer["choices"] if c["finish_reason"] == "tool_calls"]
+    assert complete
+    for choice in complete:
+        (call,) = choice["message"]["tool_calls"]
+        assert call["function"]["name"] == "weather"
+        arguments = json.loads(call["function"]["arguments"])
+        assert set(arguments) == {"city", "unit"}
+        assert arguments["unit"] in ("celsius", "kelvin")

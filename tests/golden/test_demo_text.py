@@ -60,4 +60,4 @@ def test_the_demo_prompt_equals_transformers(demo: ModelText, reference: Any) ->
         {"role": "user", "content": "What is a headrace?"},
     ]
     expected = reference.apply_chat_template(messages, add_generation_prompt=True, tokenize=True)
-    assert demo.chat_prompt(messages) == list(expected["input_ids"])
+    assert demo.chat_prompt(messages).token_ids == list(expected["input_ids"])

@@ -6,9 +6,11 @@ import json
 from collections.abc import Sequence
 
 from server.text.families.calls import Calls
-from server.text.families.family import NewCallId, Spell, Tool
 from server.text.families.marked_text import MarkedText
 from server.text.families.parts import Content, Part, PartReader
+
+from server.text.families.family import NewCallId, Spell, Tool
+from server.text.families.json_call import json_rule
 
 CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL_BEGIN, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
@@ -22,6 +24,7 @@ class DeepseekV3:
     signs = (CALLS_BEGIN,)
     markers = (CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, SEPARATOR)
     arguments_as_text = True
+    reads_every_text = False
 
     def reader(self, new_call_id: NewCallId, tools: Sequence[Tool]) -> PartReader:
         return _Reader(Calls(new_call_id))
@@ -30,7 +33,7 @@ class DeepseekV3:
         more = r'("\n" call)*' if parallel else ""
         rules = [
             f"tool_{i}: {json.dumps(tool.name + FENCE_OPEN)} arguments_{i}\n"
-            f"arguments_{i}: %json {json.dumps(tool.parameters)}\n"
+            f"arguments_{i}: {json_rule(tool.parameters)}\n"
             for i, tool in enumerate(tools)
         ]
         one_of = " | ".join(f"tool_{i}" for i in range(len(tools)))

@@ -27,7 +27,8 @@ class Tool:
 class Family(Protocol):
     """``signs``: all of these in a chat template tell that it is of this family. ``markers`` are
     the control tokens that the reader must see. ``arguments_as_text``: its templates want the
-    arguments of earlier calls as JSON text, not as objects.
+    arguments of earlier calls as JSON text, not as objects. ``reads_every_text``: also texts
+    without tools have its markers.
     """
 
     @property
@@ -38,6 +39,8 @@ class Family(Protocol):
     def markers(self) -> tuple[str, ...]: ...
     @property
     def arguments_as_text(self) -> bool: ...
+    @property
+    def reads_every_text(self) -> bool: ...
 
     def reader(self, new_call_id: NewCallId, tools: Sequence[Tool]) -> PartReader:
         """For one text; ``tools`` may be none."""

@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 from server.text.families.calls import Calls
-from server.text.families.family import NewCallId, Spell, Tool
 from server.text.families.marked_text import MarkedText
 from server.text.families.parts import Content, Part, PartReader, Reasoning
+
+from server.text.families.family import NewCallId, Spell, Tool
+from server.text.families.json_call import json_rule
 
 START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 END, CALL, RETURN, CONSTRAIN = "<|end|>", "<|call|>", "<|return|>", "<|constrain|>"
@@ -25,6 +27,7 @@ class Harmony:
     signs = (CHANNEL,)
     markers = (START, CHANNEL, MESSAGE, END, CALL, RETURN, CONSTRAIN)
     arguments_as_text = False
+    reads_every_text = True
 
     def reader(self, new_call_id: NewCallId, tools: Sequence[Tool]) -> PartReader:
         return _Reader(Calls(new_call_id))
@@ -34,7 +37,7 @@ class Harmony:
         rules = [
             f"tool_{i}: {spell(CHANNEL)} {json.dumps(f'commentary to=functions.{tool.name} ')} "
             f'{spell(CONSTRAIN)} "json" {spell(MESSAGE)} arguments_{i}\n'
-            f"arguments_{i}: %json {json.dumps(tool.parameters)}\n"
+            f"arguments_{i}: {json_rule(tool.parameters)}\n"
             for i, tool in enumerate(tools)
         ]
         one_of = " | ".join(f"tool_{i}" for i in range(len(tools)))

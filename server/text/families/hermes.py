@@ -6,10 +6,11 @@ import json
 from collections.abc import Sequence
 
 from server.text.families.calls import Calls, JsonCallReader
-from server.text.families.family import NewCallId, Spell, Tool
-from server.text.families.json_call import any_of, call_schema
 from server.text.families.marked_text import MarkedText
 from server.text.families.parts import Content, Part, PartReader
+
+from server.text.families.family import NewCallId, Spell, Tool
+from server.text.families.json_call import any_of, call_schema, json_rule
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 
@@ -19,6 +20,7 @@ class Hermes:
     signs = (OPEN,)
     markers = (OPEN, CLOSE)
     arguments_as_text = False
+    reads_every_text = False
 
     def reader(self, new_call_id: NewCallId, tools: Sequence[Tool]) -> PartReader:
         return _Reader(Calls(new_call_id))
@@ -31,7 +33,7 @@ class Hermes:
         return (
             f"calls: call {more}\n"
             f'call: {spell(OPEN)} "\\n" body "\\n" {spell(CLOSE)}\n'
-            f"body: %json {json.dumps(schema)}\n"
+            f"body: {json_rule(schema)}\n"
         )
 
     def instructions(self, tools: Sequence[Tool]) -> str:

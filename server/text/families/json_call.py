@@ -5,8 +5,10 @@ is known. What is no such object gives no name, and ``raw`` has all of it.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
+
+from runtime.grammars import WHITE_SPACE
 
 Expect = Literal["object", "key", "colon", "value", "more", "nothing"]
 ARGUMENT_KEYS = ("arguments", "parameters")
@@ -162,6 +164,14 @@ def call_schema(name: str, parameters: object, *, argument_key: str) -> dict[str
         "required": ["name", argument_key],
         "additionalProperties": False,
     }
+
+
+def json_rule(schema: Mapping[str, object]) -> str:
+    """What a Lark rule says to mean JSON of ``schema``. Keywords that cannot be enforced are left
+    to the model, since tools are described with more than can be.
+    """
+    guided = {**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE, "lenient": True}}
+    return f"%json {json.dumps(guided)}"
 
 
 def any_of(schemas: Sequence[dict[str, object]]) -> dict[str, object]:

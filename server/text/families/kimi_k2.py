@@ -6,9 +6,11 @@ import json
 from collections.abc import Sequence
 
 from server.text.families.calls import Calls
-from server.text.families.family import NewCallId, Spell, Tool
 from server.text.families.marked_text import MarkedText
 from server.text.families.parts import Content, Part, PartReader
+
+from server.text.families.family import NewCallId, Spell, Tool
+from server.text.families.json_call import json_rule
 
 SECTION_BEGIN, SECTION_END = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
 CALL_BEGIN, CALL_END = "<|tool_call_begin|>", "<|tool_call_end|>"
@@ -21,6 +23,7 @@ class KimiK2:
     signs = (SECTION_BEGIN,)
     markers = (SECTION_BEGIN, SECTION_END, CALL_BEGIN, CALL_END, ARGUMENT_BEGIN)
     arguments_as_text = True
+    reads_every_text = False
 
     def reader(self, new_call_id: NewCallId, tools: Sequence[Tool]) -> PartReader:
         return _Reader(Calls(new_call_id))
@@ -29,7 +32,7 @@ class KimiK2:
         rules = [
             f"tool_{i}: {json.dumps(f'{PREFIX}{tool.name}:')} /[0-9]{{1,2}}/ "
             f"{spell(ARGUMENT_BEGIN)} arguments_{i}\n"
-            f"arguments_{i}: %json {json.dumps(tool.parameters)}\n"
+            f"arguments_{i}: {json_rule(tool.parameters)}\n"
             for i, tool in enumerate(tools)
         ]
         one_of = " | ".join(f"tool_{i}" for i in range(len(tools)))

@@ -2,13 +2,13 @@
 ``<|python_tag|>``; several are separated by semicolons.
 """
 
-import json
 from collections.abc import Sequence
 
 from server.text.families.calls import Calls, JsonCallReader
-from server.text.families.family import NewCallId, Spell, Tool
-from server.text.families.json_call import any_of, call_schema
 from server.text.families.parts import Content, Part, PartReader
+
+from server.text.families.family import NewCallId, Spell, Tool
+from server.text.families.json_call import any_of, call_schema, json_rule
 
 PYTHON_TAG = "<|python_tag|>"
 
@@ -18,6 +18,7 @@ class Llama3Json:
     signs = (PYTHON_TAG, '"parameters"')
     markers = (PYTHON_TAG,)
     arguments_as_text = False
+    reads_every_text = False
 
     def reader(self, new_call_id: NewCallId, tools: Sequence[Tool]) -> PartReader:
         return _Reader(Calls(new_call_id))
@@ -27,7 +28,7 @@ class Llama3Json:
             [call_schema(t.name, t.parameters, argument_key="parameters") for t in tools]
         )
         more = '("; " call)*' if parallel else ""
-        return f"calls: call {more}\ncall: %json {json.dumps(schema)}\n"
+        return f"calls: call {more}\ncall: {json_rule(schema)}\n"
 
 
 class _Reader:

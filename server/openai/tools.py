@@ -1,0 +1,188 @@
+"""What a chat request says of tools: which there are, which calls are forced, and how the answer's
+text is to be read.
+"""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from protocol.errors import InvalidRequest
+from protocol.ids import new_request_id
+from server.openai.schema import ChatRequest, NamedTool, ToolCall, ToolDefinition
+from server.structured.constraints import Constraint, lark_constraint
+from server.text.families.family import Spell, Tool
+from server.text.families.json_call import json_rule
+from server.text.families.parts import CallArguments, CallBegun, Part, PartReader
+from server.text.families.reasoning import PlainReader, ReasoningReader
+from server.text.model_text import ModelText
+
+MAX_TOOLS = 128
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
+_CHOICES = ("none", "auto", "required")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolUse:
+    """``tools`` are those the model is told of; ``forced`` are those of which it must call one."""
+
+    tools: tuple[Tool, ...] = ()
+    forced: tuple[Tool, ...] = ()
+    parallel: bool = True
+
+
+def tool_use(asked: ChatRequest) -> ToolUse:
+    """
+    Raises:
+        InvalidRequest: a tool or the choice among them is not valid.
+    """
+    tools = tuple(_tool(tool, f"tools[{i}]") for i, tool in enumerate(asked.tools or ()))
+    if len(tools) > MAX_TOOLS:
+        raise _invalid("tools", f"more than {MAX_TOOLS} tools")
+    names = [tool.name for tool in tools]
+    if len(set(names)) < len(names):
+        raise _invalid("tools", "two tools have the same name")
+    choice = asked.tool_choice
+    if isinstance(choice, str) and choice not in _CHOICES:
+        raise _invalid("tool_choice", f"must be {', '.join(_CHOICES)}, or name a function")
+    if choice == "none":
+        return ToolUse()
+    if choice not in (None, "auto") and not tools:
+        raise _invalid("tool_choice", "needs tools")
+    return ToolUse(
+        tools=tools,
+        forced=_forced(choice, tools),
+        parallel=asked.parallel_tool_calls is not False,
+    )
+
+
+def called(call: ToolCall, path: str, *, arguments_as_text: bool) -> dict[str, Any]:
+    """An earlier call as templates know it.
+
+    Raises:
+        InvalidRequest: its arguments are no JSON object.
+    """
+    if call.type != "function":
+        raise _invalid(f"{path}.type", "must be function")
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise _invalid(f"{path}.function.arguments", "must be the text of a JSON object")
+    shown = call.function.arguments if arguments_as_text else arguments
+    function = {"name": call.function.name, "arguments": shown}
+    return {"id": call.id or "", "type": "function", "function": function}
+
+
+def tool_constraint(
+    use: ToolUse, other: Constraint | None, text: ModelText, *, reasons: bool
+) -> Constraint | None:
+    """What the whole text must match: a forced call, or what ``other`` says, or a call or that.
+
+    Where the model ``reasons`` first, its reasoning is free.
+
+    Raises:
+        InvalidRequest: ``other`` cannot be combined with calls.
+    """
+    if not use.forced and other is None:
+        return None
+    reasoning = text.reasoning if reasons else None
+    if not use.tools and reasoning is None:
+        return other
+    rules: list[str] = []
+    choices: list[str] = []
+    if use.tools:
+        listed = use.forced or use.tools
+        rules.append(text.family.grammar(listed, parallel=use.parallel, spell=_spell(text)))
+        choices.append("calls")
+    if not use.forced and other is not None:
+        if other.kind != "json":
+            raise _invalid(other.param, "cannot be combined with tools or with reasoning")
+        rules.append(f"answer: {json_rule(json.loads(other.source))}\n")
+        choices.append("answer")
+    start = "start: " + " | ".join(choices)
+    if reasoning is not None:
+        start = f"start: reasoning ({' | '.join(choices)})\n"
+        start += f"reasoning[suffix={json.dumps(reasoning.close)}]: /(?s:.*)/"
+    param = "tools" if other is None or use.forced else other.param
+    return lark_constraint("\n".join((start, *rules)), param=param)
+
+
+def part_reader(use: ToolUse, text: ModelText, *, reasons: bool) -> PartReader | None:
+    """How to read one choice's text; None where all of it is plain content."""
+    uses_family = bool(use.tools) or text.family.reads_every_text
+    if not uses_family and text.reasoning is None:
+        return None
+    reader: PartReader = PlainReader()
+    if uses_family:
+        reader = text.family.reader(_new_call_id, use.tools)
+    if not use.parallel:
+        reader = _FirstCall(reader)
+    if text.reasoning is not None:
+        reader = ReasoningReader(text.reasoning, reader, begun=reasons)
+    return reader
+
+
+class _FirstCall:
+    """Leaves out every call but the first."""
+
+    def __init__(self, inner: PartReader) -> None:
+        self._inner = inner
+
+    def push(self, text: str) -> list[Part]:
+        return list(filter(_is_wanted, self._inner.push(text)))
+
+    def finish(self) -> list[Part]:
+        return list(filter(_is_wanted, self._inner.finish()))
+
+
+def _is_wanted(part: Part) -> bool:
+    return not isinstance(part, CallBegun | CallArguments) or part.index == 0
+
+
+def _new_call_id() -> str:
+    return f"call_{new_request_id()}"
+
+
+def _spell(text: ModelText) -> Spell:
+    """Markers that are special tokens cannot be spelt by text."""
+
+    def spell(marker: str) -> str:
+        token_id = text.tokenizer.token_id(marker)
+        special = token_id is not None and token_id in text.tokenizer.special_ids
+        return f"<[{token_id}]>" if special else json.dumps(marker)
+
+    return spell
+
+
+def _tool(tool: ToolDefinition, path: str) -> Tool:
+    if tool.type != "function" or tool.function is None:
+        raise _invalid(f"{path}.type", "must be function, with a function beside it")
+    function = tool.function
+    if not _NAME.match(function.name):
+        raise _invalid(f"{path}.function.name", "must be 1 to 64 letters, digits, _ or -")
+    definition: Mapping[str, Any] = msgspec.to_builtins(function)
+    return Tool(
+        name=function.name,
+        parameters=function.parameters or {"type": "object", "properties": {}},
+        definition={"type": "function", "function": dict(definition)},
+    )
+
+
+def _forced(choice: str | NamedTool | None, tools: tuple[Tool, ...]) -> tuple[Tool, ...]:
+    if choice == "required":
+        return tools
+    if not isinstance(choice, NamedTool):
+        return ()
+    named = tuple(tool for tool in tools if tool.name == choice.function.name)
+    if not named:
+        raise _invalid("tool_choice.function.name", "is none of the tools")
+    return named
+
+
+def _invalid(param: str, problem: str) -> InvalidRequest:
+    return InvalidRequest(f"{param}: {problem}", param=param)
