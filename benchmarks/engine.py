@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from benchmarks.engine_peer import measure_peer
 from benchmarks.engine_subjects import Engine, Reference, Subject, deepseek_checkpoint
 from benchmarks.report import Bar, Figure, print_report
 from deploy.demo import demo_weights
 from engine.layers.linear import Numerics
 from engine.loading import DTYPES, DtypeChoice
-
 from server.text.loading import load_model_text
 
 PROMPT_TOKENS = 128

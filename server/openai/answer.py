@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import orjson
+
 from server.generation import Generator, ServedModel
+from server.openai.choice import Choice
 from server.openai.logprobs import LogprobsShape
 from server.openai.part_events import ReadAnswer, message_of
-from server.settings import LimitSettings
-from server.structured.compiler import GrammarCompiler
-from server.text.tokenizer import TextTokenizer
-
-from server.openai.choice import Choice
 from server.openai.schema import GenerationRequest
 from server.openai.usage import usage_of
+from server.settings import LimitSettings
+from server.structured.compiler import GrammarCompiler
 from server.text.model_text import ModelText
+from server.text.tokenizer import TextTokenizer
 
 Kind = Literal["chat", "completions"]
 

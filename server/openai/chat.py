@@ -5,20 +5,19 @@ from functools import partial
 from typing import Any
 
 from protocol.errors import InvalidRequest
-from server.openai.models import find_model
-from server.openai.part_events import ReadAnswer
-from server.openai.planning import choices_of_prompt, compile_grammar, logprob_shapes
-from server.openai.sampling import request_seed, token_budget
-from server.openai.tools import ToolUse, called, part_reader, tool_constraint, tool_use
-from server.structured.constraints import constraint_of
-from server.text.families.parts import PartReader
-
 from server.openai.answer import Answer, Services
 from server.openai.choice import Reasoned
+from server.openai.models import find_model
 from server.openai.parsing import parse_chat
+from server.openai.part_events import ReadAnswer
+from server.openai.planning import choices_of_prompt, compile_grammar, logprob_shapes
 from server.openai.prompts import check_length, text_length, tokenise
+from server.openai.sampling import request_seed, token_budget
 from server.openai.schema import ChatRequest, ContentPart, Message
+from server.openai.tools import ToolUse, called, part_reader, tool_constraint, tool_use
+from server.structured.constraints import constraint_of
 from server.text.chat_template import ChatMessage, TemplateOption
+from server.text.families.parts import PartReader
 from server.text.model_text import ChatPrompt, ModelText
 
 

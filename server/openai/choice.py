@@ -11,11 +11,10 @@ from protocol.errors import EngineError
 from protocol.messages import FinishReason
 from protocol.requests import GenerateRequest, TokenLogprobs
 from server.generation import Generator, TokenChunk
-from server.text.stop_strings import StopStrings
-from server.text.tokenizer import TextTokenizer
-
 from server.openai.schema import GenerationRequest
 from server.text.detokenizer import detokenizer
+from server.text.stop_strings import StopStrings
+from server.text.tokenizer import TextTokenizer
 
 
 class Token(NamedTuple):

@@ -6,16 +6,15 @@ The caller owns the whole prompt here, control tokens included: that is what the
 from datetime import UTC, datetime
 from functools import partial
 
-from server.openai.models import find_model
-from server.openai.planning import choices_of_prompt, compile_grammar, logprob_shapes
-from server.openai.sampling import check_token_ids, request_seed, token_budget
-from server.structured.constraints import constraint_of
-
 from server.openai.answer import Answer, Services
 from server.openai.choice import Choice
+from server.openai.models import find_model
 from server.openai.parsing import parse_completion
+from server.openai.planning import choices_of_prompt, compile_grammar, logprob_shapes
 from server.openai.prompts import check_length, tokenise
+from server.openai.sampling import check_token_ids, request_seed, token_budget
 from server.openai.schema import CompletionRequest
+from server.structured.constraints import constraint_of
 from server.text.detokenizer import detokenizer
 from server.text.model_text import ModelText
 

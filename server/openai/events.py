@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any
 
 import orjson
-from server.openai.part_events import delta_of
-from server.text.families.parts import Part
 
 from server.openai.answer import Answer
 from server.openai.choice import Choice
+from server.openai.part_events import delta_of
+from server.text.families.parts import Part
 
 _END = b"\n\n"
 

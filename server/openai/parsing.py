@@ -10,9 +10,8 @@ from typing import NamedTuple, TypeVar
 
 import msgspec
 import orjson
-from protocol.errors import InvalidRequest
-from server.settings import LimitSettings
 
+from protocol.errors import InvalidRequest
 from server.openai.schema import (
     ChatRequest,
     CompletionRequest,
@@ -21,6 +20,7 @@ from server.openai.schema import (
     Message,
 )
 from server.openai.treatment import ignored_params
+from server.settings import LimitSettings
 
 _ROLES = ("developer", "system", "user", "assistant", "tool")
 _NOT_FINITE_FIELD = re.compile(r'"([A-Za-z_]{1,64})"\s*:\s*[^",:{}]{0,400}\Z')

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import anyio.to_thread
+
 from protocol.errors import ContextLengthExceeded
 
 P = TypeVar("P")

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import msgspec
 from msgspec import Meta
+
 from server.structured.constraints import ResponseFormat, StructuredOutputs
 
 Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]

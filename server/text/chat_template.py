@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import jinja2
 import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from protocol.errors import ConfigError, InvalidRequest
 from runtime.log import get_log
 

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from protocol.errors import ConfigError
-from server.text.families.choose import family_of
-from server.text.families.reasoning import reasoning_marks
-from server.text.tokenizer import TextTokenizer
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
+from protocol.errors import ConfigError
 from server.text.chat_template import ChatTemplate
+from server.text.families.choose import family_of
+from server.text.families.reasoning import reasoning_marks
 from server.text.model_text import GenerationDefaults, ModelText
+from server.text.tokenizer import TextTokenizer
 
 _TOKEN_NAMES = ("bos_token", "eos_token", "pad_token", "unk_token")
 _GGUF_CONTROL, _GGUF_USER_DEFINED = 3, 4

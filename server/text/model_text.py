@@ -6,12 +6,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from protocol.errors import InvalidRequest
+from server.text.chat_template import ChatMessage, ChatTemplate, TemplateOption
 from server.text.families.choose import PLAIN
+from server.text.families.family import Family, Tool
 from server.text.families.reasoning import ReasoningMarks
 from server.text.tokenizer import TextTokenizer
-
-from server.text.chat_template import ChatMessage, ChatTemplate, TemplateOption
-from server.text.families.family import Family, Tool
 
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)  # code points that no text has a right to rely on
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from benchmarks.local_system import LocalSystem
 from tests.e2e.conftest import Start
 from tests.e2e.test_faults import FLAGS

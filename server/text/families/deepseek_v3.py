@@ -6,11 +6,10 @@ import json
 from collections.abc import Sequence
 
 from server.text.families.calls import Calls
-from server.text.families.marked_text import MarkedText
-from server.text.families.parts import Content, Part, PartReader
-
 from server.text.families.family import NewCallId, Spell, Tool
 from server.text.families.json_call import json_rule
+from server.text.families.marked_text import MarkedText
+from server.text.families.parts import Content, Part, PartReader
 
 CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL_BEGIN, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"

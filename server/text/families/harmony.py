@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from typing import Literal
 
 from server.text.families.calls import Calls
-from server.text.families.marked_text import MarkedText
-from server.text.families.parts import Content, Part, PartReader, Reasoning
-
 from server.text.families.family import NewCallId, Spell, Tool
 from server.text.families.json_call import json_rule
+from server.text.families.marked_text import MarkedText
+from server.text.families.parts import Content, Part, PartReader, Reasoning
 
 START, CHANNEL, MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 END, CALL, RETURN, CONSTRAIN = "<|end|>", "<|call|>", "<|return|>", "<|constrain|>"

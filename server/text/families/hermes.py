@@ -6,11 +6,10 @@ import json
 from collections.abc import Sequence
 
 from server.text.families.calls import Calls, JsonCallReader
-from server.text.families.marked_text import MarkedText
-from server.text.families.parts import Content, Part, PartReader
-
 from server.text.families.family import NewCallId, Spell, Tool
 from server.text.families.json_call import any_of, call_schema, json_rule
+from server.text.families.marked_text import MarkedText
+from server.text.families.parts import Content, Part, PartReader
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
 

@@ -5,10 +5,9 @@
 from collections.abc import Sequence
 
 from server.text.families.calls import Calls, JsonCallReader
-from server.text.families.parts import Content, Part, PartReader
-
 from server.text.families.family import NewCallId, Spell, Tool
 from server.text.families.json_call import any_of, call_schema, json_rule
+from server.text.families.parts import Content, Part, PartReader
 
 PYTHON_TAG = "<|python_tag|>"
 

@@ -8,6 +8,7 @@ from typing import Any
 import anyio
 import httpx
 import pytest
+
 from server.app import create_app
 from server.settings import GatewaySettings, LimitSettings
 from tests.support.generator import ScriptedGenerator

@@ -5,10 +5,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from protocol.errors import ConfigError, InvalidRequest
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 
+from protocol.errors import ConfigError, InvalidRequest
 from server.text.chat_template import ChatTemplate
 from server.text.loading import load_model_text
 from server.text.model_text import ModelText
