@@ -46,7 +46,7 @@ class ReplicaTable:
     ) -> None:
         """``movable``: ``load`` will be called, and the next placement may have more replicas."""
         num_slots = placement.num_ranks * placement.slots_per_rank
-        self._layer = layer
+        self._salt = _int64((layer + 1) * _LAYER)
         self._first_E = torch.zeros(placement.num_experts, dtype=torch.int64, device=device)
         self._count_E = torch.zeros_like(self._first_E)
         self._slot_P = torch.zeros(num_slots, dtype=torch.int64, device=device)
@@ -80,10 +80,15 @@ class ReplicaTable:
     def _salts(self, num_chosen: int) -> Tensor:
         if self._salt_K.shape[0] != num_chosen:
             k_K = torch.arange(num_chosen, device=self._first_E.device)
-            self._salt_K = (k_K + 1) * _GOLDEN + (self._layer + 1) * _LAYER
+            self._salt_K = (k_K + 1) * _GOLDEN + self._salt
         return self._salt_K
 
 
 def _shifted(bits: Tensor, by: int) -> Tensor:
     """``bits >> by`` with zeros, not the sign, moving in."""
     return (bits >> by) & ((1 << (64 - by)) - 1)
+
+
+def _int64(number: int) -> int:
+    """``number`` modulo 2^64, as int64 holds it."""
+    return (number + 2**63) % 2**64 - 2**63

@@ -121,39 +121,70 @@ def _deepseek_v3_direct_queries() -> PreTrainedModel:
     return _deepseek(q_lora_rank=None)
 
 
-def _deepseek(q_lora_rank: int | None) -> PreTrainedModel:
-    return DeepseekV3ForCausalLM(
-        DeepseekV3Config(
-            **COMMON,
-            num_key_value_heads=4,
-            q_lora_rank=q_lora_rank,
-            kv_lora_rank=32,
-            qk_nope_head_dim=16,
-            qk_rope_head_dim=8,
-            v_head_dim=20,
-            intermediate_size=96,
-            moe_intermediate_size=24,
-            first_k_dense_replace=1,
-            n_routed_experts=16,
-            num_experts_per_tok=4,
-            n_shared_experts=2,
-            n_group=4,
-            topk_group=2,
-            norm_topk_prob=True,
-            routed_scaling_factor=2.5,
-            rms_norm_eps=1e-6,
-            rope_parameters={
-                "rope_type": "yarn",
-                "rope_theta": 10000.0,
-                "factor": 16.0,
-                "original_max_position_embeddings": YARN_ORIGINAL,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "mscale": 1.0,
-                "mscale_all_dim": 0.8,  # unlike mscale, so that cosines are scaled too
-            },
+def _deepseek_v3_256_experts() -> PreTrainedModel:
+    """As many experts as the real one, eight chosen, in three layers of four."""
+    return _deepseek(
+        q_lora_rank=24,
+        num_hidden_layers=4,
+        moe_intermediate_size=8,
+        n_routed_experts=256,
+        num_experts_per_tok=8,
+        n_shared_experts=1,
+        n_group=8,
+        topk_group=4,
+    )
+
+
+def _qwen3_moe_128_experts() -> PreTrainedModel:
+    """128 experts, four chosen, in three layers."""
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig.from_dict(
+            COMMON
+            | {
+                "num_key_value_heads": 1,
+                "head_dim": 24,
+                "intermediate_size": 80,
+                "moe_intermediate_size": 8,
+                "num_experts": 128,
+                "num_experts_per_tok": 4,
+                "norm_topk_prob": True,
+                "mlp_only_layers": [],
+            }
         )
     )
+
+
+def _deepseek(q_lora_rank: int | None, **changes: Any) -> PreTrainedModel:
+    shape: dict[str, Any] = COMMON | {
+        "num_key_value_heads": 4,
+        "q_lora_rank": q_lora_rank,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 20,
+        "intermediate_size": 96,
+        "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 4,
+        "n_shared_experts": 2,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 16.0,
+            "original_max_position_embeddings": YARN_ORIGINAL,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 0.8,  # unlike mscale, so that cosines are scaled too
+        },
+    }
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**(shape | changes)))
 
 
 KINDS: dict[str, Callable[[], PreTrainedModel]] = {
@@ -162,6 +193,8 @@ KINDS: dict[str, Callable[[], PreTrainedModel]] = {
     "qwen3_moe": _qwen3_moe,
     "deepseek_v3": _deepseek_v3,
     "deepseek_v3_direct_queries": _deepseek_v3_direct_queries,
+    "deepseek_v3_256_experts": _deepseek_v3_256_experts,
+    "qwen3_moe_128_experts": _qwen3_moe_128_experts,
 }
 
 

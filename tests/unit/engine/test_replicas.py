@@ -69,6 +69,14 @@ def test_layers_and_places_among_the_chosen_choose_for_themselves() -> None:
         assert 0.2 < (left == right).double().mean() < 0.3
 
 
+def test_deep_layers_choose_too() -> None:
+    ids_TK = torch.zeros(500, 1, dtype=torch.int64)
+    choices = {
+        tuple(table(layer=layer)(ids_TK, keys_of(5, 100)).flatten().tolist()) for layer in range(99)
+    }
+    assert len(choices) == 99
+
+
 def test_an_id_that_is_not_routed_stays_so() -> None:
     slots_TK = table()(torch.tensor([[-1, 2], [3, -1]]), keys_of(1, 2))
     assert slots_TK.tolist() == [[EMPTY, 5], [7, EMPTY]]
