@@ -23,6 +23,7 @@ from capacity.load.messages import Setup
 from capacity.load.plan import Plan
 from capacity.load.probe import Found, probe
 from capacity.load.records import Record
+from capacity.load.report import write_report
 from capacity.load.run import Run
 from capacity.load.scrape import Scraper
 from capacity.load.summary import Summary, Target, this_environment, write_summary
@@ -112,6 +113,7 @@ async def run_bench(plan: Plan, view: View) -> tuple[Summary, list[Record]]:
         verdict=_judged(run, exact_length=found.api.exact_length),
     )
     write_summary(summary, plan.out)
+    write_report(summary, run.records, plan.objectives, plan.out)
     return summary, run.records
 
 
@@ -161,8 +163,9 @@ def _judged(run: Run, *, exact_length: bool) -> Verdict:
     if run.search is None:
         return judge(stages, objectives, exact_length=exact_length, interrupted=run.interrupted)
     ends = {f"{rate:g} req/s" for rate in (run.search.highest, run.search.lowest) if rate}
+    last = {label: (label, figures, client) for label, figures, client in stages}
     verdict = judge(
-        [stage for stage in stages if stage[0] in ends],
+        [stage for label, stage in last.items() if label in ends],
         None,
         exact_length=exact_length,
         interrupted=run.interrupted,

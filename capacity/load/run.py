@@ -17,12 +17,15 @@ from capacity.load.messages import ClosedLoop, Load, OpenLoop, Stage
 from capacity.load.objectives import Objectives
 from capacity.load.plan import Plan, StagePlan, rate_stage
 from capacity.load.records import Record
-from capacity.load.search import RateSearch, SearchResult, certain_failure
+from capacity.load.search import RateSearch, SearchResult, certain_failure, requests_wanted
 from capacity.load.stage import StageResult, StageState, run_stage
+from capacity.load.verdict import doubts_of_client
 from capacity.load.view import View
 
 SECOND = 1_000_000_000
 _LEAD_NS = 50_000_000  # workers get an order this long before its load begins
+_LONGEST_PROBE = 4  # times the duration of a probe, to have as many requests as are wanted
+_MOST_DISTURBED = 5  # probes that are repeated because the client was at fault
 INTERRUPTED = "interrupted"
 
 
@@ -47,25 +50,26 @@ class Run:
         planned: StagePlan,
         requests: BinaryIO,
         *,
+        duration_s: float,
         stop_if: Callable[[StageState], str] = lambda _: "",
         late_after_ns: int = 0,
     ) -> StageResult:
         """Run one stage and write its requests as they end."""
         plan = self.plan
-        load = _with_ramp(planned.load, plan.duration_s)
+        load = _with_ramp(planned.load, duration_s)
         start_ns = monotonic_ns() + _LEAD_NS
         state = StageState(
             number=len(self.stages),
             label=planned.label,
             load=load,
             begin_ns=start_ns,
-            duration_s=plan.duration_s,
+            duration_s=duration_s,
         )
         order = Stage(
             number=state.number,
             load=load,
             start_ns=start_ns,
-            duration_s=plan.duration_s,
+            duration_s=duration_s,
             grace_s=plan.grace_s,
             first_session=self.next_session,
             sessions=plan.sessions,
@@ -101,7 +105,7 @@ class Run:
 
     async def sweep(self, crew: Crew, requests: BinaryIO) -> None:
         for planned in self.plan.stages:
-            await self.stage(crew, planned, requests)
+            await self.stage(crew, planned, requests, duration_s=self.plan.duration_s)
             if self.interrupted:
                 return
 
@@ -113,21 +117,34 @@ class Run:
         assert isinstance(load, OpenLoop)
         limit_s = objectives.limits_s.get("ttft", objectives.limits_s.get("e2e", 0.0))
         search = RateSearch(load.rate.mean, objectives.share)
+        disturbed = 0
         while (rate := search.next_rate()) is not None:
-            stop_if = _hopeless(objectives, rate * self.plan.duration_s)
+            least_s = self.plan.duration_s
+            wanted_s = requests_wanted(objectives.share) / rate
+            duration_s = min(max(least_s, wanted_s), _LONGEST_PROBE * least_s)
+            stop_if = _hopeless(objectives, rate * duration_s)
             planned = rate_stage(rate, load.arrivals)
             result = await self.stage(
                 crew,
                 planned,
                 requests,
+                duration_s=duration_s,
                 stop_if=stop_if,
                 late_after_ns=round(limit_s * SECOND),
             )
             if self.interrupted:
                 break
-            good, attempts = _counted(result)
+            if doubts_of_client(result.figures, result.client) and disturbed < _MOST_DISTURBED:
+                disturbed += 1
+                self.view.say(f"  {rate:.3g} requests/s: the client was disturbed, once more")
+                continue
+            reached = result.figures.attainment
+            assert reached is not None
             found = search.outcome(
-                good, attempts, output_tokens_per_s=result.figures.output_tokens_per_s
+                reached.good,
+                reached.attempts,
+                hopeless=bool(result.stopped),
+                output_tokens_per_s=result.figures.output_tokens_per_s,
             )
             outcome = "holds" if found.held else "does not hold"
             self.view.say(f"  {rate:.3g} requests/s {outcome}: {found.attainment.share:.1%} good")
@@ -188,10 +205,3 @@ def _hopeless(objectives: Objectives, planned: float) -> Callable[[StageState], 
         return "certain to fail" if certain_failure(late, planned, objectives.share) else ""
 
     return stop_if
-
-
-def _counted(result: StageResult) -> tuple[int, int]:
-    """Good and all attempts; in a probe that was stopped, what was under way was late."""
-    reached = result.figures.attainment
-    good, attempts = (reached.good, reached.attempts) if reached is not None else (0, 0)
-    return good, attempts + (result.figures.unfinished if result.stopped else 0)

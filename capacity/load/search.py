@@ -40,9 +40,23 @@ class SearchResult(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def text(self) -> str:
         if self.highest is None:
-            return f"the objectives do not hold even at {self.lowest:.3g} requests/s"
-        above = "no failing rate was found" if self.lowest is None else f"not at {self.lowest:.3g}"
-        return f"the objectives hold at {self.highest:.3g} requests/s, {above}"
+            if self.lowest is None:
+                return "no rate was tried to its end"
+            return f"the objectives do not hold even at {self.lowest:g} requests/s"
+        above = "and no failing rate was found"
+        if self.lowest is not None:
+            above = f"but not at {self.lowest:g} ({self._told(self.lowest)})"
+        return (
+            f"the objectives hold at {self.highest:g} requests/s ({self._told(self.highest)}), "
+            f"{above}"
+        )
+
+    def _told(self, rate: float) -> str:
+        reached = next(probe.attainment for probe in self.probes if probe.rate == rate)
+        return (
+            f"{reached.good} of {reached.attempts} good, 95 % interval of the share "
+            f"{reached.low:.1%} to {reached.high:.1%}"
+        )
 
 
 class RateSearch:
@@ -58,8 +72,15 @@ class RateSearch:
     def next_rate(self) -> float | None:
         return self._rate if self._total < _MOST_PROBES and self._rate else None
 
-    def outcome(self, good: int, attempts: int, *, output_tokens_per_s: float = 0.0) -> Probe:
-        """Of the probe at ``next_rate``."""
+    def outcome(
+        self,
+        good: int,
+        attempts: int,
+        *,
+        hopeless: bool = False,
+        output_tokens_per_s: float = 0.0,
+    ) -> Probe:
+        """Of the probe at ``next_rate``; ``hopeless``: it was stopped because it had failed."""
         rate = self._rate
         earlier = self._probes.get(rate)
         if earlier is not None:
@@ -69,8 +90,8 @@ class RateSearch:
         probe = Probe(
             rate=rate,
             attainment=reached,
-            held=attempts > 0 and reached.share >= self._share,
-            certain=not reached.low <= self._share <= reached.high,
+            held=not hopeless and attempts > 0 and reached.share >= self._share,
+            certain=hopeless or not reached.low <= self._share <= reached.high,
             output_tokens_per_s=output_tokens_per_s,
         )
         self._probes[rate] = probe
@@ -106,10 +127,22 @@ class RateSearch:
         held, failed = self._ends()
         if failed is None:
             assert held is not None
-            return held * 2 if held * 2 <= _MOST_RATE else 0.0
+            return _rounded(held * 2) if held * 2 <= _MOST_RATE else 0.0
         if held is None:
-            return failed / 2 if failed / 2 >= _LEAST_RATE else 0.0
-        return math.sqrt(held * failed) if failed / held > CLOSE_ENOUGH else 0.0
+            return _rounded(failed / 2) if failed / 2 >= _LEAST_RATE else 0.0
+        return _rounded(math.sqrt(held * failed)) if failed / held > CLOSE_ENOUGH else 0.0
+
+
+def requests_wanted(share: float) -> float:
+    """So many that, were all of them good, the true share is the wanted one with 95 % confidence.
+
+    Source: the rule of three (J. A. Hanley, A. Lippman-Hand, JAMA 249, 1983).
+    """
+    return 3 / max(1e-6, 1 - share)
+
+
+def _rounded(rate: float) -> float:
+    return float(f"{rate:.3g}")
 
 
 def certain_failure(bad: int, planned: float, share: float) -> bool:

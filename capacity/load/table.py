@@ -6,14 +6,15 @@ from capacity.load.figures import Figures, Spread
 from capacity.load.summary import Summary
 
 NOT_CARRIED = "–"
-_HEAD = (
+_MOST_STAGES_TOLD = 3
+HEAD = (
     *("stage", "requests", "req/s", "tokens/s", "per user"),
     *("TTFT p50", "p90", "p99", "TPOT p50", "p90", "p99", "E2E p50", "good"),
 )
 
 
 def lines_of(summary: Summary) -> list[str]:
-    lines = aligned([_HEAD, *(row(stage.label, stage.figures) for stage in summary.stages)])
+    lines = aligned([HEAD, *(row(stage.label, stage.figures) for stage in summary.stages)])
     lines += ["", "TTFT, TPOT and E2E in ms from the intended time of each request; – where the"]
     lines += ["sample is too small for the percentile. Tokens are those that the server counted."]
     facts = list(_facts(summary))
@@ -73,7 +74,7 @@ def _facts(summary: Summary) -> list[str]:
         cached = stage.figures.cached_share
         if cached:
             facts.append(f"{named}{cached:.0%} of the input tokens came from the prefix cache")
-        if stage.figures.server:
+        if stage.figures.server and len(summary.stages) <= _MOST_STAGES_TOLD:
             told = [f"{name} {s.mean:.1f}" for name, s in stage.figures.server.items()]
             facts.append(f"{named}server's stages, mean ms: {', '.join(told)}")
     for fault in summary.faults:

@@ -67,7 +67,7 @@ def doubts(figures: Figures, client: Client, *, exact_length: bool) -> tuple[lis
     """What makes a stage invalid, and what a reader should know."""
     if not figures.attempts:
         return ["no request fell into the steady window; let the test run longer"], []
-    invalid = [*_doubts_of_client(figures, client)]
+    invalid = doubts_of_client(figures, client)
     notes: list[str] = []
     if not figures.succeeded:
         error = next(iter(figures.errors), "no answer")
@@ -95,7 +95,12 @@ def doubts(figures: Figures, client: Client, *, exact_length: bool) -> tuple[lis
     return invalid, notes
 
 
-def _doubts_of_client(figures: Figures, client: Client) -> Iterator[str]:
+def doubts_of_client(figures: Figures, client: Client) -> list[str]:
+    """Where the figures may be the client's own."""
+    return list(_client_doubts(figures, client))
+
+
+def _client_doubts(figures: Figures, client: Client) -> Iterator[str]:
     most_lag = max(MOST_LAG_MS, 0.01 * (figures.ttft.at("p50") or figures.ttft.mean))
     if figures.schedule_lag_p99_ms > most_lag:
         yield (
