@@ -11,7 +11,7 @@ any number of ranks, and few moves.
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,7 +27,9 @@ from protocol.errors import ConfigError
 
 Mode = Literal["global", "hierarchical"]
 
-MOVED_ENOUGH = 0.01  # of the mean: what a few more moves would gain is not worth them
+WORTH_MOVING = 0.01  # of the mean: what gains less is not worth further moves or search
+_DONORS = 4
+_LEAST_GAIN = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,11 +55,18 @@ def balance(
     Raises:
         ConfigError: the load is empty, negative or not finite, or the slots are too few.
     """
+    domains = _domains(topology, mode)
     copies = replicate(load, topology.num_ranks, slots_per_rank)
-    packing = Packing(load, copies, _domains(topology, mode), slots_per_rank)
-    packing.place_all()
-    packing.exchange(until=0.0)
-    return packing.placement()
+    best = _packed(load, copies, domains, slots_per_rank)
+    while best.max_over_mean > 1 + WORTH_MOVING:
+        for copies in _trades(load, best):
+            packing = _packed(load, copies, domains, slots_per_rank)
+            if packing.max_over_mean < best.max_over_mean - _LEAST_GAIN:
+                best = packing
+                break
+        else:
+            break
+    return best.placement()
 
 
 def rebalance(
@@ -80,7 +89,7 @@ def rebalance(
         )
     domains = _domains(topology, mode)
     best = balance(load, topology, current.slots_per_rank, mode=mode)
-    goal = balance_of(load, best).max_over_mean + MOVED_ENOUGH
+    goal = balance_of(load, best).max_over_mean + WORTH_MOVING
     shared = shared_trays(best, domains)
 
     def suffices(placement: ExpertPlacement) -> bool:
@@ -89,7 +98,7 @@ def rebalance(
 
     if suffices(current):
         return current
-    copies = replicate(load, topology.num_ranks, current.slots_per_rank)
+    copies = [len(replicas) for replicas in best.replicas()]
     packing = Packing(load, copies, domains, current.slots_per_rank)
     packing.adopt(current)
     packing.exchange(until=goal)
@@ -151,3 +160,30 @@ def replicate(load: Sequence[float], num_ranks: int, slots_per_rank: int) -> lis
 
 def _domains(topology: Topology, mode: Mode) -> Topology:
     return Topology(topology.num_ranks) if mode == "global" else topology
+
+
+def _packed(
+    load: Sequence[float], copies: Sequence[int], domains: Topology, slots_per_rank: int
+) -> Packing:
+    packing = Packing(load, copies, domains, slots_per_rank)
+    packing.place_all()
+    packing.exchange(until=0.0)
+    return packing
+
+
+def _trades(load: Sequence[float], packing: Packing) -> Iterator[list[int]]:
+    """Copies with one more of the expert that makes the busiest rank busy, at the cost of another.
+
+    A rank that holds a large share has to fill its other slots too: the smallest possible largest
+    share, which ``replicate`` gives, need not be the best.
+    """
+    copies, wanted = packing.copies, packing.heaviest_of_the_busiest()
+    donors = [expert for expert, count in enumerate(copies) if count > 1 and expert != wanted]
+    donors.sort(key=lambda expert: (load[expert] / (copies[expert] - 1), expert))
+    if copies[wanted] == packing.num_ranks:
+        return
+    for donor in donors[:_DONORS]:
+        traded = list(copies)
+        traded[wanted] += 1
+        traded[donor] -= 1
+        yield traded

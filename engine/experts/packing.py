@@ -33,17 +33,27 @@ class Packing:
     ) -> None:
         self._topology = topology
         self._slots_per_rank = slots_per_rank
-        self._copies = copies
+        self.copies = tuple(copies)
+        self.num_ranks = topology.num_ranks
         self._share = [amount / count for amount, count in zip(load, copies, strict=True)]
         self._mean = sum(load) / topology.num_ranks
         self._held: list[list[int]] = [[] for _ in range(topology.num_ranks)]
         self._loads = [0.0] * topology.num_ranks
         self._in_tray: list[dict[int, int]] = [{} for _ in range(topology.num_trays)]
 
+    @property
+    def max_over_mean(self) -> float:
+        return max(self._loads) / self._mean if self._mean else 1.0
+
+    def heaviest_of_the_busiest(self) -> int:
+        """The expert whose share is the largest on the rank with the most load."""
+        held = self._held[self._busiest()]
+        return max(held, key=lambda expert: (self._share[expert], -expert))
+
     def placement(self) -> ExpertPlacement:
         """Experts of a rank in ascending order."""
         return ExpertPlacement(
-            len(self._copies),
+            len(self.copies),
             tuple(
                 (*sorted(held), *[EMPTY] * (self._slots_per_rank - len(held)))
                 for held in self._held
@@ -54,7 +64,7 @@ class Packing:
         """Start from ``current``, with replicas taken from busy ranks and added to idle ones
         until every expert has its number of copies.
         """
-        wanted = list(self._copies)
+        wanted = list(self.copies)
         for expert, slots in enumerate(current.replicas()):
             ranks = sorted(slot // current.slots_per_rank for slot in slots)
             for rank in ranks:
@@ -66,12 +76,12 @@ class Packing:
         self._place(expert for expert, missing in enumerate(wanted) for _ in range(missing))
 
     def place_all(self) -> None:
-        self._place(expert for expert, count in enumerate(self._copies) for _ in range(count))
+        self._place(expert for expert, count in enumerate(self.copies) for _ in range(count))
 
     def exchange(self, *, until: float) -> None:
         """Lower the busiest rank's load until it is ``until`` times the mean, or cannot be."""
         for _ in range(_MOST_EXCHANGES):
-            busiest = max(range(len(self._loads)), key=self._loads.__getitem__)
+            busiest = self._busiest()
             if self._loads[busiest] <= until * self._mean:
                 return
             found = self._best_exchange(busiest)
@@ -171,6 +181,9 @@ class Packing:
                 rank,
             ),
         )
+
+    def _busiest(self) -> int:
+        return max(range(len(self._loads)), key=self._loads.__getitem__)
 
     def _order(self, rank: int) -> tuple[float, int, int]:
         return self._loads[rank], len(self._held[rank]), rank
