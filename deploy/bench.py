@@ -41,6 +41,7 @@ from deploy.exits import INTERRUPTED
 
 _NONCES = ("run", "request", "none")
 _FIRST_SEARCH_RATE = 1.0
+_OUTPUT_TOKENS = "64"
 
 
 def bench(chosen: argparse.Namespace) -> int:
@@ -116,6 +117,7 @@ def plan_of(chosen: argparse.Namespace) -> Plan:
         faults=tuple(parse_fault(text) for text in chosen.fault),
         gpus=chosen.gpus,
         workers=chosen.workers,
+        brief_if_slow=chosen.output is None,
         settings=_settings(chosen),
         out=chosen.out or Path("headrace-bench") / f"{datetime.now():%Y%m%d-%H%M%S}",
     )
@@ -152,7 +154,7 @@ def _workload(chosen: argparse.Namespace) -> WorkloadSpec:
     nonce = FRESH_NONCE if chosen.nonce in _NONCES[:2] else chosen.nonce
     return WorkloadSpec(
         input=parse_lengths("1" if paired else chosen.input, "--input"),
-        output=parse_lengths(chosen.output, "--output"),
+        output=parse_lengths(chosen.output or _OUTPUT_TOKENS, "--output"),
         pairs=parse_pairs(chosen.input, "--input") if paired else None,
         prefix=parse_prefix(chosen.prefix) if chosen.prefix is not None else None,
         turns=parse_lengths(chosen.turns, "--turns") if chosen.turns is not None else None,

@@ -57,7 +57,11 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--input", metavar="TOKENS", default="128", help=f"{lengths} or pairs:512/64 (default: 128)"
     )
-    add("--output", metavar="TOKENS", default="64", help=f"{lengths} (default: 64)")
+    add(
+        "--output",
+        metavar="TOKENS",
+        help=f"{lengths} (default: 64, from a server slower than 20 tokens/s for one user 16)",
+    )
     add("--prefix", metavar="NxTOKENS", help="begin every prompt with one of N shared prefixes")
     add("--turns", metavar="N", help="turns of a conversation, a number or a range like --input")
     add(

@@ -19,8 +19,9 @@ from capacity.load.crew import crew_of
 from capacity.load.energy import EnergyMeter
 from capacity.load.errors import WrongOption
 from capacity.load.faults import victims
+from capacity.load.lengths import parse_lengths
 from capacity.load.messages import Setup
-from capacity.load.plan import Plan
+from capacity.load.plan import BRIEF_TOKENS, SLOW_TOKEN_S, Plan
 from capacity.load.probe import Found, probe
 from capacity.load.records import Record
 from capacity.load.report import write_report
@@ -30,7 +31,7 @@ from capacity.load.summary import Summary, Target, this_environment, write_summa
 from capacity.load.text import Calibration
 from capacity.load.verdict import Verdict, exit_code, judge
 from capacity.load.view import View
-from capacity.load.workload import Workload
+from capacity.load.workload import Workload, WorkloadSpec
 
 SECOND = 1_000_000_000
 REQUESTS_FILE = "requests.jsonl"
@@ -57,7 +58,8 @@ async def run_bench(plan: Plan, view: View) -> tuple[Summary, list[Record]]:
     run = Run(plan=plan, view=view, zero_ns=zero_ns)
     async with crew_of(plan.workers) as crew:
         found = await probe(plan_address, plan.api, with_nonce=bool(nonce))
-        view.say(_hello(plan, found))
+        workload = _workload(plan, found)
+        view.say(_hello(plan, found, workload))
         plan.out.mkdir(parents=True, exist_ok=True)
         with ExitStack() as files:
             requests = files.enter_context((plan.out / REQUESTS_FILE).open("wb"))
@@ -68,7 +70,7 @@ async def run_bench(plan: Plan, view: View) -> tuple[Summary, list[Record]]:
                     Setup(
                         address=plan_address,
                         api=found.api,
-                        workload=msgspec.structs.replace(plan.workload, nonce=nonce),
+                        workload=msgspec.structs.replace(workload, nonce=nonce),
                         calibration=found.calibration,
                         timeout_s=plan.timeout_s,
                         worker=worker,
@@ -100,7 +102,7 @@ async def run_bench(plan: Plan, view: View) -> tuple[Summary, list[Record]]:
             exact_length=found.api.exact_length,
             calibration=found.calibration,
         ),
-        settings=plan.settings,
+        settings=plan.settings | {"output": workload.output.written},
         nonce=nonce,
         environment=this_environment(),
         gpus=plan.gpus,
@@ -127,14 +129,28 @@ def _check_trace(plan: Plan) -> None:
         raise WrongOption("--trace has token ids, which only `--endpoint completions` takes")
 
 
-def _hello(plan: Plan, found: Found) -> str:
+def _workload(plan: Plan, found: Found) -> WorkloadSpec:
+    """The default output is short on a slow server, so that a minute has enough requests."""
+    if plan.brief_if_slow and found.token_s > SLOW_TOKEN_S:
+        brief = parse_lengths(str(BRIEF_TOKENS), "--output")
+        return msgspec.structs.replace(plan.workload, output=brief)
+    return plan.workload
+
+
+def _hello(plan: Plan, found: Found, workload: WorkloadSpec) -> str:
     line = found.calibration
     exact = (
         "" if found.api.exact_length else "; it takes no ignore_eos, so answers end when they do"
     )
     return (
         f"{plan.address.url}: {found.api.model}, {found.api.endpoint}; a prompt of n words has "
-        f"{line.overhead:.0f} + {line.per_word:.2f} n tokens{exact}"
+        f"{line.overhead:.0f} + {line.per_word:.2f} n tokens{exact}; "
+        + (
+            f"requests from {plan.workload.trace}"
+            if plan.workload.trace is not None
+            else f"input {(workload.pairs or workload.input).written}, output "
+            f"{workload.output.written} tokens"
+        )
     )
 
 

@@ -61,7 +61,8 @@ class Attempt:
         """Put times, usage and stages into the record, of a broken answer too."""
         record, answer, reader = self.record, self.answer, self.reader
         record.sent_ns, record.first_byte_ns = answer.sent_ns, answer.first_byte_ns
-        record.done_ns, record.status = answer.done_ns, answer.status
+        record.done_ns = answer.done_ns or monotonic_ns()  # of a failure, when it was noticed
+        record.status = answer.status
         record.chunks_ns = reader.arrivals
         if reader.arrivals:
             record.first_token_ns = reader.arrivals[0]

@@ -1,7 +1,9 @@
 """What a fault cost: availability and goodput before it, until recovery, and after.
 
-Recovered means that goodput is back at 95 % of what it was before, for three seconds on end; the
-time counts from the fault to the first of them. Attempts belong to the second they were meant for.
+What had ended before the fault is *before*; a request that was under way belongs to *during*.
+Recovered means that goodput is back at 95 % of what it was before, for three seconds on end that
+had attempts; the time counts from the fault to the first of them. Attempts belong to the second
+they were meant for.
 """
 
 from collections.abc import Sequence
@@ -52,43 +54,42 @@ def impact_of(
     objectives: Objectives | None,
 ) -> FaultImpact:
     """The impact of a fault on the requests meant for ``begin_ns`` to ``end_ns``."""
-    tried = [r for r in records if begin_ns <= r.intended_ns < end_ns]
-    tried = [record for record in tried if record.error != Failure.INTERRUPTED]
-    before = _span(tried, begin_ns, at_ns, objectives)
-    back_ns = _recovered(tried, at_ns, end_ns, before.good or 0.0, objectives)
+    tried = [
+        record
+        for record in records
+        if begin_ns <= record.intended_ns < end_ns and record.error != Failure.INTERRUPTED
+    ]
+    untouched = [record for record in tried if record.done_ns < at_ns]
+    exposed = [record for record in tried if record.done_ns >= at_ns]
+    before = _span(untouched, at_ns - begin_ns, objectives)
+    back_ns = _recovered(exposed, at_ns, end_ns, before.good or 0.0, objectives)
     until_ns = end_ns if back_ns is None else back_ns
+    during = [record for record in exposed if record.intended_ns < until_ns]
+    after = [record for record in exposed if record.intended_ns >= until_ns]
     return FaultImpact(
         what=what,
         process=process,
         at_ns=at_ns,
         recovery_s=None if back_ns is None else (back_ns - at_ns) / SECOND,
-        failed=sum(bool(record.error) for record in tried if record.intended_ns >= at_ns)
-        + sum(_failed_later(record, at_ns) for record in tried if record.intended_ns < at_ns),
+        failed=sum(not record.succeeded for record in exposed),
         before=before,
-        during=_span(tried, at_ns, until_ns, objectives),
-        after=_span(tried, until_ns, end_ns, objectives),
+        during=_span(during, until_ns - at_ns, objectives),
+        after=_span(after, end_ns - until_ns, objectives),
     )
-
-
-def _failed_later(record: Record, at_ns: int) -> bool:
-    return bool(record.error) and (not record.done_ns or record.done_ns >= at_ns)
 
 
 def _good(record: Record, objectives: Objectives | None) -> bool:
     return record.succeeded if objectives is None else objectives.good(record)
 
 
-def _span(
-    tried: Sequence[Record], begin_ns: int, end_ns: int, objectives: Objectives | None
-) -> Span:
-    within = [record for record in tried if begin_ns <= record.intended_ns < end_ns]
-    good = sum(_good(record, objectives) for record in within)
-    seconds = max(0.0, (end_ns - begin_ns) / SECOND)
+def _span(records: Sequence[Record], length_ns: int, objectives: Objectives | None) -> Span:
+    good = sum(_good(record, objectives) for record in records)
+    seconds = max(0.0, length_ns / SECOND)
     return Span(
         seconds=seconds,
-        attempts=len(within),
-        available=sum(r.succeeded for r in within) / len(within) if within else None,
-        good=good / len(within) if within else None,
+        attempts=len(records),
+        available=sum(r.succeeded for r in records) / len(records) if records else None,
+        good=good / len(records) if records else None,
         goodput_per_s=good / seconds if seconds > 0 else None,
     )
 

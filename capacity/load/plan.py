@@ -16,6 +16,8 @@ QUICK_USERS = (1, 4, 16)
 QUICK_S = 12.0
 STAGE_S = 15.0  # of a sweep
 SINGLE_S = 30.0
+SLOW_TOKEN_S = 0.05  # from here on the default output is the brief one
+BRIEF_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +48,7 @@ class Plan:
     faults: tuple[Fault, ...] = ()
     gpus: int | None = None
     workers: int = 1
+    brief_if_slow: bool = False  # ask a slow server for short answers, since nobody said how long
 
 
 def parse_users(written: str) -> list[StagePlan]:

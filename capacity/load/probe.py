@@ -29,6 +29,9 @@ _PROBE_TIMEOUT_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
+    """``token_s``: a guess from two tokens at the pace of one user, 0 where there was no stream."""
+
+    token_s: float
     api: Api
     calibration: Calibration
     models: tuple[str, ...]
@@ -56,6 +59,7 @@ async def probe(address: Address, wanted: Api, *, with_nonce: bool) -> Found:
     finally:
         client.pool.close()
     return Found(
+        token_s=(long.last_token_ns - long.first_token_ns) / 1e9,
         api=client.api,
         calibration=_calibration(short.input_tokens, long.input_tokens),
         models=models,

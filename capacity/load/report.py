@@ -19,6 +19,7 @@ FILE = "report.html"
 _CDF_POINTS = 200
 _BINS = 240
 _MOST_DOTS = 4000
+_WHOLE = 100  # figures from here on are shown without decimals
 
 
 def write_report(
@@ -109,7 +110,7 @@ def report_data(
                 "parts": [{"name": n, "value": s.mean} for n, s in stage.figures.server.items()],
             }
             for stage in summary.stages
-            if stage.figures.server
+            if stage.figures.server and stage.number in drawn
         ],
         "faults": _faults(summary),
         "table": [HEAD, *(row(stage.label, stage.figures) for stage in summary.stages)],
@@ -169,9 +170,8 @@ def _dot(record: Record, *, streams: bool) -> list[float]:
 
 
 def _waited_ms(record: Record) -> float:
-    """How long a failed request had been due when it failed, as far as is known."""
-    end = max(record.done_ns, record.last_token_ns, record.first_byte_ns, record.started_ns)
-    return max(0.1, (end - record.intended_ns) / 1e6)
+    """How long a failed request had been due when it failed."""
+    return max(0.1, (record.done_ns - record.intended_ns) / 1e6)
 
 
 def _thinned(records: list[Record]) -> list[Record]:
@@ -179,7 +179,7 @@ def _thinned(records: list[Record]) -> list[Record]:
 
 
 def _last_ns(records: Sequence[Record], load_end_ns: int) -> int:
-    return max([load_end_ns, *(max(r.done_ns, r.last_token_ns) for r in records)])
+    return max([load_end_ns, *(record.done_ns for record in records)])
 
 
 def _verdict(summary: Summary) -> dict[str, Any]:
@@ -201,12 +201,21 @@ def _cards(summary: Summary) -> list[tuple[str, str, str]]:
     """The figures of the stage with the most output."""
     if not summary.stages:
         return []
-    best = max(summary.stages, key=lambda stage: stage.figures.output_tokens_per_s)
+    drawn = _drawn_in_distributions(summary)
+    best = max(
+        (stage for stage in summary.stages if stage.number in drawn),
+        key=lambda stage: stage.figures.output_tokens_per_s,
+        default=summary.stages[-1],
+    )
+    if summary.search is not None and summary.search.highest is not None:
+        held = f"{summary.search.highest:g} req/s"
+        best = next(stage for stage in reversed(summary.stages) if stage.label == held)
     figures: Figures = best.figures
     at = f" at {best.label}" if len(summary.stages) > 1 else ""
-    cards = [(f"{figures.output_tokens_per_s:.4g}", "tokens/s", f"output{at}")]
+    rate = figures.output_tokens_per_s
+    cards = [(f"{rate:,.0f}" if rate >= _WHOLE else f"{rate:.3g}", "tokens/s", f"output{at}")]
     if summary.search is not None and summary.search.highest is not None:
-        cards.insert(0, (f"{summary.search.highest:.3g}", "req/s", "highest rate that holds"))
+        cards.insert(0, (f"{summary.search.highest:g}", "req/s", "highest rate that holds"))
     for name, spread in (("TTFT", figures.ttft), ("TPOT", figures.tpot), ("E2E", figures.e2e)):
         median = spread.at("p50")
         if median is None:

@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from itertools import count
 from random import Random
 from time import monotonic_ns
@@ -46,6 +47,8 @@ SECOND = 1_000_000_000
 _REPORT_S = 0.2
 _LAG_SAMPLE_S = 0.01
 _SPARE_FILES = 64
+_PRIORITY = -10
+_AFTER_FAILURE_S = 1.0  # a user pauses; else a server that refuses at once would be asked for ever
 _GARBAGE_THRESHOLD = 100_000  # objects; records are kept, so looking through them is in vain
 
 
@@ -115,7 +118,8 @@ class Worker:
                 return
             self._sessions += 1
             turns = self._workload.session(number)
-            await self._session(stage, number, turns, monotonic_ns(), None)
+            if not await self._session(stage, number, turns, monotonic_ns(), None):
+                await anyio.sleep(_AFTER_FAILURE_S)
         self._load_end_ns = min(self._load_end_ns, monotonic_ns())
 
     def _numbers(self, stage: Stage) -> Iterator[int]:
@@ -163,14 +167,14 @@ class Worker:
 
     async def _session(
         self, stage: Stage, number: int, turns: list[Turn], due_ns: int, request: bytes | None
-    ) -> None:
-        """All turns, one after the other; a turn that fails ends the session."""
+    ) -> bool:
+        """All turns, one after the other; a turn that fails ends the session. Whether none did."""
         history: list[dict[str, str]] = []
         for place, turn in enumerate(turns):
             if place:
                 due_ns = self._next_due(stage, turn)
                 if due_ns >= self._load_end_ns:
-                    return
+                    return True
                 await anyio.sleep(max(0, due_ns - monotonic_ns()) / SECOND)
                 request = None
             record = Record(
@@ -192,10 +196,11 @@ class Worker:
                     record.error = str(Failure.INTERRUPTED)
                 self._finished.append(record)
             if record.error:
-                return
+                return False
             if continued and isinstance(turn.prompt, str):
                 history.append({"role": "user", "content": turn.prompt})
                 history.append({"role": "assistant", "content": text})
+        return True
 
     def _next_due(self, stage: Stage, turn: Turn) -> int:
         due_ns = monotonic_ns() + round(turn.delay_s * SECOND)
@@ -318,4 +323,6 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which says Stop
     gc.set_threshold(_GARBAGE_THRESHOLD)
     os.set_blocking(sys.stdout.fileno(), False)
+    with suppress(OSError):  # a client that waits for a core measures itself; needs a privilege
+        os.setpriority(os.PRIO_PROCESS, 0, _PRIORITY)
     uvloop.run(main())
