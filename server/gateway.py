@@ -16,6 +16,7 @@ from runtime.keys import load_key
 from runtime.log import get_log
 from runtime.reporting import report
 from server.app import create_app
+from server.exchange import ExchangeProtocol
 from server.serving import open_serving
 from server.settings import GatewaySettings, SchedulerSettings
 from server.structured.compiler import GrammarCompiler
@@ -46,21 +47,29 @@ async def _serve(settings: GatewaySettings, scheduler: SchedulerSettings, text: 
         _bound(settings.host, settings.port) as listener,
         GrammarCompiler(text.tokenizer.vocabulary()) as grammars,
     ):
-        async with open_serving(
-            settings.bus.scheduler,
-            embed_scheduler=settings.embed_scheduler,
-            key=load_key(settings.bus.cluster_key_file),
-            max_waiting=settings.max_waiting_requests,
-            lease_s=scheduler.lease_s,
-            heartbeat_s=scheduler.heartbeat_s,
-            registry=registry,
-        ) as serving:
+        async with (
+            open_serving(
+                settings.bus.scheduler,
+                embed_scheduler=settings.embed_scheduler,
+                key=load_key(settings.bus.cluster_key_file),
+                max_waiting=settings.max_waiting_requests,
+                lease_s=scheduler.lease_s,
+                heartbeat_s=scheduler.heartbeat_s,
+                registry=registry,
+            ) as serving,
+            anyio.create_task_group() as background,
+        ):
             server = _Server(
                 uvicorn.Config(
                     create_app(
-                        serving, text, settings, registry=registry, grammars=grammars
+                        serving,
+                        text,
+                        settings,
+                        registry=registry,
+                        grammars=grammars,
+                        tasks=background,
                     ),
-                    http="httptools",
+                    http=ExchangeProtocol,
                     loop="none",  # this one
                     lifespan="off",
                     access_log=False,
@@ -80,6 +89,7 @@ async def _serve(settings: GatewaySettings, scheduler: SchedulerSettings, text: 
                 log.info("listening", host=host, port=port)
                 await server.serve(sockets=[listener])
                 tasks.cancel_scope.cancel()
+            background.cancel_scope.cancel()
 
 
 def _spare_the_collector() -> None:

@@ -16,13 +16,16 @@ from starlette.types import Receive, Scope, Send
 from protocol.errors import Overloaded, ServingError
 from runtime.log import bind, get_log
 from server.admission import read_json_body
-from server.direct_body import EXTENSION
+from server.callers import ANYONE, Caller
+from server.exchange import exchange_of
 from server.metrics import HttpMetrics, RequestOutcome, outcome_of
 from server.openai.answer import Answer, Kind, Services
 from server.openai.choice import Choice, run_choice
 from server.openai.errors import HttpError, describe
 from server.openai.sse import EventStream, Outcome, StreamTimes, unless_hung_up
 from server.openai.streaming import AnswerStream
+from server.responses.background import BackgroundResponses
+from server.responses.form import ResponsesForm
 
 log = get_log(__name__)
 
@@ -37,7 +40,9 @@ _STREAM_OUTCOMES: dict[Outcome, RequestOutcome] = {
 class Plan(Protocol):
     """Reads a body: ``plan_chat`` or ``plan_completion``."""
 
-    def __call__(self, body: bytes, services: Services, *, answer_id: str) -> Awaitable[Answer]: ...
+    def __call__(
+        self, body: bytes, services: Services, *, answer_id: str, caller: Caller
+    ) -> Awaitable[Answer]: ...
 
 
 class OpenRequests:
@@ -59,7 +64,9 @@ class GenerationEndpoint:
         times: StreamTimes,
         open_requests: OpenRequests,
         request_timeout_s: float,
+        background: BackgroundResponses,
     ) -> None:
+        self._background = background
         self._kind = kind
         self._plan = plan
         self._services = services
@@ -95,7 +102,13 @@ class GenerationEndpoint:
         if self._open.count > self._open.limit:
             raise Overloaded("too many open requests")
         body = await read_json_body(scope, receive, timeout_s=self._services.limits.body_timeout_s)
-        answer = await self._plan(body, self._services, answer_id=scope["state"]["answer_id"])
+        state = scope["state"]
+        answer = await self._plan(
+            body,
+            self._services,
+            answer_id=state["answer_id"],
+            caller=state.get("caller", ANYONE),
+        )
         run = AnswerRun(
             answer,
             self._services,
@@ -105,15 +118,17 @@ class GenerationEndpoint:
         )
         ignored = ",".join(answer.ignored).encode()
         headers = [(b"x-ignored-params", ignored)] if ignored else []
+        exchange = exchange_of(scope, send)
         try:
+            if isinstance(answer.form, ResponsesForm) and answer.form.in_background:
+                begun = self._background.begin(answer, answer.form, run.collect_into)
+                await _send_json(send, begun, headers)
+                return "ok"
             if answer.asked.stream:
-                direct = scope.get("extensions", {}).get(EXTENSION)
-                stream = EventStream(
-                    receive, send, headers=headers, times=self._times, direct=direct
-                )
+                stream = EventStream(exchange, send, headers=headers, times=self._times)
                 return _STREAM_OUTCOMES[await stream.run(run.stream_to)]
             texts: list[str] = []
-            if not await unless_hung_up(receive, lambda: run.collect_into(texts)):
+            if not await unless_hung_up(exchange, lambda: run.collect_into(texts)):
                 return "disconnected"
             await _send_json(send, answer.body(texts), headers)
         finally:

@@ -1,14 +1,14 @@
 """Server-sent events that notice a hang-up, a client that does not read, and a silent wait.
 
 ``starlette.responses.StreamingResponse`` never closes its iterator, and learns of a disconnect only
-at the next send, which during a long prefill is seconds away. Here the producer runs beside a watch
-of the connection and is cancelled by it, so that its ``finally`` blocks have run before the
-response returns.
+at the next send, which during a long prefill is seconds away. Here the exchange calls back when the
+client goes, and the producer is cancelled: its ``finally`` blocks have run before this returns.
 
 Invariant: ``[DONE]`` is the last event of an answer that is complete, and of no other. An answer
 that breaks off ends with an error event, and then the connection is cut.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -16,12 +16,11 @@ from http import HTTPStatus
 from time import monotonic
 
 import anyio
-from anyio.abc import TaskGroup
-from starlette.types import Receive, Send
+from starlette.types import Send
 
 from protocol.errors import ServingError
 from runtime.log import get_log
-from server.direct_body import DirectBody
+from server.exchange import Exchange, finish_at_once
 from server.openai.errors import describe
 
 log = get_log(__name__)
@@ -43,9 +42,26 @@ class StreamTimes:
     keep_alive_s: float = 10.0
     write_stall_s: float = 30.0  # a client that reads nothing for so long is dropped
 
-    @property
-    def tick_s(self) -> float:
-        return min(self.early_headers_s, self.keep_alive_s, self.write_stall_s) / 4
+    def start(self, tick: Callable[[], None]) -> "Ticks":
+        """Call ``tick`` often enough to keep to these times."""
+        return Ticks(tick, min(self.early_headers_s, self.keep_alive_s, self.write_stall_s) / 4)
+
+
+class Ticks:
+    """Regular calls without a task, which every stream would have to pay for."""
+
+    def __init__(self, tick: Callable[[], None], every_s: float) -> None:
+        self._tick = tick
+        self._every_s = every_s
+        self._loop = asyncio.get_running_loop()
+        self._next = self._loop.call_later(every_s, self._call)
+
+    def _call(self) -> None:
+        self._next = self._loop.call_later(self._every_s, self._call)
+        self._tick()
+
+    def cancel(self) -> None:
+        self._next.cancel()
 
 
 class Outcome(Enum):
@@ -56,39 +72,35 @@ class Outcome(Enum):
 
 
 class EventStream:
-    """One response. Writing never waits: what the client is not ready for is kept, and a task that
-    runs only then sends it on. Writers that look at ``keeps_up`` before they write keep that small.
+    """One response. Writing never waits: what the client is not ready for is kept until it is.
+    Writers that look at ``keeps_up`` before they write keep that small.
     """
 
     def __init__(
         self,
-        receive: Receive,
+        exchange: Exchange,
         send: Send,
         *,
         headers: list[tuple[bytes, bytes]],
         times: StreamTimes,
-        direct: DirectBody | None = None,
     ) -> None:
-        """``direct`` spares most events the way through ``send``."""
-        self._receive = receive
+        self._exchange = exchange
         self._send = send
         self._headers = [*_HEADERS, *headers]
         self._times = times
-        self._direct = direct
-        self._tasks: TaskGroup  # while ``run`` does
+        self._scope = anyio.CancelScope()
         self._begun = False  # something has been written
         self._started = False  # the headers have been sent
-        self._completing = False
         self._kept: list[bytes] = []
-        self._sent: anyio.Event | None = None  # while kept events are being sent
         self._gathered: Callable[[], bytes] | None = None
+        self._caught_up: anyio.Event | None = None  # while somebody waits for it
         self._quiet_since = monotonic()
         self._ended_by: Outcome | None = None
 
     @property
     def keeps_up(self) -> bool:
         """Whether the client takes events as they come; else see ``gather``."""
-        return self._sent is None
+        return self._exchange.clear
 
     def gather(self, gathered: Callable[[], bytes]) -> None:
         """Ask ``gathered``, when the client is ready for more, for what there is then."""
@@ -96,15 +108,12 @@ class EventStream:
 
     def write(self, events: bytes) -> None:
         """Send whole events. The first call sends the headers: from then on it is a 200."""
-        clear = self._sent is None and not self._kept
-        if clear and self._direct is not None and self._direct.write(events):
+        if self._started and not self._kept and self._exchange.clear:
+            self._exchange.write(events)
             self._quiet_since = monotonic()
-            return
-        self._begun = True
-        self._kept.append(events)
-        if self._sent is None:
-            self._sent = anyio.Event()
-            self._tasks.start_soon(self._send_kept, self._sent)
+        else:
+            self.write_last(events)
+            self._send_kept()
 
     def write_last(self, events: bytes) -> None:
         """Keep the answer's last events, to be sent in one piece with ``[DONE]``."""
@@ -117,113 +126,114 @@ class EventStream:
         Raises:
             Exception: what ``produce`` raised before anything was sent; the caller answers it.
         """
-        failure: Exception | None = None
-        async with anyio.create_task_group() as self._tasks:
-            self._tasks.start_soon(self._watch)
-            try:
-                await produce(self)
-                await self._complete()
-            except Exception as error:
-                failure = error
-                if self._begun:
+        self._exchange.listen(self._changed)
+        self._changed()
+        clock = self._times.start(self._mind_the_clock)
+        try:
+            with self._scope:
+                try:
+                    await produce(self)
+                    await self._complete()
+                except Exception as error:
+                    if not self._begun:
+                        raise
                     if not isinstance(error, ServingError):
                         log.exception("stream failed")
                     await self._break_off(error)
-            self._tasks.cancel_scope.cancel()
-        if failure is not None and not self._begun:
-            raise failure
+        finally:
+            clock.cancel()
+            self._exchange.listen(None)
         assert self._ended_by is not None
         return self._ended_by
 
-    async def _send_kept(self, sent: anyio.Event) -> None:
-        """Events that could not be written at once, then what has gathered meanwhile, and so on."""
-        while True:
-            if self._kept:
-                await self._send_body(self._take_kept())
-            elif self._gathered is not None:
-                gathered, self._gathered = self._gathered, None
-                self._kept.append(gathered())
-            else:
-                break
-        self._sent = None
-        sent.set()
+    def _send_kept(self) -> None:
+        """All that is there, as long as the client is ready for it."""
+        exchange = self._exchange
+        while exchange.clear and (self._kept or self._gathered):
+            self._keep_gathered()
+            if not self._started:
+                self._start()
+            if events := self._take_kept():
+                exchange.write(events)
+            self._quiet_since = monotonic()
+
+    def _keep_gathered(self) -> None:
+        if self._gathered is not None:
+            gathered, self._gathered = self._gathered, None
+            self._kept.append(gathered())
 
     def _take_kept(self) -> bytes:
         events = b"".join(self._kept)
         self._kept.clear()
         return events
 
-    async def _send_body(self, events: bytes, *, more: bool = True) -> None:
-        self._quiet_since = monotonic()
-        if not self._started:
-            self._started = True
-            head = {"status": HTTPStatus.OK, "headers": self._headers}
-            await self._send({"type": "http.response.start", **head})
-        await self._send({"type": "http.response.body", "body": events, "more_body": more})
+    def _start(self) -> None:
+        self._started = True
+        head = {"status": HTTPStatus.OK, "headers": self._headers}
+        finish_at_once(self._send({"type": "http.response.start", **head}))
 
     async def _complete(self) -> None:
-        if self._sent is not None:
-            await self._sent.wait()
-        self._sent = anyio.Event()
-        self._completing = True
-        await self._send_body(self._take_kept() + DONE, more=False)
-        self._ended_by = Outcome.COMPLETE
+        await self._until_caught_up()
+        if not self._started:
+            self._start()
+        self._ended_by = Outcome.COMPLETE  # whatever the client does from here on
+        events = self._take_kept() + DONE
+        await self._send({"type": "http.response.body", "body": events, "more_body": False})
 
     async def _break_off(self, failure: Exception) -> None:
         """Say what happened. The body stays unfinished, so the server cuts the connection."""
-        with anyio.move_on_after(self._times.write_stall_s):
-            self.write(b"event: error\ndata: " + describe(failure).body() + b"\n\n")
-            if self._sent is not None:
-                await self._sent.wait()
-        self._ended_by = self._ended_by or Outcome.FAILED
+        self._keep_gathered()
+        self.write(b"event: error\ndata: " + describe(failure).body() + b"\n\n")
+        await self._until_caught_up()
+        self._ended_by = Outcome.FAILED
 
-    async def _watch(self) -> None:
-        """One task for the connection and the clock: a task costs as much as several tokens."""
-        while self._ended_by is None:
-            with anyio.move_on_after(self._times.tick_s):
-                if (await self._receive())["type"] == "http.disconnect":
-                    if not self._completing:  # servers say so after the last byte too
-                        self._end(Outcome.HUNG_UP)
-                    return
-                continue
-            self._mind_the_clock()
+    async def _until_caught_up(self) -> None:
+        while not self._exchange.clear:
+            self._caught_up = anyio.Event()
+            await self._caught_up.wait()
 
-    def _end(self, outcome: Outcome) -> None:
-        self._ended_by = outcome
-        self._tasks.cancel_scope.cancel()
+    def _changed(self) -> None:
+        """The client has read what it was behind with, or it has gone."""
+        if self._exchange.lost:
+            self._end(Outcome.HUNG_UP)
+            return
+        self._send_kept()
+        if self._caught_up is not None and self._exchange.clear:
+            self._caught_up.set()
 
     def _mind_the_clock(self) -> None:
         times = self._times
         quiet_s = monotonic() - self._quiet_since
-        if self._sent is not None:
+        if not self._exchange.clear:
             if quiet_s > times.write_stall_s:
                 self._end(Outcome.STALLED)
+                self._exchange.abort()
         elif quiet_s >= (times.keep_alive_s if self._begun else times.early_headers_s):
             self.write(_KEEP_ALIVE)
 
+    def _end(self, outcome: Outcome) -> None:
+        if self._ended_by is None:
+            self._ended_by = outcome
+            self._scope.cancel()
 
-async def unless_hung_up(receive: Receive, work: Callable[[], Awaitable[None]]) -> bool:
+
+async def unless_hung_up(exchange: Exchange, work: Callable[[], Awaitable[None]]) -> bool:
     """Run ``work`` to its end, or cancel it when the client goes; False when it has gone.
 
     Raises:
         Exception: what ``work`` raised.
     """
-    failure: Exception | None = None
-    finished = False
-    async with anyio.create_task_group() as tasks:
+    with anyio.CancelScope() as scope:
 
-        async def watch() -> None:
-            while (await receive())["type"] != "http.disconnect":
-                pass
-            tasks.cancel_scope.cancel()
+        def changed() -> None:
+            if exchange.lost:
+                scope.cancel()
 
-        tasks.start_soon(watch)
+        exchange.listen(changed)
+        changed()
         try:
             await work()
-            finished = True
-        except Exception as error:  # noqa: BLE001  carried out of the task group unchanged
-            failure = error
-        tasks.cancel_scope.cancel()
-    if failure is not None:
-        raise failure
-    return finished
+        finally:
+            exchange.listen(None)
+        return True
+    return False

@@ -1,10 +1,12 @@
 """The wire of a stream, byte by byte, and what it does while nothing happens."""
 
+import asyncio
 import json
 import socket
 import threading
-from collections.abc import Generator
+from collections.abc import Awaitable, Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 
 import anyio
 import httpx
@@ -147,110 +149,127 @@ def test_a_body_that_does_not_come_is_408() -> None:
             assert slow.recv(64).startswith(b"HTTP/1.1 408 ")
 
 
-def test_the_outcome_is_complete_although_the_server_then_reports_a_disconnect() -> None:
-    """Servers say ``http.disconnect`` after the last byte of a response too."""
-
-    async def scenario() -> Outcome:
-        over = anyio.Event()
-
-        async def receive() -> Message:
-            await over.wait()
-            return {"type": "http.disconnect"}
-
-        async def send(message: Message) -> None:
-            if message["type"] == "http.response.body" and not message["more_body"]:
-                over.set()
-                await anyio.lowlevel.checkpoint()
-                await anyio.lowlevel.checkpoint()
-
-        async def produce(stream: EventStream) -> None:
-            stream.write(b"data: 1\n\n")
-
-        return await EventStream(receive, send, headers=[], times=StreamTimes()).run(produce)
-
-    assert anyio.run(scenario) is Outcome.COMPLETE
-
-
 class Wire:
-    """The server's side of a connection whose client reads when the test says so."""
+    """An exchange whose client reads when the test says so, and the ``send`` that belongs to it."""
 
-    def __init__(self, *, reads: bool) -> None:
+    def __init__(self, *, clear: bool) -> None:
+        self.clear = clear
+        self.lost = False
+        self.aborted = False
         self.body = b""
-        self.messages = 0
-        self.readable = anyio.Event()
-        if reads:
-            self.readable.set()
+        self.writes = 0
+        self._on_change: Callable[[], None] | None = None
 
-    async def receive(self) -> Message:
-        await anyio.sleep_forever()
-        raise AssertionError
+    def listen(self, on_change: Callable[[], None] | None) -> None:
+        self._on_change = on_change
+
+    def change(self, *, clear: bool = False, lost: bool = False) -> None:
+        self.clear, self.lost = clear, lost
+        if self._on_change is not None:
+            self._on_change()
+
+    def write(self, data: bytes) -> None:
+        assert data
+        self.writes += 1
+        self.body += data
+
+    def abort(self) -> None:
+        self.aborted = True
+        self.change(lost=True)
 
     async def send(self, message: Message) -> None:
-        await self.readable.wait()
-        self.messages += 1
-        self.body += message.get("body", b"")
+        assert self.clear
+        if message["type"] == "http.response.body":
+            self.writes += 1
+            self.body += message["body"]
+            if not message["more_body"]:
+                self.change(lost=True)  # servers may report a disconnect after the last byte too
 
 
-def some_answer(events: int) -> bytes:
-    return b"".join(b"data: %d\n\n" % number for number in range(events))
+def run(
+    wire: Wire,
+    produce: Callable[[EventStream], Awaitable[None]],
+    times: StreamTimes | None = None,
+) -> Outcome:
+    async def scenario() -> Outcome:
+        stream = EventStream(wire, wire.send, headers=[], times=times or StreamTimes())
+        return await stream.run(produce)
+
+    return anyio.run(scenario)
 
 
-def test_what_a_client_is_not_ready_for_gathers_and_is_sent_once_and_in_order() -> None:
-    async def scenario() -> None:
-        wire = Wire(reads=False)
-        gathered: list[bytes] = []
-
-        def take() -> bytes:
-            events = b"".join(gathered)
-            gathered.clear()
-            return events
-
-        async def produce(stream: EventStream) -> None:
-            stream.write(b"data: 0\n\n")
-            for number in range(1, 100):
-                await anyio.lowlevel.checkpoint()
-                assert not stream.keeps_up
-                gathered.append(b"data: %d\n\n" % number)
-                stream.gather(take)
-            wire.readable.set()
-
-        stream = EventStream(wire.receive, wire.send, headers=[], times=StreamTimes())
-        assert await stream.run(produce) is Outcome.COMPLETE
-        assert wire.body == some_answer(100) + b"data: [DONE]\n\n"
-        assert wire.messages == 4  # the head, what came first, what gathered, the end
-
-    anyio.run(scenario)
+def some_events(count: int) -> bytes:
+    return b"".join(b"data: %d\n\n" % number for number in range(count))
 
 
 def test_the_last_events_go_out_in_one_piece_with_done() -> None:
-    async def scenario() -> None:
-        wire = Wire(reads=True)
+    async def produce(stream: EventStream) -> None:
+        stream.write_last(some_events(1))
 
-        async def produce(stream: EventStream) -> None:
-            stream.write_last(some_answer(1))
-
-        stream = EventStream(wire.receive, wire.send, headers=[], times=StreamTimes())
-        assert await stream.run(produce) is Outcome.COMPLETE
-        assert wire.body == some_answer(1) + b"data: [DONE]\n\n"
-        assert wire.messages == 2
-
-    anyio.run(scenario)
+    wire = Wire(clear=True)
+    assert run(wire, produce) is Outcome.COMPLETE
+    assert wire.body == some_events(1) + b"data: [DONE]\n\n"
+    assert wire.writes == 1
 
 
-def test_a_failure_after_the_last_events_comes_after_them_and_without_done() -> None:
-    async def scenario() -> None:
-        wire = Wire(reads=True)
+def test_what_a_client_is_not_ready_for_gathers_and_is_sent_once_and_in_order() -> None:
+    wire = Wire(clear=True)
+    gathered: list[bytes] = []
 
-        async def produce(stream: EventStream) -> None:
-            stream.write_last(some_answer(1))
-            raise WorkerLost("gone", stage="decode")
+    def take() -> bytes:
+        events = b"".join(gathered)
+        gathered.clear()
+        return events
 
-        stream = EventStream(wire.receive, wire.send, headers=[], times=StreamTimes())
-        assert await stream.run(produce) is Outcome.FAILED
-        assert wire.body.startswith(some_answer(1) + b"event: error\n")
-        assert b"[DONE]" not in wire.body
+    async def produce(stream: EventStream) -> None:
+        stream.write(b"data: 0\n\n")
+        wire.clear = False
+        stream.write(b"data: 1\n\n")
+        for number in range(2, 100):
+            assert not stream.keeps_up
+            gathered.append(b"data: %d\n\n" % number)
+            stream.gather(take)
+        wire.change(clear=True)
 
-    anyio.run(scenario)
+    assert run(wire, produce) is Outcome.COMPLETE
+    assert wire.body == some_events(100) + b"data: [DONE]\n\n"
+    assert wire.writes == 3  # what came first, what was kept or gathered, the end
+
+
+def test_a_failure_comes_after_all_that_was_kept_and_without_done() -> None:
+    wire = Wire(clear=True)
+
+    async def produce(stream: EventStream) -> None:
+        stream.write(b"data: 0\n\n")
+        wire.clear = False
+        stream.gather(lambda: b"data: 1\n\n")
+        asyncio.get_running_loop().call_soon(partial(wire.change, clear=True))
+        raise WorkerLost("gone", stage="decode")
+
+    assert run(wire, produce) is Outcome.FAILED
+    assert wire.body.startswith(some_events(2) + b"event: error\n")
+    assert b"[DONE]" not in wire.body
+
+
+def test_a_client_that_has_gone_before_the_answer_began_is_noticed() -> None:
+    wire = Wire(clear=False)
+    wire.lost = True
+
+    async def produce(_stream: EventStream) -> None:
+        await anyio.sleep_forever()
+
+    assert run(wire, produce) is Outcome.HUNG_UP
+    assert wire.writes == 0
+
+
+def test_a_stalled_client_is_cut_off_also_when_the_answer_is_ready() -> None:
+    wire = Wire(clear=False)
+
+    async def produce(stream: EventStream) -> None:
+        stream.write_last(some_events(1))
+
+    assert run(wire, produce, StreamTimes(write_stall_s=0.02)) is Outcome.STALLED
+    assert wire.aborted
 
 
 def test_a_slow_reader_gets_the_whole_answer() -> None:

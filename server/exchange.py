@@ -1,0 +1,139 @@
+"""The client's side of one HTTP exchange, for an application that writes without waiting.
+
+Through ASGI every event costs a message and a coroutine, and the same again in each layer around
+the application; noticing a hang-up costs a task. With thousands of tokens a second that was most
+of the gateway's time. Here uvicorn's protocol puts an ``Exchange`` into the scope, which calls
+back instead.
+
+Invariant: what is written is sent as uvicorn's own ``send`` would have sent it.
+"""
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+from starlette.types import Scope, Send
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+_EXTENSION = "headrace.exchange"
+
+
+class Exchange(Protocol):
+    """Good while the application answers the request."""
+
+    @property
+    def clear(self) -> bool:
+        """Whether the client takes what is written: neither behind with reading, nor gone."""
+        ...
+
+    @property
+    def lost(self) -> bool:
+        """The client has gone; what is written goes nowhere."""
+        ...
+
+    def listen(self, on_change: Callable[[], None] | None) -> None:
+        """Call ``on_change``, from now on, when ``clear`` becomes true or the client is lost."""
+        ...
+
+    def write(self, data: bytes) -> None:
+        """Send ``data``, not empty, as the next part of a body that ``send`` has started. While
+        the exchange is not clear it stays in this process's memory.
+        """
+        ...
+
+    def abort(self) -> None:
+        """Cut the connection, whatever is still unsent."""
+        ...
+
+
+def exchange_of(scope: Scope, send: Send) -> Exchange:
+    """That of a request which ``ExchangeProtocol`` has read; under another server, such as a
+    client that calls the application in its own process, one that never notices a hang-up.
+    """
+    found: Exchange | None = scope.get("extensions", {}).get(_EXTENSION)
+    return found or _PlainExchange(send)
+
+
+def finish_at_once(sending: Awaitable[None]) -> None:
+    """Run ASGI's ``send`` without a task. It waits for nothing but a client that is behind with
+    reading, so this is for exchanges that are clear.
+    """
+    for _ in sending.__await__():
+        raise RuntimeError("a layer around the application waits in send")
+
+
+class _PlainExchange:
+    clear = True
+    lost = False
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+
+    def listen(self, on_change: Callable[[], None] | None) -> None:
+        pass
+
+    def write(self, data: bytes) -> None:
+        finish_at_once(self._send({"type": "http.response.body", "body": data, "more_body": True}))
+
+    def abort(self) -> None:
+        pass
+
+
+class _UvicornExchange:
+    __slots__ = ("_cycle", "_on_change", "lost")
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._on_change: Callable[[], None] | None = None
+        self.lost = False
+
+    @property
+    def clear(self) -> bool:
+        return not (self._cycle.flow.write_paused or self.lost)
+
+    @property
+    def over(self) -> bool:
+        return self._cycle.response_complete
+
+    def listen(self, on_change: Callable[[], None] | None) -> None:
+        self._on_change = on_change
+        self._cycle.flow.resume_reading()  # a hang-up is read; a large body may have paused it
+
+    def changed(self) -> None:
+        if self._on_change is not None:
+            self._on_change()
+
+    def write(self, data: bytes) -> None:
+        cycle = self._cycle
+        if not self.lost and cycle.chunked_encoding:  # HEAD has no body
+            cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def abort(self) -> None:
+        self._cycle.transport.abort()
+
+
+class ExchangeProtocol(HttpToolsProtocol):
+    """For ``uvicorn.Config(http=...)``."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._exchanges: list[_UvicornExchange] = []  # several when requests are pipelined
+
+    def on_headers_complete(self) -> None:
+        before = self.cycle
+        super().on_headers_complete()
+        if self.cycle is not before:  # else it is an upgrade, which is no request
+            exchange = _UvicornExchange(self.cycle)
+            self._exchanges = [e for e in self._exchanges if not e.over] + [exchange]
+            extensions: dict[str, Any] = self.scope.setdefault("extensions", {})
+            extensions[_EXTENSION] = exchange
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        for exchange in self._exchanges:
+            exchange.changed()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        for exchange in self._exchanges:
+            exchange.lost = True
+            exchange.changed()

@@ -1,0 +1,123 @@
+"""Writing past ASGI's ``send``: the same bytes, on every kind of exchange."""
+
+import socket
+
+import anyio
+import httpx
+import pytest
+from starlette.types import Receive, Scope, Send
+
+from server.exchange import exchange_of, finish_at_once
+from tests.support.http_server import eventually, serve
+
+PARTS = (b"one", b"two and a half", b"3" * 300)
+HEAD = {"type": "http.response.start", "status": 200, "headers": [(b"x-a", b"b")]}
+
+
+async def answer(scope: Scope, _receive: Receive, send: Send) -> None:
+    exchange = exchange_of(scope, send)
+    assert exchange.clear
+    finish_at_once(send(HEAD))
+    for part in PARTS:
+        if scope["path"] == "/direct":
+            exchange.write(part)
+        else:
+            await send({"type": "http.response.body", "body": part, "more_body": True})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def exchange(url: str, request: bytes) -> bytes:
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(request)
+        received = b""
+        while part := connection.recv(65536):
+            received += part
+    return received
+
+
+@pytest.mark.parametrize(
+    ("line", "has_body"),
+    [(b"GET %b HTTP/1.1", True), (b"GET %b HTTP/1.0", True), (b"HEAD %b HTTP/1.1", False)],
+    ids=["1.1", "1.0", "HEAD"],
+)
+def test_the_bytes_are_those_that_send_would_have_sent(line: bytes, has_body: bool) -> None:
+    rest = b"\r\nhost: x\r\nconnection: close\r\n\r\n"
+    with serve(answer) as url:
+        direct = exchange(url, line % b"/direct" + rest)
+        through_send = exchange(url, line % b"/send" + rest)
+    assert direct.partition(b"x-a: b")[2] == through_send.partition(b"x-a: b")[2] != b""
+    assert (PARTS[1] in direct) == has_body
+
+
+def test_requests_on_one_connection_have_bodies_of_their_own() -> None:
+    first = b"GET /direct HTTP/1.1\r\nhost: x\r\n\r\n"
+    last = b"GET /direct HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
+    with serve(answer) as url:
+        received = exchange(url, first + last)
+    assert received.count(b"HTTP/1.1 200 OK") == 2
+    assert received.count(PARTS[2] + b"\r\n0\r\n\r\n") == 2
+
+
+@pytest.mark.parametrize("requests", [1, 2], ids=["one", "pipelined"])
+def test_a_client_that_goes_is_noticed_and_writing_to_it_is_harmless(requests: int) -> None:
+    seen: list[bool] = []
+
+    async def wait(scope: Scope, _receive: Receive, send: Send) -> None:
+        exchange = exchange_of(scope, send)
+        await send(HEAD)
+        changed = anyio.Event()
+        exchange.listen(changed.set)
+        seen.append(exchange.lost)
+        await changed.wait()
+        exchange.write(b"to nobody")
+        seen.append(exchange.lost)
+
+    with serve(wait) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n" * requests)
+            assert eventually(lambda: seen == [False])
+        assert eventually(lambda: seen[:2] == [False, True])
+
+
+def test_a_client_that_is_behind_is_noticed_and_so_is_its_catching_up() -> None:
+    told: list[bool] = []
+    large = b"x" * 2**24
+
+    async def push(scope: Scope, _receive: Receive, send: Send) -> None:
+        exchange = exchange_of(scope, send)
+        await send(HEAD)
+        exchange.write(large)
+        caught_up = anyio.Event()
+        exchange.listen(caught_up.set)
+        told.append(exchange.clear)
+        await caught_up.wait()
+        told.append(exchange.clear)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    with serve(push) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+            assert eventually(lambda: told == [False])
+            received = b"".join(iter(lambda: connection.recv(2**20), b""))
+    assert told == [False, True]
+    assert received.endswith(large + b"\r\n0\r\n\r\n")
+
+
+def test_under_another_server_the_body_is_the_same() -> None:
+    async def get() -> httpx.Response:
+        transport = httpx.ASGITransport(app=answer)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            return await client.get("/direct")
+
+    assert anyio.run(get).content == b"".join(PARTS)
+
+
+def test_a_layer_that_waits_in_send_is_an_error() -> None:
+    async def scenario() -> None:
+        with pytest.raises(RuntimeError, match="waits in send"):
+            finish_at_once(anyio.lowlevel.checkpoint())
+
+    anyio.run(scenario)
