@@ -1,9 +1,11 @@
 """The gateway's HTTP application: its routes, and the one boundary where errors become answers."""
 
+from functools import partial
 from http import HTTPStatus
 from importlib.metadata import PackageNotFoundError, version
 
 import orjson
+from anyio.abc import TaskGroup
 from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
@@ -16,6 +18,8 @@ from protocol.errors import ServingError
 from runtime.log import get_log
 from server.admission import Admission, ApiKeys
 from server.generation import Generator
+from server.messages.errors import is_message_path, message_error
+from server.messages.plan import CountTokens, plan_message
 from server.metrics import HttpMetrics
 from server.openai.answer import Services
 from server.openai.chat import plan_chat
@@ -24,6 +28,11 @@ from server.openai.endpoint import GenerationEndpoint, OpenRequests
 from server.openai.errors import HttpError, describe
 from server.openai.models import ModelEndpoints
 from server.openai.sse import StreamTimes
+from server.openai.tokens import TokenEndpoints
+from server.responses.background import BackgroundResponses
+from server.responses.endpoints import StoredResponseEndpoints
+from server.responses.plan import ResponsePlan
+from server.responses.store import ResponseStore
 from server.settings import GatewaySettings
 from server.structured.compiler import GrammarCompiler
 from server.text.model_text import ModelText
@@ -39,9 +48,11 @@ def create_app(
     registry: CollectorRegistry | None = None,
     times: StreamTimes | None = None,
     grammars: GrammarCompiler | None = None,
+    tasks: TaskGroup | None = None,
 ) -> ASGIApp:
     """The ASGI application. ``registry`` is what /metrics shows, the application's own included;
-    ``grammars`` stays the caller's to close.
+    ``grammars`` stays the caller's to close. Background responses live in ``tasks``, and are
+    refused without.
 
     Raises:
         ConfigError: the file of API keys cannot be used.
@@ -55,34 +66,34 @@ def create_app(
         grammars=grammars or GrammarCompiler(text.tokenizer.vocabulary()),
     )
     metrics = HttpMetrics(registry)
-    open_requests = OpenRequests(settings.max_open_requests)
-    timeout_s = settings.request_timeout_s
-    chat = GenerationEndpoint(
-        "chat",
-        plan_chat,
-        services,
+    store = ResponseStore()
+    endpoint = partial(
+        GenerationEndpoint,
+        services=services,
         metrics=metrics,
         times=times,
-        open_requests=open_requests,
-        request_timeout_s=timeout_s,
+        open_requests=OpenRequests(settings.max_open_requests),
+        request_timeout_s=settings.request_timeout_s,
+        background=BackgroundResponses(tasks),
     )
-    completions = GenerationEndpoint(
-        "completions",
-        plan_completion,
-        services,
-        metrics=metrics,
-        times=times,
-        open_requests=open_requests,
-        request_timeout_s=timeout_s,
-    )
+    stored = StoredResponseEndpoints(store)
+    tokens = TokenEndpoints(services)
     models = ModelEndpoints(generator)
     operations = OperationEndpoints(generator, registry)
     app = FastAPI(
         openapi_url=None,  # the two large endpoints check their bodies themselves
         redirect_slashes=False,  # clients drop the body when they follow
         routes=[
-            Route("/v1/chat/completions", chat, methods=["POST"]),
-            Route("/v1/completions", completions, methods=["POST"]),
+            Route("/v1/chat/completions", endpoint("chat", plan_chat), methods=["POST"]),
+            Route("/v1/completions", endpoint("completions", plan_completion), methods=["POST"]),
+            Route("/v1/responses", endpoint("responses", ResponsePlan(store)), methods=["POST"]),
+            Route("/v1/responses/{id}", stored.retrieve, methods=["GET"]),
+            Route("/v1/responses/{id}", stored.delete, methods=["DELETE"]),
+            Route("/v1/responses/{id}/cancel", stored.cancel, methods=["POST"]),
+            Route("/v1/messages", endpoint("messages", plan_message), methods=["POST"]),
+            Route("/v1/messages/count_tokens", CountTokens(services).count, methods=["POST"]),
+            Route("/tokenize", tokens.tokenize, methods=["POST"]),
+            Route("/detokenize", tokens.detokenize, methods=["POST"]),
             Route("/v1/models", models.list_models),
             Route("/v1/models/{id:path}", models.get_model),
             Route("/health", operations.health),
@@ -134,15 +145,14 @@ class OperationEndpoints:
             return _json({"version": "unknown"})
 
 
-async def answer_error(_request: Request, error: Exception) -> Response:
+async def answer_error(request: Request, error: Exception) -> Response:
     """The details go to the log, the allow-listed message to the caller."""
     answer = describe(error)
     if isinstance(error, ServingError):
         fields = {**error.details, "code": error.code, "stage": error.stage}
         log.info("request refused", **{**fields, "status": int(answer.status), "why": str(error)})
-    return Response(
-        answer.body(), answer.status, dict(answer.headers), media_type="application/json"
-    )
+    body = message_error(answer) if is_message_path(request.scope["path"]) else answer.body()
+    return Response(body, answer.status, dict(answer.headers), media_type="application/json")
 
 
 async def answer_routing_error(request: Request, error: Exception) -> Response:

@@ -10,8 +10,9 @@
     headrace_completion_tokens_total                  generated and paid for, shown or not
     headrace_client_disconnects_total                 clients that left before their answer's end
 
-``endpoint`` is chat or completions. ``outcome`` is ok, client_error (4xx), overloaded (503),
-server_error (other 5xx, or an error event) or disconnected. No label holds anything of a caller's.
+``endpoint`` is chat, completions, responses or messages. ``outcome`` is ok, client_error (4xx),
+overloaded (503), server_error (other 5xx, or an error event) or disconnected. No label holds
+anything of a caller's.
 """
 
 from bisect import bisect_left
@@ -24,7 +25,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from prometheus_client.core import HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-Endpoint = Literal["chat", "completions"]
+Endpoint = Literal["chat", "completions", "responses", "messages"]
 RequestOutcome = Literal["ok", "client_error", "overloaded", "server_error", "disconnected"]
 
 _TTFT_BOUNDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0)

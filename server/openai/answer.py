@@ -6,7 +6,7 @@ any answer. Nothing here waits or sends.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import orjson
 
@@ -18,10 +18,32 @@ from server.openai.schema import GenerationRequest
 from server.openai.usage import usage_of
 from server.settings import LimitSettings
 from server.structured.compiler import GrammarCompiler
+from server.text.families.parts import Content, Part
 from server.text.model_text import ModelText
 from server.text.tokenizer import TextTokenizer
 
-Kind = Literal["chat", "completions"]
+Kind = Literal["chat", "completions", "responses", "messages"]
+
+
+class Events(Protocol):
+    """Writes one streamed answer. ``opening`` comes before a choice's first text, ``finish`` after
+    its last, ``usage`` after all choices where the caller asked for it.
+    """
+
+    def opening(self, choice: Choice) -> bytes: ...
+    def text(self, choice: Choice, text: str) -> bytes: ...
+    def finish(self, choice: Choice) -> bytes: ...
+    def usage(self) -> bytes: ...
+
+
+class Form(Protocol):
+    """How another API than chat and completions writes an answer that was planned as a chat."""
+
+    @property
+    def kind(self) -> Kind: ...
+
+    def body(self, answer: "Answer", texts: Sequence[str]) -> bytes: ...
+    def events(self, answer: "Answer") -> Events: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +74,7 @@ class Answer:
     logprobs: Sequence[LogprobsShape] | None
     echoes: Sequence[str] | None = None
     read: ReadAnswer | None = None  # None: all text is content
+    form: Form | None = None  # None: that of ``kind``
     ignored: tuple[str, ...] = ()
 
     def usage(self) -> dict[str, Any]:
@@ -76,6 +99,8 @@ class Answer:
 
     def body(self, texts: Sequence[str]) -> bytes:
         """The whole answer at once; ``texts`` has one entry for each choice."""
+        if self.form is not None:
+            return self.form.body(self, texts)
         choices = [self._choice(c, text) for c, text in zip(self.choices, texts, strict=True)]
         kind = "chat.completion" if self.kind == "chat" else "text_completion"
         head = {"id": self.id, "object": kind, "created": self.created, "model": self.model.id}
@@ -96,10 +121,17 @@ class Answer:
     def finish_reason(self, choice: Choice) -> str | None:
         return choice.finish_reason if self.read is None else self.read.finish_reason(choice)
 
+    def parts(self, choice: Choice, text: str) -> list[Part]:
+        """Of the next piece of the choice's text, and all that is left once it has ended."""
+        if self.read is None:
+            return [Content(text)] if text else []
+        parts = self.read.push(choice, text)
+        return parts if choice.finish_reason is None else [*parts, *self.read.finish(choice)]
+
     def _message(self, choice: Choice, text: str) -> dict[str, Any]:
         if self.read is None:
             return {"role": "assistant", "content": text, "refusal": None}
-        return message_of([*self.read.push(choice, text), *self.read.finish(choice)])
+        return message_of(self.parts(choice, text))
 
     def _choice(self, choice: Choice, text: str) -> dict[str, Any]:
         shown: dict[str, Any] = {"index": choice.index}

@@ -5,7 +5,9 @@ from functools import partial
 from typing import Any
 
 from protocol.errors import InvalidRequest
-from server.openai.answer import Answer, Services
+from server.callers import Caller
+from server.generation import ServedModel
+from server.openai.answer import Answer, Form, Services
 from server.openai.choice import Reasoned
 from server.openai.models import find_model
 from server.openai.parsing import parse_chat
@@ -21,24 +23,32 @@ from server.text.families.parts import PartReader
 from server.text.model_text import ChatPrompt, ModelText
 
 
-async def plan_chat(body: bytes, services: Services, *, answer_id: str) -> Answer:
+async def plan_chat(body: bytes, services: Services, *, answer_id: str, caller: Caller) -> Answer:
     """
     Raises:
         RequestError: the request cannot be served as it is.
         NoWorkerAvailable: no worker has announced itself yet.
     """
     asked, ignored = parse_chat(body, services.limits)
-    return await plan_parsed_chat(asked, services, answer_id=answer_id, ignored=ignored)
+    return await plan_parsed_chat(
+        asked, services, answer_id=answer_id, caller=caller, ignored=ignored
+    )
 
 
 async def plan_parsed_chat(
-    asked: ChatRequest, services: Services, *, answer_id: str, ignored: tuple[str, ...] = ()
+    asked: ChatRequest,
+    services: Services,
+    *,
+    answer_id: str,
+    caller: Caller,
+    ignored: tuple[str, ...] = (),
+    form: Form | None = None,
 ) -> Answer:
-    """As ``plan_chat``, for whoever has read the request already."""
+    """As ``plan_chat``, for another API that has read its request already and has its ``form``."""
     model = find_model(services.generator, asked.model)
     text = services.text
     use = tool_use(asked)
-    prompt = await _prompt(asked, use, text, max_model_len=model.max_model_len)
+    prompt = await chat_prompt(asked, text, model=model, use=use)
     ids = tuple(prompt.token_ids)
     max_tokens = token_budget(
         prompt_tokens=len(ids),
@@ -54,6 +64,7 @@ async def plan_parsed_chat(
         text,
         ids,
         answer_id=answer_id,
+        caller=caller,
         seed=request_seed(asked),
         max_tokens=max_tokens,
         logprobs=logprobs,
@@ -64,7 +75,8 @@ async def plan_parsed_chat(
         reasoned=_reasoned(text, reasons=prompt.reasons),
     )
     return Answer(
-        kind="chat",
+        kind="chat" if form is None else form.kind,
+        form=form,
         id=f"chatcmpl-{answer_id}",
         created=int(datetime.now(UTC).timestamp()),
         model=model,
@@ -78,12 +90,19 @@ async def plan_parsed_chat(
     )
 
 
-async def _prompt(
-    asked: ChatRequest, use: ToolUse, text: ModelText, *, max_model_len: int
+async def chat_prompt(
+    asked: ChatRequest, text: ModelText, *, model: ServedModel, use: ToolUse | None = None
 ) -> ChatPrompt:
+    """The conversation as the model reads it.
+
+    Raises:
+        InvalidRequest: the model's template does not accept it.
+        ContextLengthExceeded: it can never fit.
+    """
+    use = tool_use(asked) if use is None else use
     messages = [_message(m, f"messages[{i}]", text) for i, m in enumerate(asked.messages)]
     chars = sum(map(text_length, messages)) + sum(text_length(t.definition) for t in use.tools)
-    check_length(chars, max_model_len=max_model_len, param="messages")
+    check_length(chars, max_model_len=model.max_model_len, param="messages")
     return await tokenise(
         partial(
             text.chat_prompt,

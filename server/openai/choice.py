@@ -98,6 +98,11 @@ class Choice:
         self.tokens: list[Token] = []  # since they were last taken
         self.token_ids: list[int] = []  # likewise, and only when the caller wants them
 
+    @property
+    def matched_stop(self) -> str | None:
+        """The stop string that ended the text, if one did."""
+        return None if self._stops is None else self._stops.matched
+
     def accept(self, chunk: TokenChunk) -> str:
         """The text that may be shown now; empty while a character or stop string is open."""
         self.cached_tokens += chunk.cached_tokens

@@ -6,6 +6,7 @@ The caller owns the whole prompt here, control tokens included: that is what the
 from datetime import UTC, datetime
 from functools import partial
 
+from server.callers import Caller
 from server.openai.answer import Answer, Services
 from server.openai.choice import Choice
 from server.openai.models import find_model
@@ -19,7 +20,9 @@ from server.text.detokenizer import detokenizer
 from server.text.model_text import ModelText
 
 
-async def plan_completion(body: bytes, services: Services, *, answer_id: str) -> Answer:
+async def plan_completion(
+    body: bytes, services: Services, *, answer_id: str, caller: Caller
+) -> Answer:
     """
     Raises:
         RequestError: the request cannot be served as it is.
@@ -45,6 +48,7 @@ async def plan_completion(body: bytes, services: Services, *, answer_id: str) ->
             text,
             ids,
             answer_id=answer_id,
+            caller=caller,
             seed=seed,
             max_tokens=max_tokens,
             logprobs=asked.logprobs,

@@ -6,7 +6,7 @@ whatever the body was, and cannot carry anything back.
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 import orjson
@@ -27,7 +27,7 @@ _NOT_FINITE_FIELD = re.compile(r'"([A-Za-z_]{1,64})"\s*:\s*[^",:{}]{0,400}\Z')
 _CACHE_SALT_FORBIDDEN = frozenset("@/\\\0")
 _COMPLETION_DEFAULT_MAX_TOKENS = 16
 
-R = TypeVar("R", bound=GenerationRequest)
+R = TypeVar("R", bound=msgspec.Struct)
 
 
 class ParsedChat(NamedTuple):
@@ -47,7 +47,16 @@ def parse_chat(body: bytes, limits: LimitSettings) -> ParsedChat:
     Raises:
         InvalidRequest: the first thing that is wrong; ``param`` is the field's path.
     """
-    request, ignored = _convert(body, ChatRequest, limits)
+    request, ignored = convert(read_object(body, limits), ChatRequest, limits)
+    return check_chat(request, ignored, limits)
+
+
+def check_chat(request: ChatRequest, ignored: tuple[str, ...], limits: LimitSettings) -> ParsedChat:
+    """What types alone do not say of a chat request.
+
+    Raises:
+        InvalidRequest: the first thing that is wrong; ``param`` is the field's path.
+    """
     _check_generation(request, limits)
     _check_messages(request.messages, limits)
     if request.top_logprobs is not None:
@@ -74,7 +83,7 @@ def parse_completion(body: bytes, limits: LimitSettings) -> ParsedCompletion:
     Raises:
         InvalidRequest: the first thing that is wrong; ``param`` is the field's path.
     """
-    request, ignored = _convert(body, CompletionRequest, limits)
+    request, ignored = convert(read_object(body, limits), CompletionRequest, limits)
     _check_generation(request, limits)
     prompts = _prompts(request.prompt)
     if not prompts:
@@ -97,7 +106,12 @@ def stop_strings(request: GenerationRequest) -> tuple[str, ...]:
     return (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
 
 
-def _convert(body: bytes, kind: type[R], limits: LimitSettings) -> tuple[R, tuple[str, ...]]:
+def read_object(body: bytes, limits: LimitSettings) -> dict[str, Any]:
+    """The JSON object that ``body`` is.
+
+    Raises:
+        InvalidRequest: it is something else, or nested too deep.
+    """
     try:
         raw = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -106,6 +120,15 @@ def _convert(body: bytes, kind: type[R], limits: LimitSettings) -> tuple[R, tupl
         raise InvalidRequest("the body must be a JSON object")
     if body.count(b"[") + body.count(b"{") > limits.max_json_depth:
         _check_depth(raw, limits.max_json_depth)
+    return raw
+
+
+def convert(raw: dict[str, Any], kind: type[R], limits: LimitSettings) -> tuple[R, tuple[str, ...]]:
+    """``raw`` as a ``kind``, and the names of its fields that will have no effect.
+
+    Raises:
+        InvalidRequest: a field is missing, of the wrong type, out of range or not to be ignored.
+    """
     ignored = ignored_params(raw, frozenset(kind.__struct_fields__))
     if ignored and limits.strict_params:
         raise _invalid(ignored[0], "this server does not know it, or would ignore it")

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from protocol.errors import InvalidRequest
 from protocol.ids import RequestId
-from protocol.requests import DEFAULT_NAMESPACE, GenerateRequest
+from protocol.requests import GenerateRequest
+from server.callers import Caller
 from server.openai.answer import Services
 from server.openai.choice import Choice, Reasoned
 from server.openai.logprobs import LogprobsShape
@@ -46,6 +47,7 @@ def choices_of_prompt(
     prompt: tuple[int, ...],
     *,
     answer_id: str,
+    caller: Caller,
     seed: int,
     max_tokens: int,
     logprobs: int | None,
@@ -64,7 +66,7 @@ def choices_of_prompt(
     max_tokens = 1 if only_prompt else max_tokens
     vocab_size = text.tokenizer.vocab_size
     stop = stop_conditions(asked, text.defaults, max_tokens=max_tokens, vocab_size=vocab_size)
-    namespace = DEFAULT_NAMESPACE if asked.cache_salt is None else f"salt:{asked.cache_salt}"
+    namespace = caller.namespace(asked.cache_salt)
     stops = stop_strings(asked)
     found = map(text.tokenizer.token_id, shown_markers)
     shown_ids = frozenset(token_id for token_id in found if token_id is not None)

@@ -7,7 +7,7 @@ Invariant: the events of a choice say all of its text once and in order, however
 reads. For a client that does not keep up, text gathers here and becomes one larger event.
 """
 
-from server.openai.answer import Answer
+from server.openai.answer import Answer, Events
 from server.openai.choice import Choice
 from server.openai.events import AnswerEvents
 from server.openai.sse import EventStream
@@ -15,7 +15,8 @@ from server.openai.sse import EventStream
 
 class AnswerStream:
     def __init__(self, answer: Answer, stream: EventStream) -> None:
-        self._events = AnswerEvents(answer)
+        form = answer.form
+        self._events: Events = AnswerEvents(answer) if form is None else form.events(answer)
         self._stream = stream
         self._include_usage = answer.asked.include_usage
         self._unopened = {choice.index for choice in answer.choices}

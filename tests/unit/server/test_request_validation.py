@@ -455,3 +455,33 @@ def test_strict_params_refuse_what_would_be_ignored() -> None:
     error = error_of(post(CHAT, chat(user="me", unheard_of=1), settings=strict), 400)
     assert error["param"] in ("user", "unheard_of")
     assert post(CHAT, chat(), settings=strict).status_code == 200
+
+
+def test_texts_and_chats_are_tokenised_as_they_would_be_for_an_answer() -> None:
+    plain = post("/tokenize", {"prompt": "hi", "return_token_strs": True}).json()
+    assert plain["tokens"] == TEXT.tokenizer.encode("hi", add_special_tokens=True)
+    assert (plain["count"], plain["max_model_len"]) == (2, 512)
+    assert plain["token_strs"] == ["h", "i"]
+    generator = ScriptedGenerator(text=TEXT)
+    post(CHAT, chat(), generator=generator)
+    asked = post("/tokenize", chat()).json()
+    assert tuple(asked["tokens"]) == generator.requests[0].prompt_token_ids
+    back = post("/detokenize", {"model": "tiny", "tokens": asked["tokens"]}).json()
+    assert back["prompt"].startswith("<|im_start|>user")
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/tokenize", {}, "prompt"),
+        ("/tokenize", {"prompt": 1}, "prompt"),
+        ("/tokenize", {"messages": []}, "messages"),
+        ("/detokenize", {"tokens": [99_999]}, "tokens"),
+        ("/detokenize", {"tokens": [-1]}, "tokens[0]"),
+        ("/detokenize", {"tokens": [5] * 513}, "tokens"),
+    ],
+)
+def test_what_cannot_be_tokenised_is_refused_by_name(
+    path: str, body: dict[str, Any], param: str
+) -> None:
+    assert error_of(post(path, body), 400)["param"] == param

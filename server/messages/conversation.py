@@ -1,0 +1,123 @@
+"""From a request for a message to the chat that it means."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import orjson
+
+from protocol.errors import InvalidRequest
+from server.messages.schema import (
+    Block,
+    CountRequest,
+    InputMessage,
+    MessagesRequest,
+    MessageTool,
+    MessageToolChoice,
+)
+
+_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+_THOUGHTS = ("thinking", "redacted_thinking")  # models are not shown what they thought before
+
+
+def chat_fields(asked: CountRequest) -> dict[str, Any]:
+    """The body of the chat request that means the same.
+
+    Raises:
+        InvalidRequest: a block is something that a chat cannot say.
+    """
+    messages: list[dict[str, Any]] = []
+    if asked.system is not None:
+        messages.append({"role": "system", "content": _texts(asked.system, "system")})
+    for index, message in enumerate(asked.messages):
+        messages += _messages(message, f"messages[{index}]")
+    choice = asked.tool_choice
+    fields: dict[str, Any] = {
+        "model": asked.model,
+        "messages": messages,
+        "tools": [_tool(tool, i) for i, tool in enumerate(asked.tools or ())] or None,
+        "tool_choice": None if choice is None else _tool_choice(choice),
+        "parallel_tool_calls": not (choice and choice.disable_parallel_tool_use),
+    }
+    if isinstance(asked, MessagesRequest):
+        fields |= {
+            "max_completion_tokens": asked.max_tokens,
+            "temperature": asked.temperature,
+            "top_p": asked.top_p,
+            "top_k": asked.top_k,
+            "stop": asked.stop_sequences or None,
+            "stream": asked.stream,
+        }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _messages(message: InputMessage, path: str) -> list[dict[str, Any]]:
+    """Results of tools are messages of their own in a chat; they come before what is said."""
+    if message.role not in ("user", "assistant"):
+        raise _invalid(f"{path}.role", "must be user or assistant")
+    if isinstance(message.content, str):
+        return [{"role": message.role, "content": message.content}]
+    results: list[dict[str, Any]] = []
+    texts: list[str] = []
+    calls: list[dict[str, Any]] = []
+    for index, block in enumerate(message.content):
+        where = f"{path}.content[{index}]"
+        match block.type:
+            case "text":
+                texts.append(_text(block, where))
+            case "tool_use":
+                calls.append(_call(block, where))
+            case "tool_result":
+                content = _texts(block.content or "", f"{where}.content")
+                result = {"role": "tool", "tool_call_id": block.tool_use_id, "content": content}
+                results.append(result)
+            case kind if kind in _THOUGHTS:
+                pass
+            case _:
+                raise _invalid(f"{where}.type", "this model takes text and tool blocks only")
+    said: dict[str, Any] = {"role": message.role, "content": "\n".join(texts)}
+    if calls:
+        said["tool_calls"] = calls
+    return [*results, said] if texts or calls or not results else results
+
+
+def _call(block: Block, path: str) -> dict[str, Any]:
+    if block.name is None or block.id is None:
+        raise _invalid(path, "a tool_use block needs id, name and input")
+    arguments = orjson.dumps(block.input or {}).decode()
+    function = {"name": block.name, "arguments": arguments}
+    return {"id": block.id, "type": "function", "function": function}
+
+
+def _texts(content: str | Sequence[Block], path: str) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n".join(_text(block, f"{path}[{i}]") for i, block in enumerate(content))
+
+
+def _text(block: Block, path: str) -> str:
+    if block.type != "text" or block.text is None:
+        raise _invalid(f"{path}.type", "this model takes text only")
+    return block.text
+
+
+def _tool(tool: MessageTool, index: int) -> dict[str, Any]:
+    if tool.type not in (None, "custom"):
+        raise _invalid(f"tools[{index}].type", "this server has no tools of its own")
+    function = {
+        "name": tool.name,
+        "description": tool.description,
+        "parameters": tool.input_schema,
+    }
+    return {"type": "function", "function": function}
+
+
+def _tool_choice(choice: MessageToolChoice) -> str | dict[str, Any]:
+    if choice.type == "tool":
+        return {"type": "function", "function": {"name": choice.name or ""}}
+    if choice.type not in _CHOICES:
+        raise _invalid("tool_choice.type", "must be auto, any, tool or none")
+    return _CHOICES[choice.type]
+
+
+def _invalid(param: str, problem: str) -> InvalidRequest:
+    return InvalidRequest(f"{param}: {problem}", param=param)

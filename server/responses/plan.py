@@ -1,0 +1,83 @@
+"""Reads a request for a response and plans it as a chat."""
+
+from typing import Any
+
+from protocol.errors import InvalidRequest
+from server.callers import Caller
+from server.openai.answer import Answer, Services
+from server.openai.chat import plan_parsed_chat
+from server.openai.parsing import check_chat, convert, read_object
+from server.openai.schema import ChatRequest
+from server.responses.conversation import chat_fields
+from server.responses.form import ResponsesForm
+from server.responses.schema import ResponsesRequest
+from server.responses.store import ResponseStore
+
+_FIELD_OF = {
+    "messages": "input",
+    "max_completion_tokens": "max_output_tokens",
+    "response_format": "text.format",
+    "reasoning_effort": "reasoning.effort",
+}
+
+
+class ResponsePlan:
+    def __init__(self, store: ResponseStore) -> None:
+        self._store = store
+
+    async def __call__(
+        self, body: bytes, services: Services, *, answer_id: str, caller: Caller
+    ) -> Answer:
+        """
+        Raises:
+            RequestError: the request cannot be served as it is.
+            NoWorkerAvailable: no worker has announced itself yet.
+        """
+        raw = read_object(body, services.limits)
+        asked, ignored = convert(raw, ResponsesRequest, services.limits)
+        _check(asked)
+        earlier: list[dict[str, Any]] = []
+        if asked.previous_response_id is not None:
+            previous = self._store.get(
+                asked.previous_response_id, caller.name, param="previous_response_id"
+            )
+            earlier = previous.messages
+        fields = chat_fields(asked, earlier)
+        said = fields["messages"][0 if asked.instructions is None else 1 :]
+        try:
+            chat, _ = convert(fields, ChatRequest, services.limits)
+            chat, _ = check_chat(chat, (), services.limits)
+            return await plan_parsed_chat(
+                chat,
+                services,
+                answer_id=answer_id,
+                caller=caller,
+                ignored=ignored,
+                form=ResponsesForm(asked, said, store=self._store, tenant=caller.name),
+            )
+        except InvalidRequest as error:
+            raise _in_own_words(error) from None
+
+
+def _check(asked: ResponsesRequest) -> None:
+    if asked.truncation not in (None, "disabled"):
+        raise InvalidRequest(
+            "truncation: this server never shortens a conversation by itself", param="truncation"
+        )
+    if asked.background and asked.stream:
+        raise InvalidRequest(
+            "stream: a background response is not streamed: ask for it later", param="stream"
+        )
+    if asked.background and asked.store is False:
+        raise InvalidRequest("store: a background response is always stored", param="store")
+
+
+def _in_own_words(error: InvalidRequest) -> InvalidRequest:
+    """The chat's fields by the names that they have here."""
+    param, message = error.param or "", str(error)
+    for theirs, ours in _FIELD_OF.items():
+        if param.startswith(theirs):
+            return InvalidRequest(
+                message.replace(theirs, ours, 1), param=param.replace(theirs, ours, 1)
+            )
+    return error
