@@ -17,11 +17,7 @@ from protocol.errors import Overloaded, ServingError
 from runtime.log import bind, get_log
 from server.admission import read_json_body
 from server.callers import ANYONE, Caller
-<<<<<<< /tmp/partial/server/openai/endpoint.py
-from server.direct_body import EXTENSION
-=======
 from server.exchange import exchange_of
->>>>>>> /tmp/cur
 from server.metrics import HttpMetrics, RequestOutcome, outcome_of
 from server.openai.answer import Answer, Kind, Services
 from server.openai.choice import Choice, run_choice
