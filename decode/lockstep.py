@@ -17,6 +17,8 @@ ROW_VERSION = 2
 EXPECTING_PACE_S = 0.005
 IDLE_PACE_S = 0.05
 
+ExpertStep = Literal["keep", "gather", "share", "commit", "abandon"]
+
 
 class RankState(IntEnum):
     """``DRAINING`` finishes what it has; ``LEAVING`` has nothing left and waits for the others."""
@@ -29,17 +31,20 @@ class RankState(IntEnum):
 class Rebalancing(IntEnum):
     """How far a rank is with moving experts, one layer at a time.
 
-    ``READY`` has counted a window and can tell what it counted for the next layer. ``STAGING``
-    reads what the layer's next placement brings here, beside its steps. ``STAGED`` could commit
-    now; ``FAILED`` could not read it.
+    ``READY`` has counted a window and can tell what it counted for the next layer. ``PLANNING``
+    waits until one rank has found the layer's next placement, and that one is then ``PLANNED``.
+    ``STAGING`` reads what the placement brings here, beside its steps. ``STAGED`` could commit
+    now; ``FAILED`` could not plan or read.
     """
 
     OFF = 0
     COUNTING = 1
     READY = 2
-    STAGING = 3
-    STAGED = 4
-    FAILED = 5
+    PLANNING = 3
+    PLANNED = 4
+    STAGING = 5
+    STAGED = 6
+    FAILED = 7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +106,8 @@ class StepPlan:
     goes back to the placement that it started with, and then rows are exchanged again.
 
     ``experts`` comes before that. ``gather``: all ranks exchange what they counted for the next
-    layer, and begin to stage. ``commit``: what is staged takes effect. ``abandon``: it is dropped.
+    layer, and one of them plans. ``share``: that one tells all ranks its plan, and they begin to
+    stage. ``commit``: what is staged takes effect. ``abandon``: it is dropped.
     """
 
     kind: Literal["decode", "idle", "stop", "restore"]
@@ -109,7 +115,7 @@ class StepPlan:
     pace_s: float
     draining: bool  # some rank takes no new requests
     free_blocks_of_rank: tuple[int, ...]
-    experts: Literal["keep", "gather", "commit", "abandon"]
+    experts: ExpertStep
 
 
 def decide(rows: Sequence[StepRow]) -> StepPlan:
@@ -146,12 +152,14 @@ def decide(rows: Sequence[StepRow]) -> StepPlan:
     )
 
 
-def _with_experts(rows: Sequence[StepRow]) -> Literal["keep", "gather", "commit", "abandon"]:
+def _with_experts(rows: Sequence[StepRow]) -> ExpertStep:
     stages = {row.rebalancing for row in rows}
     if Rebalancing.FAILED in stages:
         return "abandon"
     if stages == {Rebalancing.READY}:
         return "gather"
+    if Rebalancing.PLANNED in stages:
+        return "share"
     if stages == {Rebalancing.STAGED}:
         return "commit"
     return "keep"

@@ -1,20 +1,22 @@
 """Moves experts between the ranks' slots while they decode: one rank's part in it.
 
-A window of steps is counted; then, a layer at a time, ranks add up what they counted, compute the
-same placement from it, and each reads what that brings to its slots beside its steps. When all
-have it, they commit between the same two steps. Every step of this is in the rows
+A window of steps is counted; then, a layer at a time, ranks add up what they counted, one of them
+finds a better placement, and each reads what that brings to its slots, all beside their steps.
+When all have it, they commit between the same two steps. Every step of this is in the rows
 (``decode.lockstep``), so no rank is ever ahead, and a step waits at most for one layer's copy.
 Whatever fails, the old placement stays whole. Replicas hold equal bytes: no token changes.
 
-Everything is called on the engine thread; only reading and balancing are beside it.
+Everything is called on the engine thread; only planning and reading are beside it.
 """
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from itertools import chain
+from typing import Generic, TypeVar
 
-from decode.lockstep import Rebalancing
+from decode.lockstep import ExpertStep, Rebalancing
 from engine.collectives import StepGroup
 from engine.experts.balancer import Mode, balance_of, rebalance
 from engine.experts.counting import ExpertCounts
@@ -26,6 +28,9 @@ from runtime.log import get_log
 
 log = get_log(__name__)
 
+T = TypeVar("T")
+BREATH_S = 0.0005
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RebalanceRule:
@@ -36,23 +41,22 @@ class RebalanceRule:
     above: float  # a layer whose busiest rank has no more than this times the mean stays
 
 
-class _Staging:
-    """One layer being balanced and read on a thread of its own; ``ended`` is set after the rest.
+class _Beside(Generic[T]):
+    """Work on a thread of its own; ``ended`` is set after ``result`` or ``error``.
 
     Nobody waits for the thread: one that is dropped ends by itself and is never looked at again.
     """
 
-    def __init__(self, layer: int, work: Callable[[], StagedSlots | None]) -> None:
-        self.layer = layer
-        self.staged: StagedSlots | None = None  # None: the layer stays as it is
+    def __init__(self, work: Callable[[], T]) -> None:
+        self.result: T | None = None
         self.error: str | None = None
         self.ended = threading.Event()
         self._work = work
-        threading.Thread(target=self._run, name="stage experts", daemon=True).start()
+        threading.Thread(target=self._run, name="move experts", daemon=True).start()
 
     def _run(self) -> None:
         try:
-            self.staged = self._work()
+            self.result = self._work()
         except Exception as error:  # noqa: BLE001  the engine thread tells all ranks
             self.error = f"{type(error).__name__}: {error}"
         finally:
@@ -87,7 +91,9 @@ class ExpertMoves:
         self._counted: int | None = None  # steps of the window so far; None between windows
         self._window: Mapping[int, tuple[int, ...]] = {}
         self._pending: list[int] = []  # layers of this round that are still to be looked at
-        self._staging: _Staging | None = None
+        self._waiting_for_plan = False
+        self._planning: _Beside[ExpertPlacement] | None = None  # on one rank
+        self._staging: _Beside[StagedSlots] | None = None
         self._epoch = 0
         self._migrations = 0
         self._totals: dict[int, list[int]] = {}
@@ -101,22 +107,22 @@ class ExpertMoves:
 
     def row(self) -> tuple[Rebalancing, int, int]:
         """``rebalancing``, ``placement`` and ``started_with`` of this rank's next row."""
-        self._settle()
         return self._stage(), self._placement, self._started_with
 
-    def follow(
-        self, plan: Literal["keep", "gather", "commit", "abandon"], group: StepGroup
-    ) -> None:
+    def follow(self, plan: ExpertStep, group: StepGroup) -> None:
         """Do what all ranks do now.
 
         Raises:
-            WorkerLost: a rank failed during the exchange of counts.
+            WorkerLost: a rank failed during the exchange of counts or of the plan.
         """
         if plan == "gather":
             self._gather(group)
+        elif plan == "share":
+            self._share(group)
         elif plan == "commit":
             self._commit()
         elif plan == "abandon":
+            log.error("experts stay: a rank could not plan or read", reason=self._failure())
             self._abandon()
 
     def after_step(self) -> None:
@@ -151,41 +157,53 @@ class ExpertMoves:
     def _stage(self) -> Rebalancing:
         if not self._exchanges:
             return Rebalancing.OFF
-        if self._staging is None:
-            return Rebalancing.READY if self._pending else Rebalancing.COUNTING
-        if not self._staging.ended.is_set():
-            return Rebalancing.STAGING
-        return Rebalancing.FAILED if self._staging.error is not None else Rebalancing.STAGED
-
-    def _settle(self) -> None:
-        """Go on to the next layer when this one stays as it is: every rank finds the same."""
-        staging = self._staging
-        if staging is not None and staging.ended.is_set():
-            if staging.error is not None:
-                log.error("experts could not be read", layer=staging.layer, error=staging.error)
-            elif staging.staged is None:
-                self._staging = None
-                self._pending.pop(0)
+        if self._staging is not None:
+            return _stage_of(self._staging, Rebalancing.STAGING, Rebalancing.STAGED)
+        if self._planning is not None:
+            return _stage_of(self._planning, Rebalancing.PLANNING, Rebalancing.PLANNED)
+        if self._waiting_for_plan:
+            return Rebalancing.PLANNING
+        return Rebalancing.READY if self._pending else Rebalancing.COUNTING
 
     def _gather(self, group: StepGroup) -> None:
         layer = self._pending[0]
         counts = group.exchange(self._window[layer])
-        load = [float(sum(tokens)) for tokens in zip(*counts, strict=True)]
-        self._staging = _Staging(layer, lambda: self._plan(layer, load))
+        self._waiting_for_plan = True
+        if self._rank == self._planner(layer):
+            load = [float(sum(tokens)) for tokens in zip(*counts, strict=True)]
+            current = self._exchanges[layer].placement
+            self._planning = _Beside(lambda: self._plan(load, current))
 
-    def _plan(self, layer: int, load: list[float]) -> StagedSlots | None:
-        """Beside the engine thread: what to commit, None if the layer should stay."""
-        exchange = self._exchanges[layer]
-        current = exchange.placement
+    def _plan(self, load: list[float], current: ExpertPlacement) -> ExpertPlacement:
         if balance_of(load, current).max_over_mean <= self._rule.above:
-            return None
-        wanted = rebalance(load, current, self._topology, mode=self._mode)
-        return None if moves(current, wanted) == 0 else exchange.stage(wanted)
+            return current
+        wanted = rebalance(
+            load, current, self._topology, mode=self._mode, pause=lambda: time.sleep(BREATH_S)
+        )
+        return wanted if moves(current, wanted) else current
+
+    def _planner(self, layer: int) -> int:
+        """The rank that plans it: not always the same one."""
+        return list(self._exchanges).index(layer) % self._topology.num_ranks
+
+    def _share(self, group: StepGroup) -> None:
+        layer, exchange = self._pending[0], self._exchanges[self._pending[0]]
+        current, planning = exchange.placement, self._planning
+        mine = current if planning is None or planning.result is None else planning.result
+        told = group.exchange(tuple(chain.from_iterable(mine.slots)))[self._planner(layer)]
+        per_rank = current.slots_per_rank
+        slots = tuple(told[first : first + per_rank] for first in range(0, len(told), per_rank))
+        wanted = ExpertPlacement(current.num_experts, slots)
+        self._waiting_for_plan, self._planning = False, None
+        if wanted == current:
+            self._pending.pop(0)
+        else:
+            self._staging = _Beside(lambda: exchange.stage(wanted))
 
     def _commit(self) -> None:
         assert self._staging is not None
-        assert self._staging.staged is not None
-        layer, staged = self._staging.layer, self._staging.staged
+        assert self._staging.result is not None
+        layer, staged = self._pending[0], self._staging.result
         self._exchanges[layer].commit(staged)
         self._placement = digest(self._placement, layer, staged.placement)
         self._epoch += 1
@@ -195,8 +213,14 @@ class ExpertMoves:
         self._publish()
         log.debug("experts moved", layer=layer, here=len(staged.slots))
 
+    def _failure(self) -> str:
+        for beside in (self._planning, self._staging):
+            if beside is not None and beside.error is not None:
+                return beside.error
+        return "another rank's"
+
     def _abandon(self) -> None:
-        self._staging = None
+        self._waiting_for_plan, self._planning, self._staging = False, None, None
         self._pending = []
         self._steps, self._counted = 0, None
         self._begin_window()
@@ -225,3 +249,9 @@ class ExpertMoves:
             placement_epoch=self._epoch,
             migrations=self._migrations,
         )
+
+
+def _stage_of(beside: _Beside[T], running: Rebalancing, ended: Rebalancing) -> Rebalancing:
+    if not beside.ended.is_set():
+        return running
+    return ended if beside.error is None else Rebalancing.FAILED

@@ -11,7 +11,7 @@ any number of ranks, and few moves.
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,23 +44,33 @@ class Balance:
         return 1 / self.max_over_mean
 
 
+def _at_once() -> None:
+    """Nobody waits for this thread."""
+
+
 def balance(
-    load: Sequence[float], topology: Topology, slots_per_rank: int, *, mode: Mode = "global"
+    load: Sequence[float],
+    topology: Topology,
+    slots_per_rank: int,
+    *,
+    mode: Mode = "global",
+    pause: Callable[[], None] = _at_once,
 ) -> ExpertPlacement:
     """The most even placement that we know how to find, with every slot in use if it can be.
 
     ``load[e]`` is in any unit. ``hierarchical`` also keeps replicas of an expert in as many trays
-    as there are; ``global`` knows only ranks and balances a little better.
+    as there are; ``global`` knows only ranks and balances a little better. ``pause`` is called
+    between small pieces of work.
 
     Raises:
         ConfigError: the load is empty, negative or not finite, or the slots are too few.
     """
     domains = _domains(topology, mode)
     copies = replicate(load, topology.num_ranks, slots_per_rank)
-    best = _packed(load, copies, domains, slots_per_rank)
+    best = _packed(load, copies, domains, slots_per_rank, pause)
     while best.max_over_mean > 1 + WORTH_MOVING:
         for copies in _trades(load, best):
-            packing = _packed(load, copies, domains, slots_per_rank)
+            packing = _packed(load, copies, domains, slots_per_rank, pause)
             if packing.max_over_mean < best.max_over_mean - _LEAST_GAIN:
                 best = packing
                 break
@@ -75,9 +85,11 @@ def rebalance(
     topology: Topology,
     *,
     mode: Mode = "global",
+    pause: Callable[[], None] = _at_once,
 ) -> ExpertPlacement:
     """A placement nearly as even as ``balance`` finds, as few moves away from ``current`` as we
-    know how to find. An expert that stays on a rank stays in its slot.
+    know how to find. An expert that stays on a rank stays in its slot. ``pause`` as for
+    ``balance``.
 
     Raises:
         ConfigError: as ``balance``, or the load is of another number of experts or ranks.
@@ -88,7 +100,7 @@ def rebalance(
             f"of {current.num_experts} experts on {current.num_ranks} ranks"
         )
     domains = _domains(topology, mode)
-    best = balance(load, topology, current.slots_per_rank, mode=mode)
+    best = balance(load, topology, current.slots_per_rank, mode=mode, pause=pause)
     goal = balance_of(load, best).max_over_mean + WORTH_MOVING
     shared = shared_trays(best, domains)
 
@@ -99,7 +111,7 @@ def rebalance(
     if suffices(current):
         return current
     copies = [len(replicas) for replicas in best.replicas()]
-    packing = Packing(load, copies, domains, current.slots_per_rank)
+    packing = Packing(load, copies, domains, current.slots_per_rank, pause)
     packing.adopt(current)
     packing.exchange(until=goal)
     near = packing.placement()
@@ -163,9 +175,13 @@ def _domains(topology: Topology, mode: Mode) -> Topology:
 
 
 def _packed(
-    load: Sequence[float], copies: Sequence[int], domains: Topology, slots_per_rank: int
+    load: Sequence[float],
+    copies: Sequence[int],
+    domains: Topology,
+    slots_per_rank: int,
+    pause: Callable[[], None],
 ) -> Packing:
-    packing = Packing(load, copies, domains, slots_per_rank)
+    packing = Packing(load, copies, domains, slots_per_rank, pause)
     packing.place_all()
     packing.exchange(until=0.0)
     return packing

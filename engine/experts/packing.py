@@ -5,7 +5,7 @@ added and moved so that trays hold equally many of an expert as far as that can 
 by index, so equal input gives equal output. Why a rank should hold less is the balancer's business.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from engine.experts.placement import EMPTY, ExpertPlacement, Topology
@@ -30,9 +30,14 @@ class Packing:
         copies: Sequence[int],
         topology: Topology,
         slots_per_rank: int,
+        pause: Callable[[], None],
     ) -> None:
+        """``pause`` is called between small pieces of work: beside a thread that must not wait for
+        Python's lock, it sleeps.
+        """
         self._topology = topology
         self._slots_per_rank = slots_per_rank
+        self._pause = pause
         self.copies = tuple(copies)
         self.num_ranks = topology.num_ranks
         self._share = [amount / count for amount, count in zip(load, copies, strict=True)]
@@ -81,6 +86,7 @@ class Packing:
     def exchange(self, *, until: float) -> None:
         """Lower the busiest rank's load until it is ``until`` times the mean, or cannot be."""
         for _ in range(_MOST_EXCHANGES):
+            self._pause()
             busiest = self._busiest()
             if self._loads[busiest] <= until * self._mean:
                 return
@@ -92,6 +98,7 @@ class Packing:
     def _place(self, replicas: Iterator[int]) -> None:
         """Heaviest first, each on the rank with the least load that may take it."""
         for expert in sorted(replicas, key=lambda expert: (-self._share[expert], expert)):
+            self._pause()
             free = [rank for rank in range(len(self._held)) if self._has_room(rank)]
             fewest = self._fewest_in_a_tray(expert)
             fitting = [rank for rank in free if self._fits(expert, rank, fewest)]

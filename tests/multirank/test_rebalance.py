@@ -123,10 +123,11 @@ class Rank:
     def new_tokens(self) -> int:
         return sum(map(len, self.texts)) - sum(self.done)
 
-    def staging_somewhere(self) -> bool:
-        mine = self.experts.row()[0]
-        rows = self.group.exchange([mine is Rebalancing.STAGING])
-        return any(busy for (busy,) in rows)
+    def busy_beside(self) -> bool:
+        """Whether a rank still plans or reads, so that a turn now would change nothing."""
+        stages = {stage for (stage,) in self.group.exchange([self.experts.row()[0]])}
+        planned = Rebalancing.PLANNED in stages or Rebalancing.FAILED in stages
+        return Rebalancing.STAGING in stages or (Rebalancing.PLANNING in stages and not planned)
 
     def decode_all(self) -> Outcome:
         addresses = self.addresses()
@@ -137,8 +138,8 @@ class Rank:
             after = self.placements()
             changed = sum(after[layer] != before[layer] for layer in after)
             layers_at_once = max(layers_at_once, changed)
-            while self.staging_somewhere():
-                pass  # so that what is staged is known to be committed within the test
+            while self.busy_beside():
+                pass  # so that what is begun is known to be committed within the test
         assert self.experts.report is not None
         return Outcome(
             tokens=self.texts,

@@ -146,6 +146,7 @@ def test_experts_move_only_when_every_rank_is_at_the_same_point(world_size: int)
         else:
             assert (plan == "gather") == (set(stages) == {Rebalancing.READY})
             assert (plan == "commit") == (set(stages) == {Rebalancing.STAGED})
+            assert (plan == "share") == (Rebalancing.PLANNED in stages)
 
 
 def test_experts_stay_while_ranks_leave() -> None:

@@ -1,4 +1,4 @@
-"""One rank's part in moving experts: when it counts, gathers, stages, commits and gives up."""
+"""One rank's part in moving experts: when it counts, plans, stages, commits and gives up."""
 
 import threading
 from collections.abc import Sequence
@@ -26,13 +26,15 @@ HOT = torch.tensor([[3, 3, 3, 3, 3, 3, 3, 2, 1, 0]]).T  # most tokens choose exp
 
 @dataclass
 class TwoAlike:
-    """A group of two ranks that always say the same."""
+    """A group of two ranks that say the same, unless ``other`` is what the second one says."""
 
-    gathered: list[Sequence[int]] = field(default_factory=list)
+    told: list[Sequence[int]] = field(default_factory=list)
+    other: Sequence[int] | None = None
 
     def exchange(self, row: Sequence[int]) -> list[tuple[int, ...]]:
-        self.gathered.append(row)
-        return [tuple(row), tuple(row)]
+        self.told.append(row)
+        other, self.other = self.other or row, None
+        return [tuple(row), tuple(other)]
 
 
 @dataclass
@@ -82,10 +84,11 @@ class Rank:
     def follow(self, plan: str) -> None:
         self.moves.follow(plan, self.group)  # type: ignore[arg-type]
 
-    def staged(self) -> Rebalancing:
-        staging = self.moves._staging
-        assert staging is not None
-        assert staging.ended.wait(10)
+    def ended(self) -> Rebalancing:
+        """The stage after what is done beside the steps."""
+        beside = self.moves._staging or self.moves._planning
+        assert beside is not None
+        assert beside.ended.wait(10)
         return self.stage()
 
 
@@ -100,7 +103,7 @@ def test_only_the_steps_of_the_window_are_counted() -> None:
     rank.steps(1)
     assert rank.stage() is Rebalancing.READY
     rank.follow("gather")
-    assert rank.group.gathered == [(2, 2, 2, 14)]
+    assert rank.group.told == [(2, 2, 2, 14)]
     assert rank.moves.report is not None
     assert rank.moves.report.window_tokens == ((2, 2, 2, 14),) * 2
     assert rank.moves.report.tokens == ((5, 5, 5, 35),) * 2
@@ -112,9 +115,15 @@ def test_layers_move_one_after_another_until_the_next_window() -> None:
     for layer in LAYERS:
         rank.go.clear()
         rank.follow("gather")
+        if layer == LAYERS[0]:
+            assert rank.ended() is Rebalancing.PLANNED
+        else:
+            assert rank.stage() is Rebalancing.PLANNING  # the other rank does it
+            rank.group.other = (3, 1, 0, 2, 3, 0)
+        rank.follow("share")
         assert rank.stage() is Rebalancing.STAGING
         rank.go.set()
-        assert rank.staged() is Rebalancing.STAGED
+        assert rank.ended() is Rebalancing.STAGED
         before = rank.moves.row()[1]
         rank.follow("commit")
         exchange = rank.exchanges[layer]
@@ -137,9 +146,12 @@ def test_layers_move_one_after_another_until_the_next_window() -> None:
 def test_a_layer_that_is_even_enough_stays() -> None:
     rank = Rank(rule(1, 1, above=10.0))
     rank.steps(1)
-    for _ in LAYERS:
-        rank.follow("gather")
-        assert rank.staged() in (Rebalancing.READY, Rebalancing.COUNTING)
+    rank.follow("gather")
+    assert rank.ended() is Rebalancing.PLANNED
+    rank.follow("share")
+    assert rank.stage() is Rebalancing.READY  # for the second layer
+    rank.follow("gather")
+    rank.follow("share")  # the other rank says what we have
     assert rank.stage() is Rebalancing.COUNTING
     assert all(exchange.placement == EVEN for exchange in rank.exchanges.values())
 
@@ -148,7 +160,9 @@ def test_an_expert_that_cannot_be_read_is_told_and_the_round_given_up() -> None:
     rank = Rank(rule(1, 1), broken=True)
     rank.steps(1)
     rank.follow("gather")
-    assert rank.staged() is Rebalancing.FAILED
+    rank.ended()
+    rank.follow("share")
+    assert rank.ended() is Rebalancing.FAILED
     rank.follow("abandon")
     assert rank.stage() is Rebalancing.COUNTING
     assert all(exchange.placement == EVEN for exchange in rank.exchanges.values())
@@ -157,11 +171,14 @@ def test_an_expert_that_cannot_be_read_is_told_and_the_round_given_up() -> None:
 def test_what_was_under_way_is_dropped_when_the_ranks_meet_anew() -> None:
     rank = Rank(rule(1, 1))
     rank.steps(1)
-    rank.go.clear()
     rank.follow("gather")
+    rank.ended()
+    rank.go.clear()
+    rank.follow("share")
     rank.moves.enter_group()
     rank.go.set()
     assert rank.stage() is Rebalancing.COUNTING
+    assert all(exchange.placement == EVEN for exchange in rank.exchanges.values())
 
 
 def test_restoring_brings_back_the_first_placement_and_its_number() -> None:
@@ -169,7 +186,9 @@ def test_restoring_brings_back_the_first_placement_and_its_number() -> None:
     first = rank.moves.row()[1]
     rank.steps(1)
     rank.follow("gather")
-    rank.staged()
+    rank.ended()
+    rank.follow("share")
+    rank.ended()
     rank.follow("commit")
     assert rank.moves.row()[1] != first
     rank.moves.restore()
