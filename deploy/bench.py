@@ -12,11 +12,15 @@ from datetime import datetime
 from pathlib import Path
 
 import anyio
+import msgspec
 
 from capacity.load.address import parse_address
 from capacity.load.api import Api
 from capacity.load.arrivals import parse_arrivals
 from capacity.load.bench import FRESH_NONCE, run_bench
+from capacity.load.compare import HTML_FILE as COMPARE_FILE
+from capacity.load.compare import compare, load_run, write_page
+from capacity.load.compare import lines_of as comparison_lines
 from capacity.load.errors import LoadError, WrongOption
 from capacity.load.faults import parse_fault
 from capacity.load.lengths import parse_lengths, parse_pairs
@@ -33,8 +37,10 @@ from capacity.load.plan import (
     rate_stage,
     replay_stage,
 )
+from capacity.load.report import FILE as REPORT_FILE
+from capacity.load.summary import FILE as SUMMARY_FILE
 from capacity.load.table import lines_of
-from capacity.load.verdict import INVALID
+from capacity.load.verdict import INVALID, MET
 from capacity.load.view import view_for
 from capacity.load.workload import WorkloadSpec, parse_prefix
 from deploy.exits import INTERRUPTED
@@ -46,27 +52,46 @@ _OUTPUT_TOKENS = "64"
 
 def bench(chosen: argparse.Namespace) -> int:
     """Run it; the result is the exit code."""
-    view = None
     try:
-        plan = plan_of(chosen)
-        view = view_for(sys.stderr)
-        try:
-            summary, _ = anyio.run(run_bench, plan, view, backend_options={"use_uvloop": True})
-        except BaseExceptionGroup as group:
-            raise _leaf(group) from None
-        finally:
-            view.close()
+        if chosen.url[0] == "compare":
+            return _compare(chosen)
+        return _measure(plan_of(chosen), as_json=chosen.json)
     except LoadError as error:
         print(f"headrace bench: {error}", file=sys.stderr)
         return INVALID
     except KeyboardInterrupt:
         return INTERRUPTED
-    if chosen.json:
-        print((plan.out / "summary.json").read_text(), end="")
+
+
+def _measure(plan: Plan, *, as_json: bool) -> int:
+    view = view_for(sys.stderr)
+    try:
+        summary = anyio.run(run_bench, plan, view, backend_options={"use_uvloop": True})
+    except BaseExceptionGroup as group:
+        raise _leaf(group) from None
+    finally:
+        view.close()
+    if as_json:
+        print((plan.out / SUMMARY_FILE).read_text(), end="")
     else:
         print("\n".join(lines_of(summary)))
-    print(f"written: {plan.out}/", file=sys.stderr)
+    print(f"report: {plan.out / REPORT_FILE}", file=sys.stderr)
     return summary.verdict.exit_code
+
+
+def _compare(chosen: argparse.Namespace) -> int:
+    if len(chosen.url) != 3:  # noqa: PLR2004
+        raise WrongOption("write `headrace bench compare A B` with two folders of earlier runs")
+    a, b = (load_run(Path(folder)) for folder in chosen.url[1:])
+    comparison = compare(a, b, seed=chosen.seed)
+    folder = chosen.out or Path()
+    write_page(comparison, a, b, folder)
+    if chosen.json:
+        print(msgspec.json.format(msgspec.json.encode(comparison), indent=2).decode())
+    else:
+        print("\n".join(comparison_lines(comparison)))
+    print(f"report: {folder / COMPARE_FILE}", file=sys.stderr)
+    return MET
 
 
 def _leaf(group: BaseExceptionGroup[BaseException]) -> BaseException:
@@ -83,6 +108,8 @@ def plan_of(chosen: argparse.Namespace) -> Plan:
     Raises:
         WrongOption: an option, or two together, that cannot be meant.
     """
+    if len(chosen.url) > 1:
+        raise WrongOption(f"unexpected {chosen.url[1]!r}: one URL, or `compare A B`")
     stages, default_s = _stages(chosen)
     duration_s = default_s if chosen.duration is None else chosen.duration
     for name in ("duration", "timeout", "speed"):
@@ -103,7 +130,7 @@ def plan_of(chosen: argparse.Namespace) -> Plan:
         raise WrongOption("--search needs --slo, such as --slo ttft=500ms,tpot=50ms")
     return Plan(
         address=parse_address(
-            chosen.url, headers=_headers(chosen.api_key_file), ca_file=chosen.ca_file
+            chosen.url[0], headers=_headers(chosen.api_key_file), ca_file=chosen.ca_file
         ),
         api=Api(endpoint=chosen.endpoint, model=chosen.model, stream=not chosen.no_stream),
         stages=tuple(stages),
@@ -178,8 +205,9 @@ def _headers(api_key_file: Path | None) -> tuple[tuple[str, str], ...]:
 def _settings(chosen: argparse.Namespace) -> dict[str, str]:
     """What was chosen, for the report, without what is not told."""
     hidden = {"verb", "json", "out", "api_key_file"}
+    values = vars(chosen) | {"url": chosen.url[0]}
     return {
         name.replace("_", "-"): json.dumps(value) if isinstance(value, list) else str(value)
-        for name, value in vars(chosen).items()
+        for name, value in values.items()
         if name not in hidden and value not in (None, "", False, [])
     }

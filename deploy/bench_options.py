@@ -8,7 +8,12 @@ from capacity.load.api import PATHS
 
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
     """The options of the verb, by what they are about."""
-    parser.add_argument("url", metavar="URL", help="of an OpenAI-compatible server")
+    parser.add_argument(
+        "url",
+        metavar="URL",
+        nargs="+",
+        help="of an OpenAI-compatible server; or `compare A B`, two folders of earlier runs",
+    )
     server = parser.add_argument_group("server")
     add = server.add_argument
     add("--model", metavar="NAME", default="", help="default: the first that the server lists")

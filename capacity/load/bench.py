@@ -23,7 +23,6 @@ from capacity.load.lengths import parse_lengths
 from capacity.load.messages import Setup
 from capacity.load.plan import BRIEF_TOKENS, SLOW_TOKEN_S, Plan
 from capacity.load.probe import Found, probe
-from capacity.load.records import Record
 from capacity.load.report import write_report
 from capacity.load.run import Run
 from capacity.load.scrape import Scraper
@@ -40,8 +39,8 @@ FRESH_NONCE = "fresh"
 _SCRAPE_S = 2.0
 
 
-async def run_bench(plan: Plan, view: View) -> tuple[Summary, list[Record]]:
-    """Run the plan; the folder ``plan.out`` then holds requests and summary.
+async def run_bench(plan: Plan, view: View) -> Summary:
+    """Run the plan; the folder ``plan.out`` then holds requests, summary and report.
 
     Raises:
         LoadError: nothing could be measured, and why.
@@ -116,7 +115,7 @@ async def run_bench(plan: Plan, view: View) -> tuple[Summary, list[Record]]:
     )
     write_summary(summary, plan.out)
     write_report(summary, run.records, plan.objectives, plan.out)
-    return summary, run.records
+    return summary
 
 
 def _check_trace(plan: Plan) -> None:

@@ -28,8 +28,9 @@ class Failure(enum.StrEnum):
 class Record(msgspec.Struct, kw_only=True, omit_defaults=True):
     """``intended_ns`` is when the load's schedule wanted the request sent, ``started_ns`` when the
     client began to, ``sent_ns`` when its bytes were handed to the socket: between the latter two
-    lies the time to connect. ``done_ns`` of a failed request is when the failure was noticed. ``chunks_ns`` are the arrivals of events with content; an event is no
-    token. Token counts are the server's usage, None where it gave none.
+    lies the time to connect. ``done_ns`` of a failed request is when the failure was noticed.
+    ``chunks_ns`` are the arrivals of events with content; an event is no token. Token counts are
+    the server's usage, None where it gave none.
     """
 
     index: int

@@ -5,34 +5,7 @@ from capacity.load.impact import impact_of
 from capacity.load.objectives import attainment, parse_objectives
 from capacity.load.records import Failure, Record
 from capacity.load.verdict import Client, doubts, judge
-
-MS = 1_000_000
-S = 1_000_000_000
-QUIET = Client(workers=1, busiest_cpu=0.1, loop_lag_p99_ms=0.2)
-
-
-def a_record(at_s: float = 0.0, **changed: object) -> Record:
-    """Sent at once, first token after 50 ms, four more at 10 ms, in chunks of one token."""
-    at = round(at_s * S)
-    chunks = [at + 50 * MS + step * 10 * MS for step in range(5)]
-    fields: dict[str, object] = {
-        "index": 0,
-        "stage": 0,
-        "intended_ns": at,
-        "started_ns": at,
-        "sent_ns": at,
-        "first_byte_ns": chunks[0],
-        "first_token_ns": chunks[0],
-        "last_token_ns": chunks[-1],
-        "done_ns": chunks[-1] + MS,
-        "chunks_ns": chunks,
-        "wanted_input": 100,
-        "wanted_output": 5,
-        "input_tokens": 100,
-        "output_tokens": 5,
-        "status": 200,
-    }
-    return Record(**fields | changed)  # type: ignore[arg-type]
+from tests.support.load_runs import MS, QUIET, S, a_record
 
 
 def many(count: int, **changed: object) -> list[Record]:
