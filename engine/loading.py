@@ -15,6 +15,7 @@ import torch
 from engine.collectives import ExpertGroup
 from engine.config import ModelConfig, split_dense
 from engine.config_files import config_from_folder, config_from_gguf
+from engine.cpu.prepare import compile_kernels
 from engine.experts.counting import ExpertCounts
 from engine.experts.placement import ExpertPlacement
 from engine.experts.spread import EVENLY, ExpertSpread
@@ -97,6 +98,8 @@ def load(
             ),
         )
         chosen = resolve_dtype(dtype, device)
+        if device.type == "cpu":
+            compile_kernels(config, DTYPES[chosen], block_tokens)
         reader = WeightReader(opened.source, device=device, dtype=DTYPES[chosen], progress=progress)
         weights = describe_decoder(reader, setting, DESCRIBE_LAYER[config.architecture])
         model = Decoder(weights, reader, setting)

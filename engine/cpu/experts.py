@@ -44,6 +44,14 @@ def serves(gate_up_SJD: Tensor, down_SDI: Tensor) -> bool:
     )
 
 
+def prepare(hidden: int, width: int, dtype: torch.dtype) -> None:
+    """Compile for experts of these sizes."""
+    if hidden % ROW_STEP == 0 and width % ROW_STEP == 0:
+        _sort_kernel(hidden, FORMATS[dtype])
+        _gate_up_kernel(hidden, width, FORMATS[dtype])
+        _down_kernel(hidden, width, FORMATS[dtype])
+
+
 def apply_experts(
     x_BD: Tensor, slot_BK: Tensor, gate_up_SJD: Tensor, down_SDI: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -106,7 +114,7 @@ def _sort_kernel(hidden: int, format_: int) -> Kernel:
                     store(target, d, load(source, d, format_), format_)
             store_integer(places, place, number)
 
-    return Kernel(sort)
+    return Kernel(sort, (hidden, format_))
 
 
 @cache
@@ -133,7 +141,7 @@ def _gate_up_kernel(hidden: int, width: int, format_: int) -> Kernel:
                     out = arguments[4] + ((row + number) * width + first) * size
                     gate_rows(gates + offset, ups + offset, units, out, FLOAT32, format_)
 
-    return Kernel(gate_up)
+    return Kernel(gate_up, (hidden, width, format_))
 
 
 @cache
@@ -158,4 +166,4 @@ def _down_kernel(hidden: int, width: int, format_: int) -> Kernel:
                     for d in range(units):
                         store(out, d, load(products, number * TILE + d, FLOAT32), format_)
 
-    return Kernel(down)
+    return Kernel(down, (hidden, width, format_))

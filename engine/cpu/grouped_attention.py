@@ -7,7 +7,7 @@ is a sequence and a KV head, and nobody else touches what it stores.
 # Shape suffixes: N sequences, one token each   S heads of queries, keys and values
 # H query heads   W head width
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -15,7 +15,14 @@ import torch
 from torch import Tensor
 
 from engine.batch import ForwardBatch
-from engine.cpu.paged_attention import Shape, attend_to_context, norm_row, rotate_row
+from engine.config import GqaConfig
+from engine.cpu.paged_attention import (
+    Shape,
+    attend_to_context,
+    norm_row,
+    rotate_row,
+    serves_rows,
+)
 from engine.cpu.threads import Kernel, end_item, first_item, own_part
 from engine.cpu.values import FORMATS, bits_of, float_of, load, load_integer, store
 from engine.kvcache.storage import LayerCache
@@ -31,6 +38,13 @@ class HeadNorms:
     query_W: Tensor
     key_W: Tensor
     epsilon: float
+
+
+def prepare(config: GqaConfig, block_tokens: int, dtype: torch.dtype) -> None:
+    """Compile for attention of these sizes."""
+    if serves_rows(config.head_width, block_tokens):
+        queries, width = config.num_heads // config.num_kv_heads, config.head_width
+        _kernel(Shape(queries, width, width, block_tokens, FORMATS[dtype]))
 
 
 def grouped_decode(
@@ -131,4 +145,4 @@ def _kernel(shape: Shape) -> Kernel:
                 arguments[6] + item * queries * row_bytes,
             )  # fmt: skip
 
-    return Kernel(decode)
+    return Kernel(decode, astuple(shape))

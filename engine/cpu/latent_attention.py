@@ -8,6 +8,7 @@ depends on the sequence's own tokens alone.
 # Shape suffixes: N sequences, one token each   H heads   X H * (P + R)   P un-roped width
 # R roped width   C latent width   V value width   W row width, C + R   I, O in and out features
 
+from dataclasses import astuple
 from functools import cache, partial
 from typing import Any
 
@@ -15,8 +16,9 @@ import torch
 from torch import Tensor
 
 from engine.batch import ForwardBatch
+from engine.config import MlaConfig
 from engine.cpu.grouped_attention import plan_decode
-from engine.cpu.paged_attention import Shape, attend_to_context, rotate_row
+from engine.cpu.paged_attention import Shape, attend_to_context, rotate_row, serves_rows
 from engine.cpu.products import ROW_STEP
 from engine.cpu.threads import Kernel, end_item, first_item, own_part
 from engine.cpu.tiles import TILE, TILE_FLOATS, TILE_ROWS, tile_products
@@ -30,19 +32,32 @@ from engine.cpu.values import (
     load_integer,
     store,
 )
-from engine.cpu.vectors import LANES
 from engine.kvcache.storage import LayerCache
 from engine.layers.rope import Rotation
 
 _MOST_QUERIES = 16  # heads of a work item
 
 
-def serves_heads(w_uk_HCP: Tensor, w_uv_HVC: Tensor) -> bool:
-    """Whether the kernels can read these weights."""
-    return all(
-        weight.is_contiguous() and weight.shape[1] % LANES == 0 and weight.shape[2] % ROW_STEP == 0
-        for weight in (w_uk_HCP, w_uv_HVC)
-    )
+def serves_heads(config: MlaConfig) -> bool:
+    """Whether the kernels can multiply by expansions of these sizes."""
+    widths = (config.nope_width, config.latent_width, config.value_width)
+    return all(width % ROW_STEP == 0 for width in widths)
+
+
+def prepare(config: MlaConfig, block_tokens: int, dtype: torch.dtype) -> None:
+    """Compile for attention of these sizes."""
+    latent, width = config.latent_width, config.latent_width + config.rope_width
+    if serves_heads(config) and serves_rows(width, block_tokens):
+        format_ = FORMATS[dtype]
+        _heads_kernel(config.nope_width, latent, format_)
+        _heads_kernel(latent, config.value_width, format_)
+        _store_kernel(width, latent, format_)
+        _attend_kernel(Shape(_queries(config.num_heads), width, latent, block_tokens, format_))
+
+
+def _queries(heads: int) -> int:
+    """Of a work item: the most that divide the heads evenly."""
+    return max(count for count in range(1, _MOST_QUERIES + 1) if heads % count == 0)
 
 
 def latent_decode(
@@ -63,7 +78,7 @@ def latent_decode(
     ``latent_NC`` is normed; ``key_NR`` is not rotated yet. Rows may be any distance apart.
     """
     heads, latent, nope = w_uk_HCP.shape
-    queries = max(count for count in range(1, _MOST_QUERIES + 1) if heads % count == 0)
+    queries = _queries(heads)
     shape = Shape(queries, cache.width, latent, cache.block_tokens, FORMATS[q_NX.dtype])
     plan = cache.plans.get(batch, partial(plan_decode, shape=shape, cache=cache))
     num_sequences, size = len(q_NX), q_NX.element_size()
@@ -147,7 +162,7 @@ def _heads_kernel(length: int, outputs: int, format_: int) -> Kernel:
                     for d in range(units):
                         store(place, d, load(products, number * TILE + d, FLOAT32), format_)
 
-    return Kernel(heads)
+    return Kernel(heads, (length, outputs, format_))
 
 
 @cache
@@ -172,7 +187,7 @@ def _store_kernel(width: int, latent: int, format_: int) -> Kernel:
                 target = arguments[10] + ((n * heads + head) * width + latent) * size
                 rotate(query, cos, sin, target)
 
-    return Kernel(store_rows)
+    return Kernel(store_rows, (width, latent, format_))
 
 
 @cache
@@ -194,4 +209,4 @@ def _attend_kernel(shape: Shape) -> Kernel:
                 scale, scratch, arguments[4] + item * out_bytes,
             )  # fmt: skip
 
-    return Kernel(decode)
+    return Kernel(decode, astuple(shape))

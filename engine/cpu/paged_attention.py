@@ -36,13 +36,16 @@ _EARLY_BYTES = 4096  # of the next block; the processor itself goes on from ther
 
 def serves(cache: LayerCache) -> bool:
     """Whether kernels can read this cache."""
+    rows = cache.token_rows
     return (
-        cache.token_rows.device.type == "cpu"
-        and cache.token_rows.dtype in FORMATS
-        and cache.width % ROW_STEP == 0
-        and cache.block_tokens % LANES == 0
-        and RUN % cache.block_tokens == 0
+        rows.device.type == "cpu"
+        and rows.dtype in FORMATS
+        and serves_rows(cache.width, cache.block_tokens)
     )
+
+
+def serves_rows(width: int, block_tokens: int) -> bool:
+    return width % ROW_STEP == 0 and block_tokens % LANES == 0 and RUN % block_tokens == 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ result depends on that row alone.
 # Shape suffixes: N rows   D features   J gate and up columns, all gates first   F half of them
 
 import math
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -41,6 +42,16 @@ def serves_gate(gate_up_NJ: Tensor) -> bool:
         and gate_up_NJ.shape[1] % (2 * LANES) == 0
         and gate_up_NJ.is_contiguous()
     )
+
+
+def prepare(norm_widths: Iterable[int], gate_widths: Iterable[int], dtype: torch.dtype) -> None:
+    """Compile for rows of these many features and hidden units."""
+    for width in norm_widths:
+        _norm_kernel(width, FORMATS[dtype])
+        _add_norm_kernel(width, FORMATS[dtype])
+    for width in gate_widths:
+        if width % LANES == 0:
+            _gate_kernel(width, FORMATS[dtype])
 
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -107,7 +118,7 @@ def _norm_kernel(width: int, format_: int) -> Kernel:
             for d in range(width):
                 store(out, d, load(row, d, format_) * factor * load(weight, d, format_), format_)
 
-    return Kernel(norm)
+    return Kernel(norm, (width, format_))
 
 
 @cache
@@ -129,7 +140,7 @@ def _add_norm_kernel(width: int, format_: int) -> Kernel:
             for d in range(width):
                 store(out, d, load(added, d, format_) * factor * load(weight, d, format_), format_)
 
-    return Kernel(add_norm)
+    return Kernel(add_norm, (width, format_))
 
 
 @cache
@@ -142,4 +153,4 @@ def _gate_kernel(width: int, format_: int) -> Kernel:
             out = arguments[1] + n * row_bytes
             gate_rows(gates, gates + row_bytes, width, out, format_, format_)
 
-    return Kernel(gate)
+    return Kernel(gate, (width, format_))

@@ -8,10 +8,12 @@ Machine code is kept in the user's cache folder, under a digest of this package'
 """
 
 import ctypes
+import fcntl
 import hashlib
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,10 @@ import llvmlite.binding as llvm
 import numba
 import numpy as np
 import torch
-from numba import cfunc, njit, types
+from numba import njit, types
+from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
+from numba.core.sigutils import normalize_signature
 
 from engine.cpu.values import FAST_MATH
 
@@ -53,19 +58,15 @@ def own_part(address: int, num_bytes: int) -> Any:
 class Kernel:
     """A compiled function of up to 24 integers: addresses, strides, counts, bits of floats.
 
-    Nothing is checked: what is at an address must stay there until the call returns. Python's
-    lock is not held meanwhile. Not for several threads of Python at once.
+    ``constants`` tell it from other kernels of the same function with other values in its closure.
+    Arguments are not checked: what is at an address must stay there until the call returns.
+    Python's lock is not held meanwhile. Not for several threads of Python at once.
     """
 
-    def __init__(self, function: Callable[..., None]) -> None:
+    def __init__(self, function: Callable[..., None], constants: Hashable) -> None:
         self._runtime = _load_runtime()
-        compiled = cfunc(
-            _SIGNATURE,
-            nopython=True,
-            cache=_prepare_cache(),
-            fastmath=FAST_MATH,
-            error_model="numpy",
-        )(function)
+        with _one_process_at_a_time():
+            compiled = _compile(function, constants)
         self._compiled = compiled  # owns the machine code
         self._address = ctypes.c_void_p(compiled.address)
         self._call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
@@ -98,20 +99,52 @@ _zero = ctypes.CFUNCTYPE(ctypes.c_int32)(lambda: 0)
 _one = ctypes.CFUNCTYPE(ctypes.c_int32)(lambda: 1)
 
 
+def _compile(function: Callable[..., None], constants: Hashable) -> Any:
+    options = {"nopython": True, "fastmath": FAST_MATH, "error_model": "numpy"}
+    compiled: Any = CFunc(function, normalize_signature(_SIGNATURE), locals={}, options=options)
+    if _cache_folder() is not None:
+        compiled._cache = _KernelCache(function, constants)
+    compiled.compile()
+    return compiled
+
+
+class _KernelCache(FunctionCache):  # type: ignore[misc]  # numba is not typed
+    """numba's own would never find a function again that has compiled ones in its closure."""
+
+    def __init__(self, function: Callable[..., None], constants: Hashable) -> None:
+        self._constants = constants
+        super().__init__(function)
+
+    def _index_key(self, signature: Any, codegen: Any) -> Any:
+        return signature, codegen.magic_tuple(), self._constants
+
+
+@contextmanager
+def _one_process_at_a_time() -> Iterator[None]:
+    """The ranks of a host start together: one compiles, the others find what it left."""
+    folder = _cache_folder()
+    if folder is None:
+        yield
+        return
+    with (folder / "lock").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # given back when the file is closed, or its process dies
+        yield
+
+
 @cache
-def _prepare_cache() -> bool:
-    """Point numba at a folder of this version of the kernels; False: there is none to write to.
+def _cache_folder() -> Path | None:
+    """A folder for this version of the kernels, which numba is told of; None: none is writable.
 
     numba itself looks at the file of the compiled function only, not at what it calls.
     """
     sources = sorted(Path(__file__).parent.glob("*.py"))
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
-    folder = Path.home() / ".cache" / "headrace" / "kernels" / digest
     try:
+        folder = Path.home() / ".cache" / "headrace" / "kernels" / digest
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):
-        return False
+        return None
     if not os.access(folder, os.W_OK):
-        return False
+        return None
     numba.config.CACHE_DIR = str(folder)
-    return True
+    return folder

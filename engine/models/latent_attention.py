@@ -52,11 +52,9 @@ class LatentAttention:
         expand_HXC = weights.expand_XC.read().view(config.num_heads, -1, config.latent_width)
         self._key_HPC = expand_HXC[:, : config.nope_width].contiguous()
         self._value_HVC = expand_HXC[:, config.nope_width :].contiguous()
-        # The kernels of a CPU want rows of what is summed over; a GPU is content with one copy.
-        key_HCP = self._key_HPC.transpose(1, 2)
-        self._key_HCP: Tensor | None = None
-        if key_HCP.device.type == "cpu" and serves_heads(key_HCP.contiguous(), self._value_HVC):
-            self._key_HCP = key_HCP.contiguous()
+        self._key_HCP: Tensor | None = None  # for the kernels of a CPU: rows of what is added up
+        if self._key_HPC.device.type == "cpu" and serves_heads(config):
+            self._key_HCP = self._key_HPC.transpose(1, 2).contiguous()
         self._output = Linear(weights.output_DO.read(), numerics=setting.numerics)
 
     def __call__(

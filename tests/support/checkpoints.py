@@ -67,6 +67,7 @@ def _llama() -> PreTrainedModel:
         LlamaConfig(
             **COMMON,
             num_key_value_heads=2,
+            head_dim=32,
             intermediate_size=96,
             rms_norm_eps=1e-5,
             tie_word_embeddings=True,
@@ -80,7 +81,8 @@ def _mixtral() -> PreTrainedModel:
         MixtralConfig(
             **COMMON,
             num_key_value_heads=2,
-            intermediate_size=48,
+            head_dim=32,
+            intermediate_size=64,
             num_local_experts=6,
             num_experts_per_tok=2,
             sliding_window=None,
@@ -90,7 +92,7 @@ def _mixtral() -> PreTrainedModel:
 
 
 def _qwen3_moe() -> PreTrainedModel:
-    """Heads wider than hidden / heads, one layer kept dense, linear rope scaling."""
+    """Odd head widths, wider than hidden / heads, one layer kept dense, linear rope scaling."""
     return Qwen3MoeForCausalLM(
         Qwen3MoeConfig.from_dict(
             COMMON
@@ -118,7 +120,14 @@ def _deepseek_v3() -> PreTrainedModel:
 
 
 def _deepseek_v3_direct_queries() -> PreTrainedModel:
-    return _deepseek(q_lora_rank=None)
+    """Of sizes that the kernels of a CPU cannot read: plain operations serve them."""
+    return _deepseek(
+        q_lora_rank=None,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=20,
+        moe_intermediate_size=24,
+    )
 
 
 def _deepseek_v3_256_experts() -> PreTrainedModel:
@@ -126,7 +135,6 @@ def _deepseek_v3_256_experts() -> PreTrainedModel:
     return _deepseek(
         q_lora_rank=24,
         num_hidden_layers=4,
-        moe_intermediate_size=8,
         n_routed_experts=256,
         num_experts_per_tok=8,
         n_shared_experts=1,
@@ -144,7 +152,7 @@ def _qwen3_moe_128_experts() -> PreTrainedModel:
                 "num_key_value_heads": 1,
                 "head_dim": 24,
                 "intermediate_size": 80,
-                "moe_intermediate_size": 8,
+                "moe_intermediate_size": 32,
                 "num_experts": 128,
                 "num_experts_per_tok": 4,
                 "norm_topk_prob": True,
@@ -159,11 +167,11 @@ def _deepseek(q_lora_rank: int | None, **changes: Any) -> PreTrainedModel:
         "num_key_value_heads": 4,
         "q_lora_rank": q_lora_rank,
         "kv_lora_rank": 32,
-        "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 8,
-        "v_head_dim": 20,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 32,
         "intermediate_size": 96,
-        "moe_intermediate_size": 24,
+        "moe_intermediate_size": 32,
         "first_k_dense_replace": 1,
         "n_routed_experts": 16,
         "num_experts_per_tok": 4,

@@ -213,7 +213,7 @@ def test_a_rank_reads_its_own_experts_only(tiny_checkpoint: Callable[[str], Path
         )
         return totals[-1]
 
-    expert_bytes = 3 * 48 * 64 * 4
+    expert_bytes = 3 * 64 * 64 * 4
     layers, fewer = 3, 6 // 2 - 6 // 3
     assert total_for(2) - total_for(3) == layers * fewer * expert_bytes
 
