@@ -6,8 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import orjson
 from anyio.abc import TaskGroup
-from fastapi import FastAPI
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -80,9 +80,7 @@ def create_app(
     tokens = TokenEndpoints(services)
     models = ModelEndpoints(generator)
     operations = OperationEndpoints(generator, registry)
-    app = FastAPI(
-        openapi_url=None,  # the two large endpoints check their bodies themselves
-        redirect_slashes=False,  # clients drop the body when they follow
+    app = Starlette(
         routes=[
             Route("/v1/chat/completions", endpoint("chat", plan_chat), methods=["POST"]),
             Route("/v1/completions", endpoint("completions", plan_completion), methods=["POST"]),
@@ -108,6 +106,7 @@ def create_app(
             Exception: answer_error,  # a bug: the server's own log gets the traceback
         },
     )
+    app.router.redirect_slashes = False  # clients drop the body when they follow
     return Admission(
         app,
         max_body_bytes=int(settings.limits.max_body_bytes),

@@ -32,6 +32,7 @@ from server.policies import Demand, Work
 
 Stage = Literal["queue", "reserve", "prefill", "decode"]
 SWEEP_S = 0.05
+LATE_S = 1.0
 
 
 class Attempt:
@@ -259,7 +260,11 @@ class Attempts:
     async def expire_forever(self) -> None:
         """Fail attempts whose time is over, so that no wait needs a timer of its own."""
         while True:
+            due = self._clock.now() + SWEEP_S
             await self._clock.sleep(SWEEP_S)
+            if self._clock.now() > due + LATE_S:
+                # This process was held up. What was said to it meanwhile comes first.
+                await self._clock.sleep(SWEEP_S)
             now = self._clock.now()
             for attempt in list(self.by_request.values()):
                 if now >= attempt.answer_by:

@@ -43,6 +43,7 @@ class TextTokenizer:
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         ids = {text: tokenizer.token_to_id(text) for text in control_tokens}
         self._control_ids: dict[str, int] = {t: i for t, i in ids.items() if i is not None}
+        self._all_control_ids = frozenset(self._control_ids.values())
         longest_first = sorted(self._control_ids, key=len, reverse=True)
         literals = "|".join(map(re.escape, longest_first)) or r"(?!)"
         self._literal = re.compile(literals)
@@ -96,8 +97,7 @@ class TextTokenizer:
         if mark is None:
             ids = self.encode(text, add_special_tokens=False)
             written = [self._control_ids[found] for found in self._literal.findall(text)]
-            control_ids = set(self._control_ids.values())
-            if [token_id for token_id in ids if token_id in control_ids] == written:
+            if list(filter(self._all_control_ids.__contains__, ids)) == written:
                 return ids
             # A normaliser has made a control literal out of something else (full-width forms).
         return self._encode_piecewise(text, mark)
