@@ -8,6 +8,7 @@ Source: B. Efron, R. J. Tibshirani, An Introduction to the Bootstrap (1993), sec
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ SECOND = 1_000_000_000
 REQUESTS_FILE = "requests.jsonl"
 HTML_FILE = "compare.html"
 _RESAMPLES = 1000
+_MOST_DRAWN = 1 << 21  # values held at a time
 _INTERVAL = (2.5, 97.5)
 _NEGLIGIBLE = 0.01
 _IGNORED = {"url", "out", "slo", "api-key-file"}
@@ -222,17 +224,17 @@ def _difference(
     measure: str,
     unit: str,
     samples: tuple[Sample, Sample],
-    statistic: Callable[[Sample], Any],
+    statistic: Callable[..., Any],
     source: np.random.Generator,
     more: bool,
 ) -> Difference:
     """``more``: whether more of it is better."""
     a, b = samples
     at_a, at_b = float(statistic(a)), float(statistic(b))
-    ratios = [
-        _ratio(float(statistic(_drawn(b, source))), float(statistic(_drawn(a, source))))
-        for _ in range(_RESAMPLES)
-    ]
+    below = _resampled(a, statistic, source)
+    ratios = _resampled(b, statistic, source)[below > 0] / below[below > 0]
+    if not ratios.size:
+        ratios = np.ones(1)
     low, high = (float(value) for value in np.percentile(ratios, _INTERVAL))
     same = low <= 1 + _NEGLIGIBLE and high >= 1 - _NEGLIGIBLE
     better = None if same else (low > 1) == more
@@ -249,16 +251,25 @@ def _difference(
     )
 
 
-def _drawn(sample: Sample, source: np.random.Generator) -> Sample:
-    return sample[source.integers(0, sample.size, sample.size)]
+def _resampled(
+    sample: Sample, statistic: Callable[..., Any], source: np.random.Generator
+) -> Sample:
+    """The statistic of each resample, as many at a time as fit into some megabytes."""
+    at_once = max(1, _MOST_DRAWN // sample.size)
+    found: list[Sample] = []
+    for first in range(0, _RESAMPLES, at_once):
+        count = min(at_once, _RESAMPLES - first)
+        drawn = sample[source.integers(0, sample.size, (count, sample.size))]
+        found.append(np.asarray(statistic(drawn, axis=1), dtype=np.float64))
+    return np.concatenate(found)
 
 
 def _ratio(above: float, below: float) -> float:
     return above / below if below > 0 else 1.0
 
 
-def _percentile(quantile: float) -> Callable[[Sample], Any]:
-    return lambda sample: np.percentile(sample, quantile)
+def _percentile(quantile: float) -> Callable[..., Any]:
+    return partial(np.percentile, q=quantile)
 
 
 def _sample(records: Sequence[Record], of: Callable[[Record], float | None]) -> Sample:
