@@ -29,7 +29,10 @@ from runtime.log import get_log
 log = get_log(__name__)
 
 T = TypeVar("T")
+# The planner gives way this long after each stretch of work this long: the engine thread gives
+# Python's lock up with every operation, and would else wait for it each time.
 BREATH_S = 0.0005
+STRETCH_S = 0.00025
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,9 +180,7 @@ class ExpertMoves:
     def _plan(self, load: list[float], current: ExpertPlacement) -> ExpertPlacement:
         if balance_of(load, current).max_over_mean <= self._rule.above:
             return current
-        wanted = rebalance(
-            load, current, self._topology, mode=self._mode, pause=lambda: time.sleep(BREATH_S)
-        )
+        wanted = rebalance(load, current, self._topology, mode=self._mode, pause=_breathing())
         return wanted if moves(current, wanted) else current
 
     def _planner(self, layer: int) -> int:
@@ -249,6 +250,18 @@ class ExpertMoves:
             placement_epoch=self._epoch,
             migrations=self._migrations,
         )
+
+
+def _breathing() -> Callable[[], None]:
+    rested = time.monotonic()
+
+    def pause() -> None:
+        nonlocal rested
+        if time.monotonic() - rested > STRETCH_S:
+            time.sleep(BREATH_S)
+            rested = time.monotonic()
+
+    return pause
 
 
 def _stage_of(beside: _Beside[T], running: Rebalancing, ended: Rebalancing) -> Rebalancing:

@@ -1,0 +1,268 @@
+"""One rank of the wide-EP benchmark: a real model's steps with a clock at every seam.
+
+Ranks are processes of one machine, so their monotonic clocks are one. The benchmark reaches into
+the model to put clocks around attention and the transport: nothing else measures what a step waits
+for.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from decode.lockstep import RankState, StepRow, decide
+from decode.rebalance import ExpertMoves, RebalanceRule
+from engine.collectives import ExpertGroup, StepGroup
+from engine.experts.replicas import request_key
+from engine.experts.spread import ExpertSpread
+from engine.experts.transport import Arrived, Dispatch, ExpertTransport, Returned
+from engine.kvcache.storage import KVStorage
+from engine.loading import LoadedModel, load
+from engine.model_runner import ModelRunner, SequenceStep, batch_from
+
+CPU = torch.device("cpu")
+BLOCK_TOKENS = 16
+PROMPT_TOKENS = 4
+WARM_UP_STEPS = 4
+VOCABULARY = 300  # fewer than the tiny model has
+COUNTING_ONLY = RebalanceRule(window=10**9, interval=10**9, above=1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What every rank does; ``rule`` None keeps experts where they are."""
+
+    folder: Path
+    batch: int  # sequences of each rank
+    steps: int
+    redundant: int
+    rule: RebalanceRule | None
+
+
+@dataclass(slots=True, kw_only=True)
+class Step:
+    """Seconds; ``arrived`` and ``left`` are when this rank came to and left the row exchange."""
+
+    arrived: float
+    left: float
+    ended: float
+    parts: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    steps: list[Step]
+    sent_bytes: int  # to other ranks, in all steps' MoE layers
+    tokens: int
+    padded_layers: int
+    counted_layers: int
+    counts: tuple[tuple[int, ...], ...]  # tokens of this rank by layer and expert
+    layers_moved: int
+    layers: int  # with experts
+
+
+@dataclass(slots=True)
+class Clock:
+    parts: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _since: float = 0.0
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def stop(self, part: str) -> None:
+        now = time.perf_counter()
+        self.parts[part] += now - self._since
+        self._since = now
+
+    def take(self) -> dict[str, float]:
+        parts, self.parts = dict(self.parts), defaultdict(float)
+        return parts
+
+
+class TimedAttention:
+    def __init__(self, attention: Any, clock: Clock) -> None:
+        self._attention = attention
+        self._clock = clock
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        self._clock.start()
+        out: Tensor = self._attention(*arguments)
+        self._clock.stop("attention")
+        return out
+
+
+class TimedTransport:
+    def __init__(self, transport: ExpertTransport, clock: Clock) -> None:
+        self._transport = transport
+        self._clock = clock
+
+    def send(self, payloads: Sequence[Tensor], slot_TK: Tensor) -> Dispatch:
+        self._clock.start()
+        dispatch = self._transport.send(payloads, slot_TK)
+        self._clock.stop("dispatch")
+        return TimedDispatch(dispatch, self._clock)
+
+
+class TimedDispatch:
+    """The time between ``receive`` and what follows it is the experts'."""
+
+    def __init__(self, dispatch: Dispatch, clock: Clock) -> None:
+        self._dispatch = dispatch
+        self._clock = clock
+
+    def receive(self) -> Arrived:
+        self._clock.start()
+        arrived = self._dispatch.receive()
+        self._clock.stop("dispatch")
+        return arrived
+
+    def return_each(self, rows_RW: Tensor, place_BK: Tensor) -> None:
+        self._clock.stop("experts")
+        self._dispatch.return_each(rows_RW, place_BK)
+        self._clock.stop("combine")
+
+    def return_sums(self, rows_BW: Tensor) -> None:
+        self._clock.stop("experts")
+        self._dispatch.return_sums(rows_BW)
+        self._clock.stop("combine")
+
+    def collect(self) -> Returned:
+        self._clock.start()
+        returned = self._dispatch.collect()
+        self._clock.stop("combine")
+        return returned
+
+
+class Rank:
+    def __init__(self, step_group: StepGroup, work: Work) -> None:
+        self._step_group = step_group
+        self._group = step_group.expert_group
+        spread = ExpertSpread(redundant=work.redundant, movable=work.rule is not None, counted=True)
+        loaded = load(
+            work.folder,
+            device=CPU,
+            dtype="float32",
+            numerics="exact",
+            group=self._group,
+            spread=spread,
+        )
+        self._clock = Clock()
+        self._put_clocks(loaded)
+        self._exchanges = 0
+        self._sent_bytes = 0
+        self._count_bytes(self._group)
+        blocks = -(-(PROMPT_TOKENS + work.steps + WARM_UP_STEPS + 1) // BLOCK_TOKENS)
+        storage = KVStorage(loaded.layout, blocks * work.batch, device=CPU)
+        self._runner = ModelRunner(loaded.model, storage)
+        self._tables = [range(blocks * i, blocks * (i + 1)) for i in range(work.batch)]
+        generator = torch.Generator().manual_seed(step_group.rank)
+        self._texts = torch.randint(
+            VOCABULARY, (work.batch, PROMPT_TOKENS), generator=generator
+        ).tolist()
+        self._done = [0] * work.batch
+        self._moves = _moves(loaded, self._group, work.rule or COUNTING_ONLY)
+        self._moves.enter_group()
+        self._loaded = loaded
+
+    def run(self, steps: int) -> Outcome:
+        for _ in range(WARM_UP_STEPS):
+            self._turn()
+        counts = self._loaded.counts
+        assert counts is not None
+        self._sent_bytes = self._exchanges = 0
+        taken = [self._turn() for _ in range(steps)]
+        layers = len(counts.layers)
+        # An exchange of counts comes before the rows where they are not padded.
+        counted = self._exchanges - 2 * layers * steps if self._group.world_size > 1 else 0
+        report = self._moves.report
+        return Outcome(
+            steps=taken,
+            sent_bytes=self._sent_bytes,
+            tokens=steps * len(self._texts),
+            padded_layers=layers * steps - counted,
+            counted_layers=counted,
+            counts=counts.take(),
+            layers_moved=0 if report is None else report.placement_epoch,
+            layers=layers,
+        )
+
+    def _turn(self) -> Step:
+        tokens = sum(len(text) for text in self._texts) - sum(self._done)
+        rebalancing, placement, started_with = self._moves.row()
+        row = StepRow(
+            epoch=self._step_group.epoch,
+            state=RankState.SERVING,
+            tokens=tokens,
+            expecting=False,
+            free_blocks=0,
+            rebalancing=rebalancing,
+            placement=placement,
+            started_with=started_with,
+        )
+        arrived = time.perf_counter()
+        rows = self._step_group.exchange(row.to_ints())
+        left = time.perf_counter()
+        plan = decide([StepRow.from_ints(ints) for ints in rows])
+        self._moves.follow(plan.experts, self._step_group)
+        self._group.begin_step(plan.tokens_of_rank)
+        self._compute()
+        self._moves.after_step()
+        ended = time.perf_counter()
+        return Step(arrived=arrived, left=left, ended=ended, parts=self._clock.take())
+
+    def _compute(self) -> None:
+        steps = [
+            SequenceStep(
+                token_ids=text[start:], start=start, block_table=table, key=request_key(str(which))
+            )
+            for which, (text, start, table) in enumerate(
+                zip(self._texts, self._done, self._tables, strict=True)
+            )
+        ]
+        logits = self._runner.run(batch_from(steps, block_tokens=BLOCK_TOKENS, device=CPU))
+        self._done = [len(text) for text in self._texts]
+        for text, token in zip(self._texts, logits.argmax(-1).tolist(), strict=True):
+            text.append(token)
+
+    def _put_clocks(self, loaded: LoadedModel) -> None:
+        model: Any = loaded.model
+        model._layers = tuple(
+            replace(layer, attention=TimedAttention(layer.attention, self._clock))
+            for layer in model._layers
+        )
+        for layer in model._layers:
+            experts = getattr(layer.feed_forward, "_experts", None)
+            if experts is not None:
+                experts._transport = TimedTransport(experts._transport, self._clock)
+
+    def _count_bytes(self, group: Any) -> None:
+        exchange = group.exchange_rows
+
+        def counted(rows_RW: Tensor, sent: Sequence[int], received: Sequence[int]) -> Any:
+            others = sum(sent) - sent[group.rank]
+            self._exchanges += 1
+            self._sent_bytes += others * rows_RW.shape[1] * rows_RW.element_size()
+            return exchange(rows_RW, sent, received)
+
+        group.exchange_rows = counted
+
+
+def run_rank(step_group: StepGroup, work: Work) -> Outcome:
+    return Rank(step_group, work).run(work.steps)
+
+
+def _moves(loaded: LoadedModel, group: ExpertGroup, rule: RebalanceRule) -> ExpertMoves:
+    return ExpertMoves(
+        exchanges=loaded.model.slot_exchanges,
+        placements=dict(enumerate(loaded.placements)),
+        counts=loaded.counts,
+        rank=group.rank,
+        topology=ExpertSpread().topology(group.world_size),
+        mode="global",
+        rule=rule,
+    )
