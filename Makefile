@@ -52,7 +52,7 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	mkdir -p benchmarks/results
-	for name in engine interference kv_transfer gateway load_client; do \
+	for name in engine interference kv_transfer gateway load_client wide_ep; do \
 	    $(VENV)/bin/python -m benchmarks.$$name --json > benchmarks/results/$$name.json || exit 1; \
 	done
 
