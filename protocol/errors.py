@@ -7,6 +7,7 @@
     │   └── ModelNotFound
     ├── CapacityError           nothing is wrong; try later or elsewhere
     │   ├── Overloaded              a bounded queue or pool is full
+    │   ├── RateLimited             the caller's own share is used up
     │   ├── NoWorkerAvailable
     │   └── Draining                the worker takes no new work
     ├── TransferError           a KV transfer did not complete; the pair may be at fault
@@ -77,6 +78,10 @@ class CapacityError(ServingError):
 
 class Overloaded(CapacityError):
     code = "overloaded"
+
+
+class RateLimited(CapacityError):
+    code = "rate_limit_exceeded"
 
 
 class NoWorkerAvailable(CapacityError):

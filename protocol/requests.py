@@ -38,7 +38,7 @@ class StopConditions(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     stop_token_ids: tuple[int, ...] = ()  # end of sequence included, unless it is to be ignored
 
 
-class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
+class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One choice of one HTTP request; ``n`` choices are ``n`` of these with a common prompt."""
 
     request_id: RequestId
@@ -48,6 +48,8 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True):
     sampling: SamplingParams
     stop: StopConditions
     namespace: str = DEFAULT_NAMESPACE  # prefix cache hits never cross namespaces
+    caller: str = ""  # callers that wait share what becomes free
+    priority: int = 0  # higher waits less
 
     @property
     def ref(self) -> AttemptRef:

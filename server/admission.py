@@ -4,19 +4,16 @@ Invariant: no endpoint sees a request that is over a limit, or, where keys are s
 valid key; only the paths in ``PUBLIC_PATHS`` are open to everyone.
 """
 
-import hashlib
-import hmac
 import re
-from collections.abc import Sequence
 from http import HTTPStatus
-from pathlib import Path
 from time import monotonic
 
 import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from protocol.errors import ConfigError
 from protocol.ids import new_request_id
+from server.access import ApiKeys
+from server.error_bodies import error_body
 from server.openai.errors import HttpError, describe
 
 MAX_HEADERS = 64
@@ -24,37 +21,8 @@ MAX_HEADER_BYTES = 16 * 1024
 PUBLIC_PATHS = frozenset(("/health", "/ready", "/version"))
 
 _CLIENT_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}\Z")
+_SECONDS = re.compile(rb"[0-9]{1,6}(?:\.[0-9]{1,6})?\Z")
 _JSON = re.compile(rb"application/(?:[a-z0-9.-]+\+)?json\s*(?:;.*)?\Z", re.IGNORECASE)
-_BEARER = b"bearer "
-
-
-class ApiKeys:
-    """Compares by digest, and with every key, so that the time taken tells nothing."""
-
-    def __init__(self, keys: Sequence[str]) -> None:
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
-
-    @classmethod
-    def read(cls, path: Path) -> "ApiKeys":
-        """
-        Raises:
-            ConfigError: the file cannot be read or has no key.
-        """
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"api_keys_file {path} cannot be read: {error}") from error
-        keys = [key for line in lines if (key := line.strip()) and not key.startswith("#")]
-        if not keys:
-            raise ConfigError(f"api_keys_file {path} has no key: write one a line")
-        return cls(keys)
-
-    def accept(self, authorization: bytes | None) -> bool:
-        given = authorization or b""
-        if given[: len(_BEARER)].lower() != _BEARER:
-            return False
-        digest = hashlib.sha256(given[len(_BEARER) :].strip()).digest()
-        return sum(hmac.compare_digest(digest, known) for known in self._digests) > 0
 
 
 class Admission:
@@ -79,19 +47,22 @@ class Admission:
         given = headers.get(b"x-request-id", b"")
         request_id = given if _CLIENT_ID.match(given) else answer_id.encode()
         scope.setdefault("state", {})
-        scope["state"] |= {"answer_id": answer_id, "request_id": request_id.decode()}
+        state = scope["state"]
+        state |= {"answer_id": answer_id, "request_id": request_id.decode()}
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 spent_ms = b"%d" % ((monotonic() - arrived) * 1000)
-                ours = ((b"x-request-id", request_id), (b"openai-processing-ms", spent_ms))
+                ours = [(b"x-request-id", request_id), (b"openai-processing-ms", spent_ms)]
+                if (quota := state.get("quota")) is not None:
+                    ours += quota.headers(monotonic())
                 message["headers"] = [*message["headers"], *ours]
             await send(message)
 
         try:
             self._check(scope, headers)
         except HttpError as error:
-            await send_error(send_with_id, error)
+            await send_error(send_with_id, error, path=scope["path"])
             return
         await self._app(scope, _limited(receive, self._max_body_bytes), send_with_id)
 
@@ -103,12 +74,15 @@ class Admission:
                 f"more than {MAX_HEADERS} headers, or more than {MAX_HEADER_BYTES} bytes of them",
             )
         keys = None if scope["path"] in PUBLIC_PATHS else self._api_keys
-        if keys is not None and not keys.accept(headers.get(b"authorization")):
-            raise HttpError(
-                HTTPStatus.UNAUTHORIZED,
-                "a valid API key is needed: send it as Authorization: Bearer KEY",
-                headers=(("www-authenticate", "Bearer"),),
-            )
+        if keys is not None:
+            key = keys.find(headers)
+            if key is None:
+                raise HttpError(
+                    HTTPStatus.UNAUTHORIZED,
+                    "a valid API key is needed: send it as Authorization: Bearer KEY",
+                    headers=(("www-authenticate", "Bearer"),),
+                )
+            scope["state"] |= {"caller": key.caller, "quota": key.quota}
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._max_body_bytes:
             raise _too_large(self._max_body_bytes)
@@ -161,12 +135,28 @@ async def read_json_body(scope: Scope, receive: Receive, *, timeout_s: float) ->
     raise HttpError(HTTPStatus.REQUEST_TIMEOUT, f"the body took longer than {timeout_s:g} s")
 
 
-async def send_error(send: Send, error: Exception) -> None:
+async def send_error(send: Send, error: Exception, *, path: str) -> None:
     """The whole response for a request that failed before anything was sent."""
     answer = describe(error)
-    body = answer.body()
+    body = error_body(answer, path)
     headers = [(name.encode(), value.encode()) for name, value in answer.headers]
     headers.append((b"content-type", b"application/json"))
     headers.append((b"content-length", b"%d" % len(body)))
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def time_allowed_s(scope: Scope, *, at_most: float) -> float:
+    """Seconds that the request may take: what its ``x-request-timeout`` says, or ``at_most``.
+
+    Raises:
+        HttpError: the header is not a positive number of seconds.
+    """
+    given = dict(scope["headers"]).get(b"x-request-timeout")
+    if given is None:
+        return at_most
+    if not _SECONDS.match(given) or not float(given):
+        raise HttpError(
+            HTTPStatus.BAD_REQUEST, "x-request-timeout must be a positive number of seconds"
+        )
+    return min(float(given), at_most)

@@ -16,9 +16,10 @@ from starlette.types import ASGIApp
 
 from protocol.errors import ServingError
 from runtime.log import get_log
-from server.admission import Admission, ApiKeys
+from server.access import ApiKeys
+from server.admission import Admission
+from server.error_bodies import error_body
 from server.generation import Generator
-from server.messages.errors import is_message_path, message_error
 from server.messages.plan import CountTokens, plan_message
 from server.metrics import HttpMetrics
 from server.openai.answer import Services
@@ -150,7 +151,7 @@ async def answer_error(request: Request, error: Exception) -> Response:
     if isinstance(error, ServingError):
         fields = {**error.details, "code": error.code, "stage": error.stage}
         log.info("request refused", **{**fields, "status": int(answer.status), "why": str(error)})
-    body = message_error(answer) if is_message_path(request.scope["path"]) else answer.body()
+    body = error_body(answer, request.scope["path"])
     return Response(body, answer.status, dict(answer.headers), media_type="application/json")
 
 

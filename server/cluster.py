@@ -139,7 +139,7 @@ class Cluster:
         key = (attempt.request.model, attempt.within)
         if key not in self._lines:
             self._lines = {k: line for k, line in self._lines.items() if len(line) or k[1] is None}
-            self._lines[key] = WaitingLine(capacity=self._max_waiting)
+            self._lines[key] = WaitingLine(capacity=self._max_waiting, clock=self.clock)
         return self._lines[key]
 
     @property

@@ -75,7 +75,7 @@ class GatewaySettings(Settings):
     """Port of the HTTP API. 0 takes a free one."""
 
     api_keys_file: Path | None = None
-    """One API key a line; a request must bring one of them as its bearer token."""
+    """One API key a line, or its sha256: digest, and options; see docs/api.md, Access."""
 
     embed_scheduler: bool = True
     """Run the scheduler inside the gateway's process, listening at bus.scheduler."""

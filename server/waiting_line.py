@@ -1,23 +1,44 @@
-"""Who waits while every decode rank is full: first come, first served, bounded.
+"""Who waits while every decode rank is full: a bounded line, in the order of priority and fairness.
 
 Only the first in line tries again, and only when something has changed since its last try. A
 request that finds nobody waiting does not join before it has been turned away once.
+
+Among equal priorities callers share what becomes free: each place has a virtual time, its caller's
+last one plus the work it asks for, and the smallest goes first, so one caller's thousand requests
+delay another's first one by one request. Source: Demers, Keshav and Shenker, "Analysis and
+simulation of a fair queueing algorithm", SIGCOMM 1989.
+
+A request that would wait longer than it may is refused at once, with the time to come back after.
 """
 
-from collections import deque
+from bisect import insort
 from collections.abc import Generator
 from contextlib import contextmanager
+from operator import attrgetter
 
 from protocol.errors import Overloaded
+from runtime.clock import Clock
 from server.attempts import Attempt
 
 RETRY_AFTER_S = 1.0
+MAX_RETRY_AFTER_S = 60.0
+SMOOTHING = 0.1
+PREDICT_AFTER = 8  # places served, before predictions count
+
+_order = attrgetter("order")
 
 
 class WaitingLine:
-    def __init__(self, *, capacity: int) -> None:
+    def __init__(self, *, capacity: int, clock: Clock) -> None:
         self._capacity = capacity
-        self._places: deque[Place] = deque()
+        self._clock = clock
+        self._places: list[Place] = []  # by ``order``
+        self._virtual_time = 0.0
+        self._last_of_caller: dict[str, float] = {}
+        self._joined = 0
+        self._served = 0
+        self._served_at = 0.0
+        self._seconds_per_token = 0.0  # smoothed, of work that got its turn while others waited
         self.changes = 0
 
     @contextmanager
@@ -42,19 +63,59 @@ class WaitingLine:
         return self._places[0] is place
 
     def join(self, place: "Place") -> None:
+        """
+        Raises:
+            Overloaded: the line is full, or too long for the time that the request has.
+        """
+        wait_s = self.predicted_wait_s
         if len(self._places) >= self._capacity:
             raise Overloaded(
                 f"every decode rank is full and {self._capacity} requests are waiting already",
                 stage="queue",
-                retry_after_s=RETRY_AFTER_S,
+                retry_after_s=min(MAX_RETRY_AFTER_S, max(RETRY_AFTER_S, wait_s)),
             )
-        self._places.append(place)
+        request = place.attempt.request
+        left_s = place.attempt.deadline - self._clock.now()
+        if request.priority <= 0 and wait_s > left_s:
+            raise Overloaded(
+                "the requests that wait already will take longer than this one may",
+                stage="queue",
+                retry_after_s=min(MAX_RETRY_AFTER_S, wait_s - left_s + RETRY_AFTER_S),
+            )
+        if not self._places:
+            self._last_of_caller.clear()
+            self._served_at = self._clock.now()
+        begins = max(self._virtual_time, self._last_of_caller.get(request.caller, 0.0))
+        self._last_of_caller[request.caller] = begins + request.max_total_tokens
+        self._joined += 1
+        place.order = (-request.priority, begins + request.max_total_tokens, self._joined)
+        insort(self._places, place, key=_order)
+
+    @property
+    def predicted_wait_s(self) -> float:
+        """Until everybody who waits now has had their turn; 0 while nothing is known of that."""
+        if self._served < PREDICT_AFTER:
+            return 0.0
+        work = sum(place.attempt.request.max_total_tokens for place in self._places)
+        return work * self._seconds_per_token
+
+    def _note_served(self, place: "Place") -> None:
+        """How fast the line moves: time since the one before, over the work of this one."""
+        now = self._clock.now()
+        pace = (now - self._served_at) / place.attempt.request.max_total_tokens
+        weight = 1.0 if self._served == 0 else SMOOTHING
+        self._seconds_per_token += weight * (pace - self._seconds_per_token)
+        self._served += 1
+        self._served_at = now
+        self._virtual_time = max(self._virtual_time, place.order[1])
 
     def _leave(self, place: "Place") -> None:
         if place not in self._places:
             return
         was_first = self.is_first(place)
         self._places.remove(place)
+        if place.attempt.grant is not None:
+            self._note_served(place)
         if was_first and self._places:
             self._places[0].has_seen = -1  # whatever it has tried, others were before it
             self._places[0].attempt.wake()
@@ -69,6 +130,7 @@ class Place:
         self._tried = False
         self.attempt = attempt
         self.has_seen = -1
+        self.order = (0, 0.0, 0)
 
     async def turn(self) -> None:
         """Return when the request should try, once for each call.

@@ -80,6 +80,18 @@ class Answer:
     def usage(self) -> dict[str, Any]:
         return usage_of(self.choices, choices_per_prompt=self.choices_per_prompt)
 
+    def most_tokens(self) -> int:
+        """Prompts and the longest answers that were asked for."""
+        longest = sum(choice.request.stop.max_tokens for choice in self.choices)
+        return self._prompt_tokens() + longest
+
+    def used_tokens(self) -> int:
+        return self._prompt_tokens() + sum(choice.completion_tokens for choice in self.choices)
+
+    def _prompt_tokens(self) -> int:
+        firsts = self.choices[:: self.choices_per_prompt]
+        return sum(len(choice.request.prompt_token_ids) for choice in firsts)
+
     def echo(self, choice: Choice) -> str:
         return "" if self.echoes is None else self.echoes[choice.index]
 

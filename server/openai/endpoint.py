@@ -15,7 +15,7 @@ from starlette.types import Receive, Scope, Send
 
 from protocol.errors import Overloaded, ServingError
 from runtime.log import bind, get_log
-from server.admission import read_json_body
+from server.admission import read_json_body, time_allowed_s
 from server.callers import ANYONE, Caller
 from server.exchange import exchange_of
 from server.metrics import HttpMetrics, RequestOutcome, outcome_of
@@ -24,6 +24,7 @@ from server.openai.choice import Choice, run_choice
 from server.openai.errors import HttpError, describe
 from server.openai.sse import EventStream, Outcome, StreamTimes, unless_hung_up
 from server.openai.streaming import AnswerStream
+from server.quotas import UNLIMITED, Quota
 from server.responses.background import BackgroundResponses
 from server.responses.form import ResponsesForm
 
@@ -81,14 +82,20 @@ class GenerationEndpoint:
         outcome: RequestOutcome = "server_error"
         self._open.count += 1
         self._in_flight.inc()
+        state = scope["state"]
+        quota: Quota = state.get("quota") or Quota(UNLIMITED)
+        admitted = False
         try:
-            state = scope["state"]
+            quota.begin(arrived)
+            admitted = True
             with bind(request=state["request_id"], answer=state["answer_id"]):
-                outcome = await self._answer(scope, receive, send, arrived)
+                outcome = await self._answer(scope, receive, send, arrived, quota)
         except (ServingError, HttpError) as error:
             outcome = outcome_of(describe(error).status)
             raise
         finally:
+            if admitted:
+                quota.end()
             self._open.count -= 1
             self._in_flight.dec()
             self._metrics.requests.labels(self._kind, outcome).inc()
@@ -97,7 +104,7 @@ class GenerationEndpoint:
                 self._metrics.disconnects.inc()
 
     async def _answer(
-        self, scope: Scope, receive: Receive, send: Send, arrived: float
+        self, scope: Scope, receive: Receive, send: Send, arrived: float, quota: Quota
     ) -> RequestOutcome:
         if self._open.count > self._open.limit:
             raise Overloaded("too many open requests")
@@ -109,21 +116,23 @@ class GenerationEndpoint:
             answer_id=state["answer_id"],
             caller=state.get("caller", ANYONE),
         )
+        asked_tokens = answer.most_tokens()
+        quota.take_tokens(asked_tokens, monotonic())
         run = AnswerRun(
             answer,
             self._services,
             self._metrics,
             arrived=arrived,
-            deadline=arrived + self._request_timeout_s,
+            deadline=arrived + time_allowed_s(scope, at_most=self._request_timeout_s),
         )
         ignored = ",".join(answer.ignored).encode()
         headers = [(b"x-ignored-params", ignored)] if ignored else []
+        if isinstance(answer.form, ResponsesForm) and answer.form.in_background:
+            begun = self._background.begin(answer, answer.form, run.collect_alone)
+            await _send_json(send, begun, headers)
+            return "ok"
         exchange = exchange_of(scope, send)
         try:
-            if isinstance(answer.form, ResponsesForm) and answer.form.in_background:
-                begun = self._background.begin(answer, answer.form, run.collect_into)
-                await _send_json(send, begun, headers)
-                return "ok"
             if answer.asked.stream:
                 stream = EventStream(exchange, send, headers=headers, times=self._times)
                 return _STREAM_OUTCOMES[await stream.run(run.stream_to)]
@@ -132,6 +141,7 @@ class GenerationEndpoint:
                 return "disconnected"
             await _send_json(send, answer.body(texts), headers)
         finally:
+            quota.give_back_tokens(asked_tokens - answer.used_tokens(), monotonic())
             run.account()
         return "ok"
 
@@ -174,6 +184,13 @@ class AnswerRun:
 
         await self._run(deliver)
         texts += map("".join, pieces)
+
+    async def collect_alone(self, texts: list[str]) -> None:
+        """``collect_into``, and ``account`` for it."""
+        try:
+            await self.collect_into(texts)
+        finally:
+            self.account()
 
     async def _run(self, deliver: Callable[[Choice, str], None]) -> None:
         choices = self._answer.choices

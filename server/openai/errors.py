@@ -6,6 +6,7 @@ flatter in mid-stream. What went wrong inside is for the log; the caller reads a
 
 from dataclasses import dataclass, field
 from http import HTTPStatus
+from math import ceil
 from typing import NamedTuple
 
 import orjson
@@ -43,6 +44,7 @@ ANSWERS: dict[type[errors.ServingError], Answer] = {
     errors.CapacityError: Answer(
         HTTPStatus.SERVICE_UNAVAILABLE, "overloaded_error", _BUSY, retry_after_s=2
     ),
+    errors.RateLimited: Answer(HTTPStatus.TOO_MANY_REQUESTS, "rate_limit_error", retry_after_s=1),
     errors.NoWorkerAvailable: Answer(
         HTTPStatus.SERVICE_UNAVAILABLE,
         "overloaded_error",
@@ -133,7 +135,7 @@ def _retry_headers(error: errors.ServingError, answer: Answer) -> tuple[tuple[st
     """OpenAI's clients retry every 5xx unless told otherwise; overload must not be tripled."""
     if answer.retry_after_s is not None:
         seconds = error.retry_after_s or answer.retry_after_s
-        return (("retry-after", str(max(1, round(seconds)))),)
+        return (("retry-after", str(max(1, ceil(seconds)))),)
     if answer.status >= HTTPStatus.INTERNAL_SERVER_ERROR and not error.retryable:
         return (("x-should-retry", "false"),)
     return ()

@@ -91,6 +91,8 @@ def choices_of_prompt(
             sampling=sampling,
             stop=stop,
             namespace=namespace,
+            caller=caller.name,
+            priority=caller.priority,
         )
         choices.append(
             Choice(

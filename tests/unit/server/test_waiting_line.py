@@ -1,0 +1,102 @@
+from collections.abc import Sequence
+
+import anyio
+import msgspec
+import pytest
+
+from protocol.errors import Overloaded
+from protocol.ids import BlockId, Generation, WorkerId, WorkerRef, new_incarnation
+from protocol.kv import Grant, KVEndpoint
+from server.attempts import Attempt
+from server.waiting_line import PREDICT_AFTER, Place, WaitingLine
+from tests.support.arithmetic import a_request
+
+RANK = WorkerRef(WorkerId("decode-0/0"), new_incarnation())
+
+
+class StoppedClock:
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def now(self) -> float:
+        return self.time
+
+    async def sleep(self, seconds: float) -> None:
+        await anyio.sleep(seconds)
+
+
+def an_attempt(caller: str = "", *, priority: int = 0, deadline: float = 1e9) -> Attempt:
+    request = msgspec.structs.replace(a_request(), caller=caller, priority=priority)
+    return Attempt(request, deadline=deadline)
+
+
+def grant_to(attempt: Attempt) -> None:
+    attempt.grant = Grant(
+        ref=attempt.ref,
+        decode=RANK,
+        generation=Generation(1),
+        block_ids=(BlockId(0),),
+        layout_digest="",
+        endpoint=KVEndpoint(host_id="here", num_blocks=1, addresses={}),
+        lease_s=1.0,
+    )
+
+
+def served_order(attempts: Sequence[Attempt], *, capacity: int = 100) -> list[str]:
+    """Callers in the order in which they get their turn, all having joined before the first."""
+    line = WaitingLine(capacity=capacity, clock=StoppedClock())
+    places = [Place(line, attempt) for attempt in attempts]
+    for place in places:
+        line.join(place)
+    order: list[str] = []
+    while len(line):
+        (first,) = (place for place in places if line.is_first(place))
+        order.append(first.attempt.request.caller)
+        grant_to(first.attempt)
+        line._leave(first)
+    return order
+
+
+def test_requests_of_one_caller_are_served_as_they_came() -> None:
+    attempts = [an_attempt() for _ in range(5)]
+    line = WaitingLine(capacity=10, clock=StoppedClock())
+    places = [Place(line, attempt) for attempt in attempts]
+    for place in places:
+        line.join(place)
+    assert [p.attempt for p in sorted(places, key=lambda p: p.order)] == attempts
+
+
+def test_a_caller_with_many_requests_does_not_hold_up_another() -> None:
+    attempts = [*(an_attempt("many") for _ in range(6)), *(an_attempt("few") for _ in range(2))]
+    assert served_order(attempts)[:4].count("few") == 2
+
+
+def test_higher_priorities_go_first() -> None:
+    attempts = [an_attempt("low", priority=-1), an_attempt("usual"), an_attempt("high", priority=5)]
+    assert served_order(attempts) == ["high", "usual", "low"]
+
+
+def test_a_full_line_refuses() -> None:
+    line = WaitingLine(capacity=1, clock=StoppedClock())
+    line.join(Place(line, an_attempt()))
+    with pytest.raises(Overloaded) as refused:
+        line.join(Place(line, an_attempt()))
+    assert refused.value.retry_after_s == 1.0
+
+
+def test_a_request_that_would_wait_too_long_is_refused_with_the_time_to_come_back() -> None:
+    clock = StoppedClock()
+    line = WaitingLine(capacity=100, clock=clock)
+    places = [Place(line, an_attempt()) for _ in range(PREDICT_AFTER + 3)]
+    for place in places:
+        line.join(place)
+    for place in places[:PREDICT_AFTER]:
+        clock.time += 2.0  # a turn takes two seconds
+        grant_to(place.attempt)
+        line._leave(place)
+    assert line.predicted_wait_s == pytest.approx(6.0)
+    with pytest.raises(Overloaded) as refused:
+        line.join(Place(line, an_attempt(deadline=clock.time + 4.0)))
+    assert refused.value.retry_after_s == pytest.approx(3.0)
+    line.join(Place(line, an_attempt(deadline=clock.time + 7.0)))
+    line.join(Place(line, an_attempt(priority=1, deadline=clock.time + 4.0)))
