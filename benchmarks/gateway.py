@@ -14,11 +14,10 @@ system time of the process between client and workers.
 import argparse
 import multiprocessing
 import random
-import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,7 +26,9 @@ import anyio
 import httpx
 import psutil
 
+from benchmarks.child import READY_WITHIN_S, child, wait_for_port
 from benchmarks.gateway_peers import serve_mock, serve_pass_through
+from benchmarks.local_system import free_port
 from benchmarks.report import Bar, print_report
 from benchmarks.sse_load import Load, run_load
 from deploy.demo import demo_weights
@@ -42,7 +43,6 @@ STEP_S = 0.01
 TOKENS = 64
 DECODE_RANKS = 2
 PROMPT_WORDS = 120
-READY_WITHIN_S = 60.0
 CPU_MS_PER_1000_TOKENS = 20.0
 CONCURRENCIES = (64, 256)
 PATH = "/v1/chat/completions"
@@ -193,37 +193,6 @@ def _workers(scheduler: str) -> None:
             await anyio.sleep_forever()
 
     anyio.run(serve, backend_options={"use_uvloop": True})
-
-
-@contextmanager
-def child(target: Callable[..., None], *args: object) -> Generator[psutil.Process]:
-    process = multiprocessing.get_context("spawn").Process(target=target, args=args, daemon=True)
-    process.start()
-    try:
-        yield psutil.Process(process.pid)
-    finally:
-        process.terminate()
-        process.join(5.0)
-        process.kill()
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-        return port
-
-
-def wait_for_port(port: int) -> None:
-    until = time.monotonic() + READY_WITHIN_S
-    while True:
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=1.0).close()
-        except OSError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.05)
-        else:
-            return
 
 
 def wait_until_ready(url: str) -> None:

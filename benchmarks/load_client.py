@@ -27,7 +27,8 @@ import httpx
 import openai
 import uvloop
 
-from benchmarks.gateway import child, free_port, wait_for_port
+from benchmarks.child import child, wait_for_port
+from benchmarks.local_system import free_port
 from benchmarks.report import Bar, print_report
 from capacity.load.address import parse_address
 from capacity.load.api import Api
@@ -181,7 +182,7 @@ def with_httpx(url: str) -> Stream:
 
 
 def with_openai(url: str) -> Stream:
-    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    client = openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120.0)
 
     async def stream(case: Case) -> int:
         count = 0
