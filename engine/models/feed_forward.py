@@ -221,7 +221,7 @@ def _expert_layer(
         setting.group,
         setting.numerics,
         layer=setting.layer,
-        movable=setting.movable,
+        movable=setting.movable and setting.chooses_replicas,
     )
     if not setting.movable:
         return layer, None

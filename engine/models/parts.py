@@ -45,6 +45,8 @@ class Setting:
 
     @property
     def chooses_replicas(self) -> bool:
+        if self.group.world_size == 1:
+            return False
         return self.movable or any(placement.has_replicas for placement in self.placements)
 
     def of_layer(self, layer: int) -> "Setting":

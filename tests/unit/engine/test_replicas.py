@@ -1,5 +1,6 @@
 """Which replica a token goes to depends on the token alone, and replicas share tokens evenly."""
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -101,3 +102,14 @@ def test_another_placement_is_loaded_in_place() -> None:
 def tensors_of(moving: ReplicaTable) -> dict[str, Tensor]:
     names = ("_first_E", "_count_E", "_slot_P")
     return {name: getattr(moving, name) for name in names}
+
+
+@pytest.mark.gpu
+def test_a_gpu_chooses_the_same_replicas() -> None:
+    gpu = torch.device("cuda")
+    ids_TK = torch.arange(4).expand(900, -1)
+    there = ReplicaTable(PLACEMENT, layer=77, device=gpu)(ids_TK.to(gpu), keys_of(9, 100).to(gpu))
+    assert torch.equal(there.cpu(), table(layer=77)(ids_TK, keys_of(9, 100)))
+    requests, positions = torch.arange(2**60, 2**60 + 50), torch.arange(50)
+    keys = token_keys(requests.to(gpu), positions.to(gpu))
+    assert torch.equal(keys.cpu(), token_keys(requests, positions))
