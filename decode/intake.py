@@ -116,7 +116,7 @@ class Intake:
                 f"{self._max_granted} grants already wait for KV", retry_after_s=RETRY_AFTER_S
             )
         blocks = self._scheduler.reserve(
-            request.ref, len(request.prompt_token_ids), request.max_total_tokens
+            request.ref, request.num_context_tokens, request.max_total_tokens
         )
         self._generations += 1
         return Grant(

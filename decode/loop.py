@@ -59,7 +59,7 @@ class _Running:
 
     request: GenerateRequest
     key: int  # ``engine.experts.replicas.request_key``
-    num_output: int = 1
+    num_output: int
 
 
 class DecodeLoop:
@@ -276,9 +276,12 @@ class DecodeLoop:
             self._clients.disown(request.ref)
             return
         self._land(arrived.block_ids)
-        self._running[request.ref] = _Running(request=request, key=request_key(request.request_id))
+        outputs = (*request.output_token_ids, hand_off.token_id)
+        self._running[request.ref] = _Running(
+            request=request, key=request_key(request.request_id), num_output=len(outputs)
+        )
         try:
-            self._sampler.admit(request, (hand_off.token_id,))
+            self._sampler.admit(request, outputs)
         except ServingError as error:
             self._fail(request.ref, error)
 

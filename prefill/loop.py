@@ -175,7 +175,7 @@ class PrefillLoop:
             return  # told twice; the answer is on its way
         try:
             self._check(request)
-            self._sampler.admit(request)
+            self._sampler.admit(request, request.output_token_ids)
             try:
                 push = self._source.open(message.grant)
                 try:
@@ -197,14 +197,10 @@ class PrefillLoop:
             raise Draining("this prefill worker is draining", retry_after_s=1.0)
         if request.ref in self._cancelled:
             raise Cancelled("the request was cancelled before its prefill")
-        if not request.prompt_token_ids:
+        tokens = request.context_token_ids
+        if not tokens:
             raise InvalidRequest("the prompt is empty: it needs at least one token", param="prompt")
-        if (
-            not 0
-            <= min(request.prompt_token_ids)
-            <= max(request.prompt_token_ids)
-            < (self._vocab_size)
-        ):
+        if not 0 <= min(tokens) <= max(tokens) < self._vocab_size:
             raise InvalidRequest(
                 f"a prompt token id is outside 0..{self._vocab_size - 1}", param="prompt"
             )
@@ -296,7 +292,8 @@ class PrefillLoop:
 
     def _finish(self, ref: AttemptRef, held: _Held, sampled: Sampled, row: int, now: float) -> None:
         token_id = sampled.token_ids[row]
-        reason = finish_reason(held.request.stop, token_id, 1)
+        num_outputs = len(held.request.output_token_ids) + 1
+        reason = finish_reason(held.request.stop, token_id, num_outputs)
         hand_off = HandOff(token_id=token_id, finish_reason=reason)
         held.push.finish(
             encode(hand_off), lambda error: self._inbox.put(lambda: self._push_ended(ref, error))

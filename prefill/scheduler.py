@@ -80,6 +80,7 @@ class PrefillBooks:
 @dataclass(slots=True, kw_only=True)
 class _Prompt:
     request: GenerateRequest
+    tokens: tuple[int, ...]  # the prompt, and what earlier attempts wrote
     arrived_s: float
     deadline_s: float | None
     hashes: list[bytes]
@@ -95,7 +96,7 @@ class _Prompt:
 
     @property
     def num_tokens(self) -> int:
-        return len(self.request.prompt_token_ids)
+        return len(self.tokens)
 
 
 class PrefillScheduler:
@@ -145,7 +146,8 @@ class PrefillScheduler:
             ContextLengthExceeded: the prompt can never fit into this worker's blocks.
             Overloaded: the queue is full.
         """
-        ref, num_tokens = request.ref, len(request.prompt_token_ids)
+        ref, tokens = request.ref, request.context_token_ids
+        num_tokens = len(tokens)
         assert num_tokens > 0, "an empty prompt has no logits"
         assert ref not in self, f"{ref} was added twice"
         needed = blocks_for(num_tokens, self._block_tokens)
@@ -161,13 +163,14 @@ class PrefillScheduler:
                 stage="queue",
             )
         hashes = block_hashes(
-            request.prompt_token_ids,
+            tokens,
             block_tokens=self._block_tokens,
             namespace=request.namespace,
             fingerprint=self._fingerprint,
         )
         self._waiting[ref] = _Prompt(
             request=request,
+            tokens=tokens,
             arrived_s=arrived_s,
             deadline_s=deadline_s,
             hashes=hashes,
@@ -338,8 +341,8 @@ class PrefillScheduler:
             ref=prompt.request.ref,
             start=prompt.computed,
             stop=stop,
-            token_ids=prompt.request.prompt_token_ids[prompt.computed : stop],
-            next_token_ids=prompt.request.prompt_token_ids[prompt.computed + 1 : stop + 1],
+            token_ids=prompt.tokens[prompt.computed : stop],
+            next_token_ids=prompt.tokens[prompt.computed + 1 : stop + 1],
             table=prompt.table,
             final=final,
             first_block=first_block,
@@ -376,4 +379,4 @@ def _matchable_tokens(request: GenerateRequest) -> int:
     """
     if request.sampling.prompt_logprobs is not None:
         return 0
-    return len(request.prompt_token_ids) - 1
+    return request.num_context_tokens - 1

@@ -50,10 +50,22 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     namespace: str = DEFAULT_NAMESPACE  # prefix cache hits never cross namespaces
     caller: str = ""  # callers that wait share what becomes free
     priority: int = 0  # higher waits less
+    output_token_ids: tuple[int, ...] = ()  # by earlier attempts: read as if they were prompt
 
     @property
     def ref(self) -> AttemptRef:
         return AttemptRef(self.request_id, self.attempt)
+
+    @property
+    def context_token_ids(self) -> tuple[int, ...]:
+        """What is to be prefilled."""
+        if not self.output_token_ids:
+            return self.prompt_token_ids
+        return self.prompt_token_ids + self.output_token_ids
+
+    @property
+    def num_context_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.output_token_ids)
 
     @property
     def max_total_tokens(self) -> int:

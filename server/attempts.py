@@ -58,8 +58,10 @@ class Attempt:
         "rejection",
         "request",
         "stage",
+        "undelivered",
         "within",
         "work",
+        "written",
     )
 
     def __init__(
@@ -87,9 +89,11 @@ class Attempt:
         self.finished = False  # the workers have ended it by themselves: nothing is left to cancel
         self.enough = False  # ``deliver`` wants no more, or the last token has been delivered
         self.failure: Exception | None = None
+        self.undelivered = False  # ``deliver`` has raised: that is no worker's failure
+        self.written = list(request.output_token_ids)  # delivered, by this and earlier attempts
         self._deliver: Deliver | None = None
         self._early: list[TokenDelta] = []  # what decode said before prefill was heard
-        self._next_offset = 1  # of decode's tokens; token 0 is prefill's
+        self._next_offset = len(self.written) + 1  # of decode's tokens, which follow prefill's
         self._waiter: asyncio.Future[None] | None = None
 
     # -- for the readers ---------------------------------------------------------------------
@@ -138,6 +142,7 @@ class Attempt:
 
     def _hand_on(self, delta: TokenDelta, deliver: Deliver) -> None:
         self.finished = delta.finish_reason is not None
+        self.written += delta.token_ids
         try:
             more = deliver(
                 TokenChunk(
@@ -147,7 +152,7 @@ class Attempt:
                 )
             )
         except Exception as error:  # noqa: BLE001  it must not end the link that brings all streams
-            self._deliver = None
+            self._deliver, self.undelivered = None, True
             self.fail(error)
         else:
             if self.finished or not more:
@@ -218,6 +223,25 @@ class Attempt:
             self.raise_failure()
             await self.changed()
         return self.first
+
+    def begin(self, first: PrefillDone, deliver: Deliver) -> bool:
+        """Deliver prefill's token; whether more are wanted, and to come."""
+        continued = bool(self.written)
+        self.written.append(first.token_id)
+        self.undelivered = True  # unless the caller takes it
+        more = deliver(
+            TokenChunk(
+                token_ids=(first.token_id,),
+                logprobs=None if first.logprobs is None else (first.logprobs,),
+                finish_reason=first.finish_reason,
+                cached_tokens=0 if continued else first.cached_tokens,
+                times=None if continued else first.times,
+                prompt_logprobs=first.prompt_logprobs,
+            )
+        )
+        self.undelivered = False
+        self.enough = not more or self.finished
+        return not self.enough
 
     async def stream(self, deliver: Deliver) -> None:
         """Hand decode's tokens on, and return after the last one or when there are enough.

@@ -45,11 +45,15 @@ class Cluster:
         tasks: TaskGroup,
         clock: Clock,
         max_waiting: int,
+        patience_s: float = 0.0,
         key: ClusterKey | None = None,
     ) -> None:
+        """``patience_s``: how long an interrupted stream waits for workers to go on with it."""
         self.clock = clock
+        self.patience_s = patience_s
         self.view = ClusterView()
         self.retries = 0
+        self.migrations = 0
         self.topology_changed = anyio.Event()
         self.attempts = Attempts(clock)
         self.links = WorkerLinks(
@@ -202,6 +206,18 @@ class Cluster:
         except WorkerLost as lost:
             attempt.fail(lost)
 
+    def note_retry(self, attempt: Attempt) -> None:
+        """The attempt has failed, and there will be another."""
+        migrates = bool(attempt.written)
+        log.warning(
+            "the stream goes on elsewhere" if migrates else "trying elsewhere",
+            request=attempt.ref.request_id,
+            written=len(attempt.written),
+            error=str(attempt.failure),
+        )
+        self.retries += 1
+        self.migrations += migrates
+
     def release(self, attempt: Attempt, worker: WorkerRef) -> None:
         """The worker holds nothing of the attempt: it is not counted there any more."""
         work = attempt.work.pop(worker, None)
@@ -238,7 +254,7 @@ class Cluster:
             info = workers[0].info
             block_tokens = info.layout.block_tokens
             names = block_hashes(
-                request.prompt_token_ids,
+                request.context_token_ids,
                 block_tokens=block_tokens,
                 namespace=request.namespace,
                 fingerprint=fingerprint_digest(info.fingerprint),
@@ -251,6 +267,6 @@ class Cluster:
         return Demand(
             request_id=request.request_id,
             model=request.model,
-            prompt_tokens=len(request.prompt_token_ids),
+            prompt_tokens=request.num_context_tokens,
             hit_tokens=hits,
         )

@@ -4,6 +4,7 @@ headrace_gateway_attempts_in_flight             attempts at workers, canaries in
 headrace_gateway_waiting_requests               waiting because every decode rank is full
 headrace_gateway_stale_frames_total             dropped: of an old attempt, worker or place
 headrace_gateway_retries_total                  attempts that were tried again elsewhere
+headrace_gateway_migrations_total               streams that went on elsewhere
 headrace_worker_up{worker,role}                 1 while this gateway has a link to it
 headrace_worker_running_requests{worker,role}   by the worker's own account, like all below
 headrace_worker_queued_requests{worker,role}
@@ -50,6 +51,11 @@ class ClusterMetrics(Collector):
         )
         yield CounterMetricFamily(
             "headrace_gateway_retries", "Attempts tried again elsewhere", value=cluster.retries
+        )
+        yield CounterMetricFamily(
+            "headrace_gateway_migrations",
+            "Streams that went on elsewhere",
+            value=cluster.migrations,
         )
         yield from self._workers()
         yield from expert_metrics(cluster.members, cluster.expert_reports)

@@ -17,6 +17,7 @@ from runtime.log import get_log
 from runtime.reporting import report
 from server.app import create_app
 from server.exchange import ExchangeProtocol
+from server.metrics_compat import VllmAliases
 from server.serving import open_serving
 from server.settings import GatewaySettings, SchedulerSettings
 from server.structured.compiler import GrammarCompiler
@@ -53,12 +54,15 @@ async def _serve(settings: GatewaySettings, scheduler: SchedulerSettings, text: 
                 embed_scheduler=settings.embed_scheduler,
                 key=load_key(settings.bus.cluster_key_file),
                 max_waiting=settings.max_waiting_requests,
+                patience_s=settings.migration_patience_s,
                 lease_s=scheduler.lease_s,
                 heartbeat_s=scheduler.heartbeat_s,
                 registry=registry,
             ) as serving,
             anyio.create_task_group() as background,
         ):
+            if settings.metrics_compat == "vllm":
+                registry.register(VllmAliases(serving.cluster))
             server = _Server(
                 uvicorn.Config(
                     create_app(

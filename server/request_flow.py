@@ -4,28 +4,21 @@
     them and samples the first token -> stream the decode rank's tokens
 
 Whatever goes wrong and whoever gives up first, every attempt ends at both workers: it has
-finished, or it is cancelled. Which workers are asked is ``server.policies``' business, and what
-they answer comes through ``server.attempts``.
+finished, or it is cancelled. Which workers are asked is ``server.policies``' business, what they
+answer comes through ``server.attempts``, and whether there is another attempt ``server.story``
+decides.
 """
 
-import msgspec
-
 from protocol.errors import ServingError
-from protocol.ids import WorkerId
 from protocol.kv import Grant
 from protocol.messages import Prefill, PrefillDone, Reserve
 from protocol.reports import error_of
 from protocol.requests import GenerateRequest
-from runtime.log import get_log
 from server.attempts import Attempt
 from server.cluster import Cluster
 from server.cluster_view import Pair
-from server.generation import Deliver, TokenChunk
-
-log = get_log(__name__)
-
-MAX_ATTEMPTS = 3
-BACKOFF_S = 0.025  # before the second attempt, and twice that before the third
+from server.generation import Deliver
+from server.story import Story
 
 
 async def run_request(
@@ -38,35 +31,32 @@ async def run_request(
 ) -> None:
     """Give ``deliver`` the request's tokens, the first as soon as prefill has sampled it.
 
-    ``deadline`` is a time of ``cluster.clock``. ``within`` restricts placement to one pair of
-    workers. Cancelling the task is how a client that hangs up frees the blocks and stops the work.
+    When workers are lost in mid-stream the request migrates: the prompt and what has been written
+    are prefilled elsewhere, and the stream goes on behind it. ``deadline`` is a time of
+    ``cluster.clock``. ``within`` restricts placement to one pair of workers. Cancelling the task
+    is how a client that hangs up frees the blocks and stops the work.
 
     Raises:
-        ServingError: the request has ended and holds nothing. Before the first token, other
-            workers have been tried where that could help.
+        ServingError: the request has ended and holds nothing. Other workers have been tried where
+            that could help, and for an interrupted stream waited for.
     """
-    failed: set[WorkerId] = set()
-    for number in range(1, MAX_ATTEMPTS + 1):
-        if number > 1:
-            await cluster.clock.sleep(BACKOFF_S * (number - 1))
-        numbered = msgspec.structs.replace(request, attempt=number)
+    story = Story(request, patience_s=0.0 if within else cluster.patience_s)
+    while True:
         async with cluster.attempt(
-            numbered, deadline=deadline, avoid=failed, within=within
+            story.next_attempt(), deadline=deadline, avoid=story.failed, within=within
         ) as attempt:
             try:
                 grant = await reserve(attempt, cluster)
                 first = await prefill(attempt, grant, cluster)
+                if attempt.begin(first, deliver):
+                    await attempt.stream(deliver)
+                return
             except ServingError as error:
-                if number == MAX_ATTEMPTS or not may_help_elsewhere(error, attempt):
-                    raise
-                log.warning("trying elsewhere", request=request.request_id, error=str(error))
-                cluster.retries += 1
-                failed.update(ref.worker_id for ref in attempt.workers)
-                continue
-            if deliver(first_chunk(first)) and not attempt.finished:
-                # A decode rank that is lost from here on ends the stream. Migration belongs here.
-                await attempt.stream(deliver)
-            return
+                pause_s = story.pause_after(error, attempt, now=cluster.clock.now())
+                if pause_s is None:
+                    raise story.failure_of(error) from error
+                cluster.note_retry(attempt)
+        await cluster.clock.sleep(pause_s)
 
 
 async def reserve(attempt: Attempt, cluster: Cluster) -> Grant:
@@ -98,19 +88,3 @@ async def prefill(attempt: Attempt, grant: Grant, cluster: Cluster) -> PrefillDo
     first = await attempt.first_token()
     cluster.worker_done(attempt, worker.info.ref)
     return first
-
-
-def may_help_elsewhere(error: ServingError, attempt: Attempt) -> bool:
-    """A worker failed the attempt, and another might not. Nobody else knows a way round a queue."""
-    return error.retryable and attempt.stage != "queue"
-
-
-def first_chunk(first: PrefillDone) -> TokenChunk:
-    return TokenChunk(
-        token_ids=(first.token_id,),
-        logprobs=None if first.logprobs is None else (first.logprobs,),
-        finish_reason=first.finish_reason,
-        cached_tokens=first.cached_tokens,
-        times=first.times,
-        prompt_logprobs=first.prompt_logprobs,
-    )

@@ -69,6 +69,7 @@ async def open_serving(
     key: ClusterKey | None = None,
     clock: Clock | None = None,
     max_waiting: int = MAX_WAITING_REQUESTS,
+    patience_s: float = 0.0,
     lease_s: float = LEASE_S,
     heartbeat_s: float = HEARTBEAT_S,
     registry: CollectorRegistry | None = None,
@@ -76,8 +77,9 @@ async def open_serving(
     """Serve with the workers that announce themselves at the address ``scheduler``.
 
     With ``embed_scheduler`` the scheduler runs here and listens at that address; port 0 takes a
-    free one, see ``Serving.scheduler_address``. Otherwise it is another process. ``registry`` gets
-    what the gateway knows of the cluster.
+    free one, see ``Serving.scheduler_address``. Otherwise it is another process. ``patience_s`` is
+    how long an interrupted stream waits for workers that can go on with it. ``registry`` gets what
+    the gateway knows of the cluster.
 
     Raises:
         ConfigError: the scheduler cannot listen there.
@@ -94,7 +96,12 @@ async def open_serving(
             roster = Scheduler(listener.send, clock=clock, lease_s=lease_s, heartbeat_s=heartbeat_s)
             tasks.start_soon(roster.run, listener)
         cluster = Cluster(
-            gateway_id=gateway_id, tasks=tasks, clock=clock, max_waiting=max_waiting, key=key
+            gateway_id=gateway_id,
+            tasks=tasks,
+            clock=clock,
+            max_waiting=max_waiting,
+            patience_s=patience_s,
+            key=key,
         )
         if registry is not None:
             registry.register(ClusterMetrics(cluster))

@@ -2,10 +2,12 @@
 
 import ipaddress
 from pathlib import Path
+from typing import Literal
 
 from pydantic import (
     ByteSize,
     Field,
+    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     model_validator,
@@ -77,6 +79,9 @@ class GatewaySettings(Settings):
     api_keys_file: Path | None = None
     """One API key a line, or its sha256: digest, and options; see docs/api.md, Access."""
 
+    metrics_compat: Literal["none", "vllm"] = "none"
+    """vllm: /metrics also has the gauges that autoscalers read, under vLLM's names."""
+
     embed_scheduler: bool = True
     """Run the scheduler inside the gateway's process, listening at bus.scheduler."""
 
@@ -85,6 +90,9 @@ class GatewaySettings(Settings):
 
     max_waiting_requests: PositiveInt = 512
     """Beyond this many requests without a decode reservation, answer 503."""
+
+    migration_patience_s: NonNegativeFloat = 30.0
+    """Seconds that a stream whose workers were lost waits for others; 0 ends it at once."""
 
     max_open_requests: PositiveInt = 4096
     """Beyond this many open HTTP requests, answer 503."""

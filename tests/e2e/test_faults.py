@@ -15,12 +15,13 @@ from benchmarks.local_system import LocalSystem
 from tests.e2e.conftest import Start
 
 pytestmark = pytest.mark.timeout(300)
-FLAGS = ("--decode-ranks", "2", "--kv-cache", "64MiB")
+FLAGS = ("--decode-ranks", "2", "--kv-cache", "128MiB", "--dtype", "float32")
 LONG = {
     "model": "smollm2",
     "prompt": "Once upon a time",
     "max_tokens": 80,
     "ignore_eos": True,
+    "temperature": 0,
     "stream": True,
 }
 SOON_S = 60.0
@@ -69,9 +70,15 @@ def stream_lines(system: LocalSystem, on_chunk: Callable[[int], None]) -> list[s
     return lines
 
 
+def text_of(lines: list[str]) -> str:
+    chunks = [json.loads(line) for line in lines if line != "[DONE]"]
+    return "".join(choice["text"] for chunk in chunks for choice in chunk["choices"])
+
+
 @pytest.mark.parametrize("role", ["decode", "prefill"])
-def test_a_killed_worker_is_replaced_and_the_others_live(system: LocalSystem, role: str) -> None:
+def test_a_stream_outlives_a_killed_worker(system: LocalSystem, role: str) -> None:
     eventually(lambda: ready(system), "ready")
+    undisturbed = text_of(stream_lines(system, lambda _: None))
     victim = system.processes(role)[-1]
     others = {
         process.pid
@@ -84,25 +91,43 @@ def test_a_killed_worker_is_replaced_and_the_others_live(system: LocalSystem, ro
             victim.send_signal(signal.SIGKILL)
 
     lines = stream_lines(system, kill)
-    if role == "decode":
-        assert "[DONE]" not in lines
-        error = json.loads(lines[-1])["error"]
-        assert set(error) == {"message", "type", "param", "code"}
-        assert all(
-            choice["finish_reason"] is None
-            for line in lines[:-1]
-            for choice in json.loads(line)["choices"]
-        )
-    else:
-        assert lines[-1] == "[DONE]"  # its KV had left the prefill worker: nobody needs it
+    assert lines[-1] == "[DONE]"
+    assert text_of(lines) == undisturbed
     eventually(lambda: len(system.processes(role)) > 0 and ready(system), "ready again")
     assert short_request_succeeds(system)
     assert all(psutil.pid_exists(pid) for pid in others)
 
 
-def test_the_official_client_sees_an_error_when_its_stream_breaks(system: LocalSystem) -> None:
-    eventually(lambda: ready(system), "ready")
-    client = openai.OpenAI(base_url=f"{system.url}/v1", api_key="none", max_retries=0)
+@pytest.fixture
+def impatient(start: Start) -> LocalSystem:
+    return start("smollm2", *FLAGS, "--set", "gateway.migration_patience_s=0")
+
+
+def test_a_stream_that_cannot_go_on_ends_with_an_error_event(impatient: LocalSystem) -> None:
+    eventually(lambda: ready(impatient), "ready")
+    victim = impatient.processes("decode")[-1]
+
+    def kill(count: int) -> None:
+        if count == 3:
+            victim.send_signal(signal.SIGKILL)
+
+    lines = stream_lines(impatient, kill)
+    assert "[DONE]" not in lines
+    error = json.loads(lines[-1])["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert all(
+        choice["finish_reason"] is None
+        for line in lines[:-1]
+        for choice in json.loads(line)["choices"]
+    )
+    eventually(lambda: ready(impatient) and short_request_succeeds(impatient), "serving again")
+
+
+def test_the_official_client_sees_an_error_when_its_stream_breaks(
+    impatient: LocalSystem,
+) -> None:
+    eventually(lambda: ready(impatient), "ready")
+    client = openai.OpenAI(base_url=f"{impatient.url}/v1", api_key="none", max_retries=0)
     stream = client.completions.create(
         model="smollm2",
         prompt="Once upon a time",
@@ -113,8 +138,8 @@ def test_the_official_client_sees_an_error_when_its_stream_breaks(system: LocalS
     with pytest.raises(openai.APIError):  # noqa: PT012  the loop is what raises
         for count, _ in enumerate(stream):
             if count == 3:
-                system.processes("decode")[0].send_signal(signal.SIGKILL)
-    eventually(lambda: ready(system) and short_request_succeeds(system), "serving again")
+                impatient.processes("decode")[0].send_signal(signal.SIGKILL)
+    eventually(lambda: ready(impatient) and short_request_succeeds(impatient), "serving again")
 
 
 def test_a_prefill_worker_killed_while_it_computes_costs_only_time(system: LocalSystem) -> None:

@@ -35,6 +35,14 @@ def next_token(previous: int, index: int) -> int:
     return FIRST_ID + (7 * previous + index + 3) % NUM_IDS
 
 
+def token_after(request: GenerateRequest) -> int:
+    """What prefill makes of a request: decode's next token, where something has been written."""
+    outputs = request.output_token_ids
+    if not outputs:
+        return first_token(request.prompt_token_ids)
+    return next_token(outputs[-1], len(outputs))
+
+
 def expected_tokens(prompt: Sequence[int], count: int) -> list[int]:
     tokens = [first_token(prompt)]
     for index in range(1, count):

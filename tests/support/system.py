@@ -96,6 +96,7 @@ async def a_system(
     ranks: int = 1,
     num_blocks: int = 1000,
     max_waiting: int = 8,
+    patience_s: float = 0.0,
 ) -> AsyncGenerator[System]:
     fabric = Fabric()
     prefills = [SimulatedPrefill(f"prefill-{i}", fabric=fabric) for i in range(prefill)]
@@ -113,7 +114,11 @@ async def a_system(
     ]
     async with (
         open_serving(
-            "tcp://127.0.0.1:0", max_waiting=max_waiting, heartbeat_s=0.05, lease_s=LONG_S
+            "tcp://127.0.0.1:0",
+            max_waiting=max_waiting,
+            patience_s=patience_s,
+            heartbeat_s=0.05,
+            lease_s=LONG_S,
         ) as serving,
         serve_workers(serving.scheduler_address, [*prefills, *decodes]) as add,
     ):

@@ -48,8 +48,8 @@ from tests.support.arithmetic import (
     MODEL,
     a_worker_info,
     finish_of,
-    first_token,
     next_token,
+    token_after,
 )
 
 
@@ -213,7 +213,7 @@ class SimulatedDecode(_Worker):
     def _reserve(self, peer: bytes, message: Reserve) -> Granted | Rejected | None:
         self.reservations += 1
         request = message.request
-        needed = LAYOUT.blocks_for(len(request.prompt_token_ids))
+        needed = LAYOUT.blocks_for(request.num_context_tokens)
         if request.ref in self._tombstones or self.silent:
             return None
         if self.full or self.reject_all or needed > self.free_blocks:
@@ -238,7 +238,8 @@ class SimulatedDecode(_Worker):
         if granted is None:
             return
         peer, request, grant = granted
-        if finish_of(request, token, 1) is not None:
+        outputs = len(request.output_token_ids) + 1
+        if finish_of(request, token, outputs) is not None:
             self._release(ref)
             return
         del self._granted[ref]
@@ -246,7 +247,7 @@ class SimulatedDecode(_Worker):
             peer=peer,
             request=request,
             last=token,
-            offset=1,
+            offset=outputs,
             blocks=len(grant.block_ids),
         )
         self._work.set()
@@ -369,13 +370,13 @@ class SimulatedPrefill(_Worker):
         if self.errors:
             report = report_of(self.errors.pop(0), stage="prefill")
             return RequestFailed(ref=ref, worker=self.ref, error=report)
-        token = first_token(job.request.prompt_token_ids)
+        token = token_after(job.request)
         return PrefillDone(
             ref=ref,
             worker=self.ref,
             token_id=token,
             logprobs=None,
-            finish_reason=finish_of(job.request, token, 1),
+            finish_reason=finish_of(job.request, token, len(job.request.output_token_ids) + 1),
             cached_tokens=0,
             times=PrefillTimes(0.0, self.pace.first_token_s),
         )
