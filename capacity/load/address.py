@@ -39,11 +39,19 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
         return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
     def ssl_context(self) -> ssl.SSLContext | None:
+        """
+        Raises:
+            WrongOption: ``ca_file`` holds no certificates.
+        """
         if not self.tls:
             return None
         context = ssl.create_default_context()
         if self.ca_file is not None:
-            context.load_verify_locations(self.ca_file)
+            try:
+                context.load_verify_locations(self.ca_file)
+            except OSError as error:  # ssl.SSLError is one
+                reason = error.strerror or "no certificates in it"
+                raise WrongOption(f"--ca-file {self.ca_file}: {reason}") from None
         return context
 
 

@@ -1,7 +1,7 @@
 """A load test from plan to files: probe, stages or search, verdict, summary.
 
-The invariant: whatever happens after the first request, the folder holds a report of all that was
-measured, and the verdict says what it is worth. It knows neither options nor exit codes' callers.
+The invariant: once load has begun the folder holds every request that has ended, and after a stop
+by hand a report of them too. It knows neither options nor what is printed.
 """
 
 import secrets
@@ -57,9 +57,12 @@ async def run_bench(plan: Plan, view: View) -> Summary:
     run = Run(plan=plan, view=view, zero_ns=zero_ns)
     async with crew_of(plan.workers) as crew:
         found = await probe(plan_address, plan.api, with_nonce=bool(nonce))
+        try:
+            plan.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WrongOption(f"--out {plan.out}: {error.strerror}") from None
         workload = _workload(plan, found)
         view.say(_hello(plan, found, workload))
-        plan.out.mkdir(parents=True, exist_ok=True)
         with ExitStack() as files:
             requests = files.enter_context((plan.out / REQUESTS_FILE).open("wb"))
             metrics = files.enter_context((plan.out / METRICS_FILE).open("wb"))

@@ -4,7 +4,6 @@ A few small requests: the list of models, one generation that tells whether the 
 output lengths are taken, and one longer prompt that tells how words become tokens.
 """
 
-import asyncio
 from dataclasses import dataclass
 from time import monotonic_ns
 
@@ -16,7 +15,7 @@ from capacity.load.api import Api
 from capacity.load.client import Client
 from capacity.load.connection import Broken
 from capacity.load.errors import ServerUnusable
-from capacity.load.records import Record
+from capacity.load.records import Failure, Record
 from capacity.load.text import Calibration, Text
 from capacity.load.workload import nonce_words
 
@@ -70,7 +69,8 @@ async def _models(client: Client, address: Address) -> tuple[str, ...]:
     try:
         status, body = await client.get("/v1/models")
     except Broken as broken:
-        raise ServerUnusable(f"{address.url}: {broken.failure}: {broken}") from None
+        hint = "; is it an https URL, or --ca-file missing?" if _speaks_tls(broken) else ""
+        raise ServerUnusable(f"{address.url}: {broken.failure}: {broken}{hint}") from None
     if status in _UNAUTHORISED:
         raise ServerUnusable(f"{address.url} wants an API key (http {status}): --api-key-file FILE")
     models: list[str] = []
@@ -95,9 +95,12 @@ async def _ask(client: Client, words: int, *, with_nonce: bool) -> Record:
     record = Record(index=0, stage=-1, intended_ns=monotonic_ns())
     # Two tokens: some servers' streams of a single token differ from all others.
     request = client.request(client.api.body(prompt, 2))
-    async with asyncio.timeout(_PROBE_TIMEOUT_S):
-        await client.ask(request, record)
+    await client.ask(request, record)
     return record
+
+
+def _speaks_tls(broken: Broken) -> bool:
+    return "TLS" in str(broken) or broken.failure in (Failure.CLOSED, Failure.MALFORMED)
 
 
 def _calibration(short: int | None, long: int | None) -> Calibration:

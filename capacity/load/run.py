@@ -64,6 +64,7 @@ class Run:
             load=load,
             begin_ns=start_ns,
             duration_s=duration_s,
+            stages=None if plan.search else len(plan.stages),
         )
         order = Stage(
             number=state.number,

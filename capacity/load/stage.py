@@ -42,6 +42,7 @@ class StageState:
     load: Load
     begin_ns: int  # monotonic
     duration_s: float
+    stages: int | None = None  # that the run will have, None when that depends on outcomes
     records: list[Record] = field(default_factory=list)
     under_way: dict[int, int] = field(default_factory=dict)  # by worker
     late: dict[int, int] = field(default_factory=dict)

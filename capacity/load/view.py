@@ -135,11 +135,14 @@ class LiveView:
         from rich.table import Table
         from rich.text import Text
 
+        place = f"  ({state.number + 1} of {state.stages})" if (state.stages or 0) > 1 else ""
         finite = math.isfinite(state.duration_s) and state.duration_s > 0
         left = max(0.0, state.duration_s - now.elapsed_s) if finite else 0.0
+        if state.stages is not None:
+            left += (state.stages - state.number - 1) * state.duration_s
         line = Table.grid(padding=(0, 2))
         line.add_row(
-            Text(state.label, style="bold"),
+            Text.assemble((state.label, "bold"), place),
             ProgressBar(
                 total=state.duration_s if finite else None,
                 completed=min(now.elapsed_s, state.duration_s) if finite else 0,

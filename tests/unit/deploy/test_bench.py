@@ -35,13 +35,16 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--duration", "-1"], "--duration: -1 must be above 0"),
         (["--warmup", "40"], "--warmup: 40 must be less than the duration of 12 s"),
         (["--api-key-file", "/nowhere"], "--api-key-file: no API key in /nowhere"),
+        (["--out", "/dev/null/x"], "--out /dev/null/x: Not a directory"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_what_cannot_be_done_is_one_line(
     url: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, options: list[str], said: str
 ) -> None:
-    assert said in refusal(capsys, url, "--out", str(tmp_path), *options)
+    assert said in refusal(
+        capsys, url, *options, *([] if "--out" in options else ["--out", str(tmp_path)])
+    )
 
 
 def test_a_wrong_line_of_a_trace_is_named(
@@ -59,6 +62,7 @@ def test_a_wrong_line_of_a_trace_is_named(
         ("http://127.0.0.1:1", "nobody answers at http://127.0.0.1:1 (Connection refused)"),
         ("ftp://localhost", "write http://HOST:PORT"),
         ("http://host.invalid", "cannot resolve host.invalid"),
+        ("compare", "write `headrace bench compare A B`"),
     ],
 )
 def test_a_wrong_url_is_one_line(
