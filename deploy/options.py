@@ -40,6 +40,7 @@ OPTIONS = (
     Option("--host", ("gateway.host",), ("up", "gateway"), "HOST"),
     Option("--port", ("gateway.port",), ("up", "gateway")),
     Option("--api-keys-file", ("gateway.api_keys_file",), ("up", "gateway"), "FILE"),
+    Option("--metrics-compat", ("gateway.metrics_compat",), ("up", "gateway"), "WHICH"),
     Option("--scheduler", ("bus.scheduler",), ALL[1:], "ADDRESS"),
     Option("--cluster-key-file", ("bus.cluster_key_file",), ALL, "FILE"),
     Option("--name", ("model.name",), ("up", "gateway", "prefill", "decode"), "NAME"),

@@ -15,6 +15,7 @@ from protocol.ids import new_request_id
 from server.access import ApiKeys
 from server.error_bodies import error_body
 from server.openai.errors import HttpError, describe
+from server.tracing import TraceContext, trace_of
 
 MAX_HEADERS = 64
 MAX_HEADER_BYTES = 16 * 1024
@@ -49,11 +50,15 @@ class Admission:
         scope.setdefault("state", {})
         state = scope["state"]
         state |= {"answer_id": answer_id, "request_id": request_id.decode()}
+        trace = trace_of(headers)
+        state["trace"] = trace
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
                 spent_ms = b"%d" % ((monotonic() - arrived) * 1000)
                 ours = [(b"x-request-id", request_id), (b"openai-processing-ms", spent_ms)]
+                if trace is not None:
+                    ours.append((b"traceparent", trace.traceparent))
                 if (quota := state.get("quota")) is not None:
                     ours += quota.headers(monotonic())
                 message["headers"] = [*message["headers"], *ours]
@@ -144,6 +149,14 @@ async def send_error(send: Send, error: Exception, *, path: str) -> None:
     headers.append((b"content-length", b"%d" % len(body)))
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})
     await send({"type": "http.response.body", "body": body})
+
+
+def logged_ids(scope: Scope) -> dict[str, str]:
+    """What every line of the log says of this exchange."""
+    state = scope["state"]
+    ids = {"request": state["request_id"], "answer": state["answer_id"]}
+    trace: TraceContext | None = state.get("trace")
+    return ids if trace is None else {**ids, "trace": trace.trace_id}
 
 
 def time_allowed_s(scope: Scope, *, at_most: float) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from protocol.errors import EngineError
-from protocol.messages import FinishReason
+from protocol.messages import FinishReason, PrefillTimes
 from protocol.requests import GenerateRequest, TokenLogprobs
 from server.generation import Generator, TokenChunk
 from server.openai.schema import GenerationRequest
@@ -56,6 +56,7 @@ class Choice:
         "prompt_logprobs",
         "reasoning_tokens",
         "request",
+        "times",
         "token_ids",
         "tokens",
     )
@@ -94,6 +95,7 @@ class Choice:
         self.completion_tokens = 0
         self.cached_tokens = 0
         self.finish_reason: FinishReason | None = None
+        self.times: PrefillTimes | None = None
         self.prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
         self.tokens: list[Token] = []  # since they were last taken
         self.token_ids: list[int] = []  # likewise, and only when the caller wants them
@@ -105,6 +107,8 @@ class Choice:
 
     def accept(self, chunk: TokenChunk) -> str:
         """The text that may be shown now; empty while a character or stop string is open."""
+        if chunk.times is not None:
+            self.times = chunk.times
         self.cached_tokens += chunk.cached_tokens
         if chunk.prompt_logprobs is not None:
             self.prompt_logprobs = chunk.prompt_logprobs

@@ -6,6 +6,7 @@ wrappers around each event, would cost more than the rest of the gateway.
 """
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from http import HTTPStatus
 from time import monotonic
 from typing import Protocol
@@ -14,15 +15,17 @@ import anyio
 from starlette.types import Receive, Scope, Send
 
 from protocol.errors import Overloaded, ServingError
+from protocol.messages import PrefillTimes
 from runtime.log import bind, get_log
-from server.admission import read_json_body, time_allowed_s
+from server.admission import logged_ids, read_json_body, time_allowed_s
 from server.callers import ANYONE, Caller
+from server.error_bodies import error_body
 from server.exchange import exchange_of
 from server.metrics import HttpMetrics, RequestOutcome, outcome_of
 from server.openai.answer import Answer, Kind, Services
 from server.openai.choice import Choice, run_choice
 from server.openai.errors import HttpError, describe
-from server.openai.sse import EventStream, Outcome, StreamTimes, unless_hung_up
+from server.openai.sse import DONE, EventStream, Outcome, StreamTimes, unless_hung_up
 from server.openai.streaming import AnswerStream
 from server.quotas import UNLIMITED, Quota
 from server.responses.background import BackgroundResponses
@@ -88,7 +91,7 @@ class GenerationEndpoint:
         try:
             quota.begin(arrived)
             admitted = True
-            with bind(request=state["request_id"], answer=state["answer_id"]):
+            with bind(**logged_ids(scope)):
                 outcome = await self._answer(scope, receive, send, arrived, quota)
         except (ServingError, HttpError) as error:
             outcome = outcome_of(describe(error).status)
@@ -134,12 +137,19 @@ class GenerationEndpoint:
         exchange = exchange_of(scope, send)
         try:
             if answer.asked.stream:
-                stream = EventStream(exchange, send, headers=headers, times=self._times)
+                stream = EventStream(
+                    exchange,
+                    send,
+                    headers=headers,
+                    times=self._times,
+                    ending=DONE if answer.form is None else b"",
+                    error_body=partial(error_body, path=scope["path"]),
+                )
                 return _STREAM_OUTCOMES[await stream.run(run.stream_to)]
             texts: list[str] = []
             if not await unless_hung_up(exchange, lambda: run.collect_into(texts)):
                 return "disconnected"
-            await _send_json(send, answer.body(texts), headers)
+            await _send_json(send, answer.body(texts), headers + run.timing_headers())
         finally:
             quota.give_back_tokens(asked_tokens - answer.used_tokens(), monotonic())
             run.account()
@@ -164,12 +174,14 @@ class AnswerRun:
         self._arrived = arrived
         self._deadline = deadline
         self._last_token: list[float | None] = [None] * len(answer.choices)
+        self._timing: tuple[PrefillTimes, float] | None = None
 
     async def stream_to(self, stream: EventStream) -> None:
         answer_stream = AnswerStream(self._answer, stream)
 
         def deliver(choice: Choice, text: str) -> None:
-            self._observe(choice)
+            if self._observe(choice):
+                stream.add_headers(self.timing_headers())
             answer_stream.deliver(choice, text)
 
         await self._run(deliver)
@@ -220,14 +232,36 @@ class AnswerRun:
         deadline_s = self._deadline - monotonic()
         await run_choice(choice, self._generator, deadline_s=deadline_s, deliver=deliver)
 
-    def _observe(self, choice: Choice) -> None:
+    def _observe(self, choice: Choice) -> bool:
+        """Whether these are the first tokens of the whole answer."""
         now = monotonic()
         last = self._last_token[choice.index]
         self._last_token[choice.index] = now
-        if last is None:
-            self._metrics.first_token.observe(now - self._arrived)
-        else:
+        if last is not None:
             self._metrics.token_gap.observe(now - last)
+            return False
+        self._metrics.first_token.observe(now - self._arrived)
+        if self._timing is not None:
+            return False
+        self._timing = (choice.times or PrefillTimes(0.0, 0.0), now - self._arrived)
+        return True
+
+    def timing_headers(self) -> list[tuple[bytes, bytes]]:
+        """Where the time to the first token went, in milliseconds: ``wait`` is for a decode rank
+        and on the way, ``queue`` and ``prefill`` are at the prefill worker.
+        """
+        if self._timing is None:
+            return []
+        times, first_s = self._timing
+        wait_s = max(0.0, first_s - times.queue_s - times.compute_s)
+        stages = (
+            (b"wait", wait_s),
+            (b"queue", times.queue_s),
+            (b"prefill", times.compute_s),
+            (b"ttft", first_s),
+        )
+        shown = b", ".join(b"%b;dur=%.1f" % (name, 1000 * seconds) for name, seconds in stages)
+        return [(b"server-timing", shown)]
 
     def account(self) -> None:
         """Count the tokens, however the answer ended."""

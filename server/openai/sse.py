@@ -9,7 +9,7 @@ that breaks off ends with an error event, and then the connection is cut.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from http import HTTPStatus
@@ -21,7 +21,7 @@ from starlette.types import Send
 from protocol.errors import ServingError
 from runtime.log import get_log
 from server.exchange import Exchange, finish_at_once
-from server.openai.errors import describe
+from server.openai.errors import ErrorAnswer, describe
 
 log = get_log(__name__)
 
@@ -83,7 +83,12 @@ class EventStream:
         *,
         headers: list[tuple[bytes, bytes]],
         times: StreamTimes,
+        ending: bytes = DONE,
+        error_body: Callable[[ErrorAnswer], bytes] = ErrorAnswer.body,
     ) -> None:
+        """``ending`` is what comes after the last event of a complete answer."""
+        self._ending = ending
+        self._error_body = error_body
         self._exchange = exchange
         self._send = send
         self._headers = [*_HEADERS, *headers]
@@ -96,6 +101,11 @@ class EventStream:
         self._caught_up: anyio.Event | None = None  # while somebody waits for it
         self._quiet_since = monotonic()
         self._ended_by: Outcome | None = None
+
+    def add_headers(self, headers: Sequence[tuple[bytes, bytes]]) -> None:
+        """To be sent with the first event, which must not have been written yet."""
+        if not self._started:
+            self._headers += headers
 
     @property
     def keeps_up(self) -> bool:
@@ -177,13 +187,13 @@ class EventStream:
         if not self._started:
             self._start()
         self._ended_by = Outcome.COMPLETE  # whatever the client does from here on
-        events = self._take_kept() + DONE
+        events = self._take_kept() + self._ending
         await self._send({"type": "http.response.body", "body": events, "more_body": False})
 
     async def _break_off(self, failure: Exception) -> None:
         """Say what happened. The body stays unfinished, so the server cuts the connection."""
         self._keep_gathered()
-        self.write(b"event: error\ndata: " + describe(failure).body() + b"\n\n")
+        self.write(b"event: error\ndata: " + self._error_body(describe(failure)) + b"\n\n")
         await self._until_caught_up()
         self._ended_by = Outcome.FAILED
 

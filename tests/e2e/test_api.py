@@ -152,3 +152,49 @@ def test_forced_calls_parse_at_a_high_temperature(system: LocalSystem) -> None:
         arguments = json.loads(call["function"]["arguments"])
         assert set(arguments) == {"city", "unit"}
         assert arguments["unit"] in ("celsius", "kelvin")
+
+
+def test_an_answer_says_where_the_time_to_its_first_token_went(system: LocalSystem) -> None:
+    trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+    headers = {"x-request-id": "mine-1", "traceparent": trace}
+    for stream in (False, True):
+        body = {"model": "smollm2", "prompt": "x", "max_tokens": 2, "stream": stream}
+        answer = httpx.post(f"{system.url}/v1/completions", json=body, headers=headers, timeout=60)
+        assert answer.headers["x-request-id"] == "mine-1"
+        assert answer.headers["traceparent"].split("-")[1] == trace.split("-")[1]
+        timing = dict(re.findall(r"(\w+);dur=([0-9.]+)", answer.headers["server-timing"]))
+        assert set(timing) == {"wait", "queue", "prefill", "ttft"}
+        assert float(timing["ttft"]) >= float(timing["prefill"]) > 0
+
+
+def test_a_deadline_ends_in_504_and_names_the_stage(system: LocalSystem) -> None:
+    body = {"model": "smollm2", "prompt": "x", "max_tokens": 2000, "ignore_eos": True}
+    headers = {"x-request-timeout": "0.5"}
+    answer = httpx.post(f"{system.url}/v1/completions", json=body, headers=headers, timeout=60)
+    assert answer.status_code == 504
+    error = answer.json()["error"]
+    assert error["type"] == "timeout_error"
+    assert "stage: decode" in error["message"]
+
+
+def test_the_other_apis_answer_with_real_tokens(system: LocalSystem) -> None:
+    with httpx.Client(base_url=system.url, timeout=60) as client:
+        response = client.post(
+            "/v1/responses", json={"model": "smollm2", "input": "Hi", "max_output_tokens": 8}
+        ).json()
+        message = client.post(
+            "/v1/messages",
+            json={
+                "model": "smollm2",
+                "messages": [{"role": "user", "content": "Hi"}],
+                "max_tokens": 8,
+            },
+        ).json()
+        begun = client.post(
+            "/v1/responses",
+            json={"model": "smollm2", "input": "Hi", "background": True, "max_output_tokens": 500},
+        ).json()
+        cancelled = client.post(f"/v1/responses/{begun['id']}/cancel").json()
+    assert response["output"][0]["content"][0]["text"]
+    assert message["content"][0]["text"]
+    assert (begun["status"], cancelled["status"]) == ("in_progress", "cancelled")
