@@ -31,6 +31,7 @@ from engine.kvcache.storage import LayerCache
 RUN = 256
 _TOKENS = 4  # keys of a register block
 _QUERIES = MOST_SUMS // _TOKENS
+_BLOCKS_AHEAD = 2
 _EARLY_BYTES = 4096  # of the next block; the processor itself goes on from there
 
 
@@ -110,7 +111,7 @@ def attend_to_context(shape: Shape) -> Any:
             for t in range(0, count, block_tokens):
                 number = (first + t) // block_tokens
                 keys = blocks + load_integer(table, number) * stride
-                following = blocks + load_integer(table, min(number + 1, last)) * stride
+                following = blocks + load_integer(table, min(number + _BLOCKS_AHEAD, last)) * stride
                 fetch_early(following, early)
                 fetch_early(keys + values, early)
                 score(rotated, keys, scratch + 4 * t)

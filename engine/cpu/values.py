@@ -86,7 +86,10 @@ def store_integer(typing_context: Any, address: Any, number: Any, value: Any) ->
 
 @intrinsic(prefer_literal=True)
 def fetch_early(typing_context: Any, address: Any, num_bytes: Any) -> Any:
-    """Ask for ``num_bytes`` (a constant) of memory that will be read soon, from any address."""
+    """Ask for ``num_bytes`` (a constant) of memory that will be read soon, from any address.
+
+    Into the outer caches: the innermost has room for few requests on the way, and waits.
+    """
     chosen = num_bytes.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -96,10 +99,10 @@ def fetch_early(typing_context: Any, address: Any, num_bytes: Any) -> Any:
         if function is None:
             kind = ir.FunctionType(ir.VoidType(), [pointer, _WORD, _WORD, _WORD])
             function = ir.Function(builder.module, kind, name)
-        read, near, data = (ir.Constant(_WORD, value) for value in (0, 3, 1))
+        read, far, data = (ir.Constant(_WORD, value) for value in (0, 1, 1))
         for offset in range(0, chosen, _LINE_BYTES):
             at = builder.add(arguments[0], ir.Constant(ir.IntType(64), offset))
-            builder.call(function, [builder.inttoptr(at, pointer), read, near, data])
+            builder.call(function, [builder.inttoptr(at, pointer), read, far, data])
         return context.get_dummy_value()
 
     return types.void(types.int64, num_bytes), generate
