@@ -2,8 +2,8 @@
 
 A replica carries its expert's load divided by the number of replicas. Experts are replicated where
 that share is largest, packed on ranks heaviest first, and then exchanged between the busiest rank
-and the others while that helps. Pure: the same load gives the same placement on every rank, which
-is how ranks agree on one. How load is counted and how experts move is unknown here.
+and the others while that helps. Pure: ranks that start with the same recorded load place alike.
+How load is counted and how experts move is unknown here.
 
 Replication and packing are those of DeepSeek's EPLB, with ranks that never hold an expert twice,
 any number of ranks, and few moves.
@@ -45,7 +45,7 @@ class Balance:
 
 
 def _at_once() -> None:
-    """Nobody waits for this thread."""
+    """Nobody waits for the lock that this thread holds."""
 
 
 def balance(
