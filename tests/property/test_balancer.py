@@ -1,6 +1,7 @@
 """A balanced placement is always a right one, and even where the load allows it."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -99,6 +100,20 @@ def test_skewed_load_on_72_ranks_is_even_to_five_percent(exponent: float, mode: 
     found = balance_of(load, balance(load, NVL72, 4, mode=mode))
     assert found.max_over_mean <= 1.05
     assert found.balancedness == pytest.approx(1 / found.max_over_mean)
+
+
+@pytest.mark.parametrize("exponent", [0.5, 0.7, 0.8, 0.9, 1.0, 1.2])
+def test_the_documents_have_what_the_balancer_finds(exponent: float) -> None:
+    load = zipf(exponent)
+    even = balance_of(load, place_evenly(256, 72, 32))
+    four, five = (
+        balance_of(load, balance(load, NVL72, slots, mode="hierarchical")) for slots in (4, 5)
+    )
+    line = (
+        f"| {exponent} | {max(load) / sum(load):.1%} | {even.max_over_mean:.2f} "
+        f"| {four.max_over_mean:.3f} | {four.bound:.3f} | {five.max_over_mean:.3f} |"
+    )
+    assert line in (Path(__file__).parents[2] / "docs" / "wide-ep.md").read_text()
 
 
 def test_load_that_288_slots_cannot_spread_is_even_with_more_slots() -> None:
