@@ -6,7 +6,6 @@ from typing import Annotated
 from pydantic import ByteSize, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from runtime.settings import (
-    Address,
     BusSettings,
     Device,
     HostPort,
@@ -14,6 +13,7 @@ from runtime.settings import (
     ModelSettings,
     ProcessSettings,
     Settings,
+    WorkerAddress,
 )
 
 
@@ -87,8 +87,8 @@ class DecodeSettings(Settings):
     worker_id: str = "decode-0"
     """Of the whole group, unique in the cluster; rank 3 announces itself as decode-0/3."""
 
-    bind: Address = "tcp://127.0.0.1:0"
-    """Where gateways reach this rank. Port 0 takes a free one; it is announced."""
+    bind: WorkerAddress = "tcp://127.0.0.1:0"
+    """Where gateways reach this rank; KV by tcp comes to the same host. Port 0 takes a free one."""
 
     device: Device = "cpu"
     """cpu, cuda or cuda:N."""

@@ -39,6 +39,7 @@ from runtime.log import get_log
 from runtime.mailbox import Outbox
 from runtime.registration import Registration
 from runtime.reporting import report, weights_progress
+from runtime.settings import host_of
 from runtime.worker_process import ToPeer, WorkerProcess
 
 log = get_log(__name__)
@@ -180,6 +181,7 @@ def _make_engine(  # noqa: PLR0917  partially applied
         worker,
         lambda event: loop.post_transfer(event),  # noqa: PLW0108  made below
         transports=TRANSPORTS if settings.kv.transport == "auto" else (settings.kv.transport,),
+        host=host_of(settings.bind),
         cluster_key=None if key is None else key.derive("kv"),
     )
     events = asyncio.get_running_loop()

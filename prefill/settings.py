@@ -3,13 +3,13 @@
 from pydantic import ByteSize, PositiveInt
 
 from runtime.settings import (
-    Address,
     BusSettings,
     Device,
     KVSettings,
     ModelSettings,
     ProcessSettings,
     Settings,
+    WorkerAddress,
 )
 
 
@@ -25,7 +25,7 @@ class PrefillSettings(Settings):
     worker_id: str = "prefill-0"
     """Unique in the cluster and stable across restarts of the process."""
 
-    bind: Address = "tcp://127.0.0.1:0"
+    bind: WorkerAddress = "tcp://127.0.0.1:0"
     """Where gateways reach this worker. Port 0 takes a free one; it is announced."""
 
     device: Device = "cpu"

@@ -9,7 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveInt,
+)
 
 from protocol.errors import ConfigError
 
@@ -24,6 +32,25 @@ Transport = Literal["auto", "shm", "tcp"]
 _HOST_PORT = r"([^:/\s\[\]]+|\[[0-9a-fA-F:]+\]):\d{1,5}$"
 HostPort = Annotated[str, Field(pattern=rf"^{_HOST_PORT}")]
 Address = Annotated[str, Field(pattern=rf"^tcp://{_HOST_PORT}")]
+
+
+def host_of(address: str) -> str:
+    """The host of ``tcp://host:port``, without the brackets of an IPv6 address."""
+    return address.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+
+
+def _one_interface(address: str) -> str:
+    host = host_of(address)
+    if host in ("0.0.0.0", "::", "*"):
+        raise ValueError(
+            f"{address} is every interface, and others are told this address: "
+            "name the one at which they reach this worker"
+        )
+    return address
+
+
+# Where a worker listens, which is also what it tells others.
+WorkerAddress = Annotated[Address, AfterValidator(_one_interface)]
 Device = Annotated[str, Field(pattern=r"^(cpu|cuda(:\d+)?)$")]
 
 
