@@ -15,6 +15,7 @@ from pathlib import Path
 
 from deploy.bench_options import add_bench_options
 from deploy.config import KEYS, WrongSetting, variable
+from deploy.conformance_options import add_conformance_options
 from deploy.exits import DONE, FAILED, INTERRUPTED, USAGE
 from deploy.options import OPTIONS, add_options, configuration
 from deploy.plan_placement import add_plan_options, show_plan
@@ -31,6 +32,7 @@ VERBS = {
     "decode": "run one rank of a decode worker, or all of them as child processes",
     "status": "show what a running system serves and how its workers do",
     "bench": "test a server under load and say what it can do",
+    "conformance": "ask any OpenAI-compatible server whether it does what clients need",
     "plan": "say how a model's experts are placed on so many ranks, and what room that leaves",
     "settings": "list every setting with its default, variable and meaning",
     "key": "make a cluster key file, which processes on several machines share",
@@ -86,6 +88,7 @@ def parser() -> argparse.ArgumentParser:
         help="write the experts' load there, for decode.experts.load_file",
     )
     add_bench_options(verbs.choices["bench"])
+    add_conformance_options(verbs.choices["conformance"])
     add_plan_options(verbs.choices["plan"])
     verbs.choices["settings"].add_argument("--json", action="store_true", help="print JSON")
     verbs.choices["key"].add_argument("file", metavar="FILE", type=Path, help="must not exist yet")
@@ -142,10 +145,8 @@ def _run(chosen: argparse.Namespace) -> int:
             experts=chosen.experts,
             record_file=chosen.record,
         )
-    elif verb == "bench":
-        from deploy.bench import bench
-
-        return bench(chosen)
+    elif verb in ("bench", "conformance"):
+        return _test_server(chosen)
     elif verb == "up":
         from deploy.up import up
 
@@ -153,6 +154,16 @@ def _run(chosen: argparse.Namespace) -> int:
     else:
         return run_role(verb, configuration(chosen, verb, headrace_environment()))
     return DONE
+
+
+def _test_server(chosen: argparse.Namespace) -> int:
+    if chosen.verb == "bench":
+        from deploy.bench import bench
+
+        return bench(chosen)
+    from deploy.conformance import conformance
+
+    return conformance(chosen)
 
 
 def _print_settings(*, as_json: bool) -> None:

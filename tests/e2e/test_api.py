@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from benchmarks.local_system import LocalSystem
+from capacity.conformance.suite import run_suite
 from tests.e2e.conftest import Start
 from tests.e2e.test_faults import FLAGS
 
@@ -198,3 +199,12 @@ def test_the_other_apis_answer_with_real_tokens(system: LocalSystem) -> None:
     assert response["output"][0]["content"][0]["text"]
     assert message["content"][0]["text"]
     assert (begun["status"], cancelled["status"]) == ("in_progress", "cancelled")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_what_clients_need_holds_here(system: LocalSystem) -> None:
+    found = list(run_suite(f"{system.url}/v1", api_key=None, model=None, timeout_s=120))
+    assert [(f.case.name, f.detail) for f in found if f.outcome == "fails"] == []
+    missing = {f.case.name for f in found if f.outcome == "not offered"}
+    assert missing <= {"chat.reasoning-names"}
