@@ -60,7 +60,7 @@ class Kernel:
 
     ``constants`` tell it from other kernels of the same function with other values in its closure.
     Arguments are not checked: what is at an address must stay there until the call returns.
-    Python's lock is not held meanwhile. Not for several threads of Python at once.
+    Python's lock is not held meanwhile.
     """
 
     def __init__(self, function: Callable[..., None], constants: Hashable) -> None:
@@ -68,18 +68,15 @@ class Kernel:
         with _one_process_at_a_time():
             compiled = _compile(function, constants)
         self._compiled = compiled  # owns the machine code
-        self._address = ctypes.c_void_p(compiled.address)
-        self._call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
-        self._arguments = bytearray(8 * _MOST_ARGUMENTS)
-        view = (ctypes.c_int64 * _MOST_ARGUMENTS).from_buffer(self._arguments)
-        self._place = ctypes.c_void_p(ctypes.addressof(view))
+        self._address = compiled.address
+        self._call = ctypes.CFUNCTYPE(None, ctypes.c_char_p)(compiled.address)
 
     def __call__(self, *arguments: int, threads: int = 1) -> None:
-        _PACKERS[len(arguments)].pack_into(self._arguments, 0, *arguments)
+        packed = _PACKERS[len(arguments)].pack(*arguments)
         if threads > 1 and self._runtime is not None:
-            self._runtime.GOMP_parallel(self._address, self._place, threads, 0)
+            self._runtime.GOMP_parallel(self._address, packed, threads, 0)
         else:
-            self._call(self._place)
+            self._call(packed)
 
 
 @cache
@@ -88,6 +85,12 @@ def _load_runtime() -> Any:
     for path in sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*")):
         runtime = ctypes.CDLL(str(path))
         runtime.GOMP_parallel.restype = None
+        runtime.GOMP_parallel.argtypes = (
+            ctypes.c_void_p,
+            ctypes.c_char_p,
+            ctypes.c_uint,
+            ctypes.c_uint,
+        )
         llvm.load_library_permanently(str(path))
         return runtime
     for name, function in (("omp_get_thread_num", _zero), ("omp_get_num_threads", _one)):
