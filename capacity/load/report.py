@@ -19,6 +19,7 @@ FILE = "report.html"
 _CDF_POINTS = 200
 _BINS = 240
 _MOST_DOTS = 4000
+_MOST_COUNTERS = 24
 _WHOLE = 100  # figures from here on are shown without decimals
 
 
@@ -114,6 +115,7 @@ def report_data(
         ],
         "faults": _faults(summary),
         "table": [HEAD, *(row(stage.label, stage.figures) for stage in summary.stages)],
+        "counters": _counters(summary),
         "settings": _settings(summary),
         "environment": _environment(summary),
     }
@@ -256,6 +258,18 @@ def _faults(summary: Summary) -> list[dict[str, Any]]:
             }
         )
     return faults
+
+
+def _counters(summary: Summary) -> list[tuple[str, str]]:
+    """What the server's own counters gained, without the sums and counts of its histograms."""
+    gains = {
+        name: gain
+        for name, gain in summary.server_counters.items()
+        if not name.partition("{")[0].endswith(("_sum", "_count"))
+        and not name.startswith(("python_", "process_"))
+    }
+    most = sorted(gains.items(), key=lambda item: -item[1])[:_MOST_COUNTERS]
+    return [(name, f"{gain:,.6g}") for name, gain in sorted(most)]
 
 
 def _settings(summary: Summary) -> list[tuple[str, str]]:

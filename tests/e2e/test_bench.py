@@ -16,6 +16,9 @@ from tests.support.scripted_server import Reference, Script, Sent, scripted_serv
 pytestmark = pytest.mark.timeout(120)
 MS = 1e6
 SECOND = 1_000_000_000
+# A busy machine makes a measurement invalid, which is 2; whether it is, is no test's business.
+MEASURED = (0, 2)
+MISSED = (1, 2)
 
 
 def command(url: str, out: Path, *options: str) -> list[str]:
@@ -58,7 +61,7 @@ def test_every_percentile_is_that_of_the_servers_own_clock(tmp_path: Path) -> No
     script = Script(per_chunk=2, stalls=[(1.5, 0.3)])
     with scripted_server(script) as reference:
         ended = bench(reference.url, tmp_path, "--rate", "60", "--duration", "4", "--warmup", "0")
-        assert ended.returncode in (0, 2), ended.stderr
+        assert ended.returncode in MEASURED, ended.stderr
         log = reference.generations
     (stage,) = summary_in(tmp_path)["stages"]
     figures = stage["figures"]
@@ -83,7 +86,7 @@ def test_every_percentile_is_that_of_the_servers_own_clock(tmp_path: Path) -> No
 def test_a_stall_shows_from_intended_in_every_request_due_meanwhile(tmp_path: Path) -> None:
     with scripted_server(Script(stalls=[(1.0, 1.0)])) as reference:
         options = ("--rate", "40", "--arrivals", "constant", "--duration", "3")
-        assert bench(reference.url, tmp_path, *options).returncode in (0, 2)
+        assert bench(reference.url, tmp_path, *options).returncode in MEASURED
     sides = both_sides(reference, tmp_path)
     stall_end = sides[0][1].arrived_ns + 2 * SECOND
     due = [
@@ -121,7 +124,7 @@ def test_every_attempt_counts_and_errors_have_classes(tmp_path: Path) -> None:
     assert figures["attempts"] == figures["succeeded"] + 5
     assert figures["attainment"]["good"] == figures["succeeded"]
     assert summary_in(tmp_path)["verdict"]["slo_met"] is False
-    assert ended.returncode in (1, 2)
+    assert ended.returncode in MISSED
 
 
 @pytest.mark.parametrize("endpoint", ["chat", "completions", "responses"])
@@ -130,7 +133,7 @@ def test_all_endpoints_are_measured(tmp_path: Path, endpoint: str, stream: bool)
     with scripted_server(Script(spaced_json=True)) as reference:
         options = ["--endpoint", endpoint, "--concurrency", "2", "--requests", "6", "--warmup", "0"]
         ended = bench(reference.url, tmp_path, *options, *([] if stream else ["--no-stream"]))
-    assert ended.returncode == 0, ended.stderr
+    assert ended.returncode in MEASURED, ended.stderr
     records = requests_in(tmp_path)
     assert [record.get("error") for record in records] == [None] * 6
     assert {record["output_tokens"] for record in records} == {10}
@@ -155,7 +158,7 @@ def test_equal_seeds_send_equal_requests_at_equal_times(tmp_path: Path) -> None:
 def test_conversations_carry_what_was_said(tmp_path: Path) -> None:
     with scripted_server(Script(first_token_s=0.005, token_s=0.001)) as reference:
         options = ("--concurrency", "1", "--requests", "2", "--turns", "3", "--think", "0.01")
-        assert bench(reference.url, tmp_path, *options).returncode == 0
+        assert bench(reference.url, tmp_path, *options).returncode in MEASURED
     lengths = [len(sent.body["messages"]) for sent in reference.generations]  # type: ignore[arg-type]
     assert lengths == [1, 3, 5, 1, 3, 5]
     last = reference.generations[2].body["messages"]
@@ -166,7 +169,7 @@ def test_conversations_carry_what_was_said(tmp_path: Path) -> None:
 def test_a_server_without_extensions_or_usage_is_measured_as_far_as_it_goes(tmp_path: Path) -> None:
     with scripted_server(Script(exact_length=False, usage=False)) as reference:
         ended = bench(reference.url, tmp_path, "--concurrency", "2", "--requests", "6")
-    assert ended.returncode == 0, ended.stderr
+    assert ended.returncode in MEASURED, ended.stderr
     summary = summary_in(tmp_path)
     assert summary["target"]["exact_length"] is False
     assert "had no usage" in " ".join(summary["verdict"]["notes"])
@@ -204,7 +207,7 @@ def test_a_trace_with_shared_blocks_is_replayed_on_time(tmp_path: Path) -> None:
         ended = bench(
             reference.url, tmp_path, "--trace", str(trace), "--speed", "2", "--warmup", "0"
         )
-    assert ended.returncode in (0, 2), ended.stderr
+    assert ended.returncode in MEASURED, ended.stderr
     begin = summary_in(tmp_path)["stages"][0]["begin_ns"]
     due = sorted(record["intended_ns"] - begin for record in requests_in(tmp_path))
     assert due == [50_000_000 * n for n in range(10)]
@@ -220,7 +223,7 @@ def test_a_search_finds_the_rate_that_a_server_can_hold(tmp_path: Path) -> None:
         ended = bench(reference.url, tmp_path, *options)
     found = summary_in(tmp_path)["search"]
     assert found["highest"] is None
-    assert ended.returncode in (1, 2)
+    assert ended.returncode in MISSED
 
 
 def test_metrics_of_the_server_are_kept(tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ class _Connection(asyncio.Protocol):
             return
         self._buffer = body[wanted:]
         method, path, _ = head.split(b" ", 2)
-        if method == b"GET":
+        if method != b"POST":
             self._get(path.decode())
         else:
             self._generate(path.decode(), json.loads(body[:wanted]))
@@ -241,7 +241,9 @@ def _chat(text: str, finish: str, *, whole: bool = False) -> dict[str, object]:
     delta = {"role": "assistant", "content": text} if finish == "assistant" else {"content": text}
     reason = finish if finish not in ("", "assistant") else None
     part = {"message": delta} if whole else {"delta": delta if reason is None else {}}
-    return {"id": "x", "choices": [{"index": 0, **part, "finish_reason": reason}]}
+    kind = "chat.completion" if whole else "chat.completion.chunk"
+    choice = {"index": 0, **part, "finish_reason": reason}
+    return {"id": "x", "object": kind, "created": 1, "model": "scripted", "choices": [choice]}
 
 
 def _completion(text: str, finish: str, *, whole: bool = False) -> dict[str, object]:
@@ -258,7 +260,8 @@ def _response(text: str, finish: str, *, whole: bool = False) -> dict[str, objec
 
 
 def _wanted(body: dict[str, object]) -> int:
-    return int(str(body.get("max_tokens") or body.get("max_output_tokens") or 1))
+    limits = ("max_tokens", "max_completion_tokens", "max_output_tokens")
+    return next((int(str(body[name])) for name in limits if body.get(name)), 1)
 
 
 @contextmanager

@@ -45,6 +45,7 @@
   if (data.server.length) bars(section("Where the server spent the time", "Mean of each stage in its server-timing header, before the first token"), data.server, "ms");
   for (const fault of data.faults) facts(section(`Fault: ${fault.text}`, fault.process), fault.facts);
   table(section("All stages", "Latencies in ms from the intended time; – where the sample is too small", true), data.table[0], data.table.slice(1));
+  if (data.counters.length) facts(section("What the server counted", "By how much counters of its /metrics rose over the whole test", true), data.counters.map(([name, gain]) => [gain, name]));
   facts(section("Settings"), data.settings);
   facts(section("Client and machine"), data.environment);
 }
