@@ -5,10 +5,12 @@ the benchmark needs: where the first event is, where an answer ends, and how man
 """
 
 import asyncio
+import itertools
 import json
 import random
 import re
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 from urllib.parse import urlsplit
@@ -68,14 +70,17 @@ class _Connection(asyncio.Protocol):
             self._answer.set_exception(RuntimeError(why))
 
 
-async def _load(url: str, body: dict[str, object], concurrency: int, rounds: int) -> Load:
+async def _load(
+    url: str, bodies: Sequence[Mapping[str, object]], concurrency: int, rounds: int
+) -> Load:
     parts = urlsplit(url)
     host, port = parts.hostname or "127.0.0.1", parts.port or 80
-    payload = json.dumps(body).encode()
-    request = (
-        b"POST %b HTTP/1.1\r\nHost: %b\r\nContent-Type: application/json\r\n"
-        b"Content-Length: %d\r\n\r\n%b"
-        % (parts.path.encode(), parts.netloc.encode(), len(payload), payload)
+    head = (
+        f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
+    ).encode()
+    payloads = [json.dumps(body).encode() for body in bodies]
+    requests = itertools.cycle(
+        b"%bContent-Length: %d\r\n\r\n%b" % (head, len(payload), payload) for payload in payloads
     )
     load = Load()
     loop = asyncio.get_running_loop()
@@ -84,7 +89,7 @@ async def _load(url: str, body: dict[str, object], concurrency: int, rounds: int
         transport, connection = await loop.create_connection(_Connection, host, port)
         await asyncio.sleep(random.random() * 0.5)  # so that streams do not run in step
         for _ in range(rounds):
-            first_token_s, tokens = await connection.ask(request)
+            first_token_s, tokens = await connection.ask(next(requests))
             load.first_token_s.append(first_token_s)
             load.tokens += tokens
         transport.close()
@@ -97,6 +102,10 @@ async def _load(url: str, body: dict[str, object], concurrency: int, rounds: int
     return load
 
 
-def run_load(url: str, body: dict[str, object], *, concurrency: int, rounds: int) -> Load:
-    """Run ``rounds`` streams on each of ``concurrency`` connections and wait for all of them."""
-    return uvloop.run(_load(url, body, concurrency, rounds))
+def run_load(
+    url: str, bodies: Sequence[Mapping[str, object]], *, concurrency: int, rounds: int
+) -> Load:
+    """Run ``rounds`` streams on each of ``concurrency`` connections and wait for all of them. The
+    requests' bodies are ``bodies``, one after the other and from the start again.
+    """
+    return uvloop.run(_load(url, bodies, concurrency, rounds))
