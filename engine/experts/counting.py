@@ -21,13 +21,13 @@ class ExpertCounts:
         self._counts_LC = torch.zeros(
             len(self.layers), num_experts + 1, dtype=torch.int64, device=device
         )
+        self._row_of = dict(zip(self.layers, self._counts_LC.unbind(), strict=True))
         self._one = torch.ones(1, dtype=torch.int64, device=device)
 
     def add(self, layer: int, ids_TK: Tensor) -> None:
         """Count the choices of one layer, without waiting for the device."""
-        counts_C = self._counts_LC[self.layers.index(layer)]
         chosen = ids_TK.flatten() + 1
-        counts_C.scatter_add_(0, chosen, self._one.expand(chosen.shape[0]))
+        self._row_of[layer].scatter_add_(0, chosen, self._one.expand(chosen.shape[0]))
 
     def take(self) -> tuple[tuple[int, ...], ...]:
         """Counts by layer and expert since the last call. Waits for the device."""
