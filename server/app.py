@@ -30,6 +30,7 @@ from server.openai.errors import HttpError, describe
 from server.openai.models import ModelEndpoints
 from server.openai.sse import StreamTimes
 from server.openai.tokens import TokenEndpoints
+from server.openapi import openapi
 from server.responses.background import BackgroundResponses
 from server.responses.endpoints import StoredResponseEndpoints
 from server.responses.plan import ResponsePlan
@@ -99,6 +100,7 @@ def create_app(
             Route("/ready", operations.ready),
             Route("/metrics", operations.metrics),
             Route("/version", operations.version),
+            Route("/openapi.json", operations.openapi),
         ],
         exception_handlers={
             ServingError: answer_error,
@@ -139,10 +141,10 @@ class OperationEndpoints:
         return Response(shown, headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def version(self, _request: Request) -> Response:
-        try:
-            return _json({"version": version("headrace")})
-        except PackageNotFoundError:  # run from a source tree that is not installed
-            return _json({"version": "unknown"})
+        return _json({"version": _version()})
+
+    async def openapi(self, _request: Request) -> Response:
+        return _json(openapi(_version()))
 
 
 async def answer_error(request: Request, error: Exception) -> Response:
@@ -164,6 +166,13 @@ async def answer_routing_error(request: Request, error: Exception) -> Response:
     else:
         wrong = HttpError(status, "there is nothing at this path; the API is under /v1")
     return await answer_error(request, wrong)
+
+
+def _version() -> str:
+    try:
+        return version("headrace")
+    except PackageNotFoundError:  # run from a source tree that is not installed
+        return "unknown"
 
 
 def _json(body: dict[str, object], status: HTTPStatus = HTTPStatus.OK) -> Response:

@@ -485,3 +485,14 @@ def test_what_cannot_be_tokenised_is_refused_by_name(
     path: str, body: dict[str, Any], param: str
 ) -> None:
     assert error_of(post(path, body), 400)["param"] == param
+
+
+def test_the_api_describes_its_request_bodies() -> None:
+    document = request("GET", "/openapi.json").json()
+    assert document["openapi"].startswith("3.1")
+    schemas = document["components"]["schemas"]
+    assert {"messages", "model"} <= set(schemas["ChatRequest"]["required"])
+    assert schemas["ChatRequest"]["properties"]["n"]["anyOf"][0]["minimum"] == 1
+    text = json.dumps(document)
+    for name in re.findall(r"#/components/schemas/(\w+)", text):
+        assert name in schemas

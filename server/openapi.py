@@ -1,0 +1,73 @@
+"""``/openapi.json``: the request bodies of the API, from the types that read them.
+
+Written by hand around msgspec's schemas, because the endpoints check their bodies themselves.
+Answers are described by the APIs they follow, and here only by their status.
+"""
+
+from typing import Any
+
+import msgspec
+
+from server.messages.schema import CountRequest, MessagesRequest
+from server.openai.schema import ChatRequest, CompletionRequest
+from server.openai.tokens import DetokenizeRequest, TokenizeRequest
+from server.responses.schema import ResponsesRequest
+
+_BODIES: dict[str, type[msgspec.Struct]] = {
+    "/v1/chat/completions": ChatRequest,
+    "/v1/completions": CompletionRequest,
+    "/v1/responses": ResponsesRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
+}
+_PATHS = ("/v1/models", "/health", "/ready", "/metrics", "/version")
+_STATUSES = ("400", "401", "404", "413", "415", "429", "500", "502", "503", "504")
+_REFERENCE = "#/components/schemas/{name}"
+
+
+def openapi(version: str) -> dict[str, Any]:
+    """The whole document."""
+    schemas, components = msgspec.json.schema_components(_BODIES.values(), ref_template=_REFERENCE)
+    paths: dict[str, Any] = {
+        path: {"post": _operation(path, {"requestBody": _body(schema)})}
+        for path, schema in zip(_BODIES, schemas, strict=True)
+    }
+    paths |= {path: {"get": _operation(path, {})} for path in _PATHS}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "headrace", "version": version},
+        "paths": paths,
+        "components": {"schemas": {**components, "Error": _ERROR}},
+    }
+
+
+def _body(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"required": True, "content": {"application/json": {"schema": schema}}}
+
+
+def _operation(path: str, more: dict[str, Any]) -> dict[str, Any]:
+    name = path.strip("/").replace("/", "_").replace(".", "_")
+    shown = {"application/json": {"schema": {"$ref": _REFERENCE.format(name="Error")}}}
+    errors = {status: {"description": "see docs/api.md", "content": shown} for status in _STATUSES}
+    return {"operationId": name, **more, "responses": {"200": {"description": "OK"}, **errors}}
+
+
+_NULLABLE = {"type": ["string", "null"]}
+_ERROR = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": _NULLABLE,
+                "code": _NULLABLE,
+            },
+        }
+    },
+}
