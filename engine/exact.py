@@ -15,21 +15,22 @@ from torch import Tensor
 from torch.nn import functional
 
 Product = Callable[[Tensor], Tensor]  # (*Z, N, I) -> (*Z, N, O), each row from its own row
-Probe = Callable[[], tuple[Tensor, Product]]
+Probe = Callable[[int], tuple[Tensor, Product]]  # given N
 
 REFERENCE_HEIGHT = 8
-# Steps of at most 1.5, so that padding wastes at most a third of the work.
-HEIGHTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+# Steps of at most 1.5 as far as decode goes, so that padding wastes at most a third of the work;
+# beyond, padding is better than to cut rows up and join them again.
+HEIGHTS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
+_LONGEST_PADDED = 512
 PROVEN_TOGETHER = HEIGHTS[:12]  # at first use: all heights of decode, so none stalls it later
-PROBE_ROWS = HEIGHTS[-1]
 
 
 class RowTiles:
     """The heights that have been tried for one shape; all products of that shape share it.
 
-    ``probe`` makes rows (*Z, ``PROBE_ROWS``, I), and a product of the shape in question, from
-    ``cancelling``: results that are nothing but rounding differ when the order of a sum does, even
-    in a dtype that is too coarse to show it in ordinary results.
+    ``probe`` makes rows (*Z, N, I), and a product of the shape in question, from ``cancelling``:
+    results that are nothing but rounding differ when the order of a sum does, even in a dtype that
+    is too coarse to show it in ordinary results.
     """
 
     def __init__(self, probe: Probe) -> None:
@@ -51,9 +52,13 @@ class RowTiles:
 
     def _choose(self, num_rows: int) -> int:
         """The smallest proven height that holds all rows, or else the largest proven one."""
-        self._prove(PROVEN_TOGETHER if num_rows <= PROVEN_TOGETHER[-1] else HEIGHTS)
-        holding = [height for height in HEIGHTS if height >= num_rows]
+        holding = [
+            height for height in HEIGHTS if height >= num_rows and _wastes_little(height, num_rows)
+        ]
         smaller = [height for height in reversed(HEIGHTS) if height < num_rows]
+        self._prove(PROVEN_TOGETHER)
+        if num_rows > PROVEN_TOGETHER[-1]:
+            self._prove((*smaller, *holding[:1]))
         chosen = next(height for height in (*holding, *smaller) if self._proven.get(height))
         self._chosen[num_rows] = chosen
         return chosen
@@ -61,9 +66,14 @@ class RowTiles:
     def _prove(self, heights: Sequence[int]) -> None:
         untried = [height for height in heights if height not in self._proven]
         if untried:
-            x_ZNI, product = self._probe()
+            x_ZNI, product = self._probe(max(*untried, REFERENCE_HEIGHT))
             for height in untried:
                 self._proven[height] = _agrees_with_reference(height, x_ZNI, product)
+
+
+def _wastes_little(height: int, num_rows: int) -> bool:
+    """Rather than pad a long chunk by more than half, it is cut up."""
+    return height <= _LONGEST_PADDED or 2 * height <= 3 * num_rows
 
 
 def _agrees_with_reference(height: int, x_ZNI: Tensor, product: Product) -> bool:

@@ -34,12 +34,11 @@ def gqa_attention(
     cache.write((k_NGD, v_NGD), plan.write_rows_KN)
     if plan.decode is not None:
         return decode_attention(q_NHD, cache, plan.decode, scale)
-    return torch.cat(
-        [
-            _attend_chunk(q_NHD, k_NGD, v_NGD, cache=cache, sequence=sequence, scale=scale)
-            for sequence in plan.sequences
-        ]
-    )
+    parts = [
+        _attend_chunk(q_NHD, k_NGD, v_NGD, cache=cache, sequence=sequence, scale=scale)
+        for sequence in plan.sequences
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _attend_chunk(

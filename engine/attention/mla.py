@@ -18,7 +18,7 @@ from engine.attention.decode import decode_attention
 from engine.attention.plan import SequencePlan, plan_step
 from engine.attention.prefill import causal_attention
 from engine.batch import ForwardBatch
-from engine.exact import PROBE_ROWS, Product, RowTiles, cancelling
+from engine.exact import Product, RowTiles, cancelling
 from engine.kvcache.storage import LayerCache
 
 EXPAND_HEAD_TOKENS = 128 * 1024  # expanded keys and values held at a time, in tokens times heads
@@ -81,9 +81,9 @@ def _tiles_of(
 ) -> RowTiles:
     num_heads, in_features, out_features = shape_HIO
 
-    def probe() -> tuple[Tensor, Product]:
+    def probe(num_rows: int) -> tuple[Tensor, Product]:
         x_HNI, weight_HOI = cancelling(
-            (num_heads, PROBE_ROWS, in_features), (num_heads, out_features, in_features)
+            (num_heads, num_rows, in_features), (num_heads, out_features, in_features)
         )
         weight_HIO = weight_HOI.to(device=device, dtype=dtype).transpose(1, 2)
         return x_HNI.to(device=device, dtype=dtype), partial(torch.bmm, mat2=weight_HIO)

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engine.exact import PROBE_ROWS, REFERENCE_HEIGHT, Product, RowTiles, cancelling
+from engine.exact import REFERENCE_HEIGHT, Product, RowTiles, cancelling
 
 Numerics = Literal["exact", "fast"]
+
+_DISTINCT_OUTPUTS = 512  # of a probe; more of them are the same again
 
 _onednn: Any = torch.ops.mkldnn
 
@@ -86,9 +88,9 @@ def _shared_tiles(
     has_bias: bool,
     _num_threads: int,  # kernels differ by it too
 ) -> RowTiles:
-    def probe() -> tuple[Tensor, Product]:
-        distinct = min(out_features, PROBE_ROWS)
-        x_NI, weight_OI = cancelling((PROBE_ROWS, in_features), (distinct, in_features))
+    def probe(num_rows: int) -> tuple[Tensor, Product]:
+        distinct = min(out_features, _DISTINCT_OUTPUTS)
+        x_NI, weight_OI = cancelling((num_rows, in_features), (distinct, in_features))
         weight_OI = weight_OI.to(dtype)[torch.arange(out_features) % distinct]
         bias_O = torch.zeros(out_features, device=device, dtype=dtype) if has_bias else None
         linear = Linear(weight_OI.to(device), bias_O, numerics="fast")

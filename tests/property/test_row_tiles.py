@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from engine.exact import HEIGHTS, PROBE_ROWS, REFERENCE_HEIGHT, RowTiles
+from engine.exact import HEIGHTS, REFERENCE_HEIGHT, RowTiles
 
 
 @given(
@@ -21,7 +21,7 @@ def test_only_agreeing_heights_are_used_for_any_number_of_rows(
         exact = height == REFERENCE_HEIGHT or height in agreeing
         return 2 * x_NI + (0 if exact else height)
 
-    tiles = RowTiles(lambda: (torch.ones(PROBE_ROWS, 2), product))
+    tiles = RowTiles(lambda rows: (torch.ones(rows, 2), product))
     for count in counts:
         x_NI = torch.arange(2.0 * count).view(count, 2)
         assert torch.equal(tiles.multiply(x_NI, product), 2 * x_NI)

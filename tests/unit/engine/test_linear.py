@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from engine.exact import HEIGHTS, PROBE_ROWS, REFERENCE_HEIGHT, RowTiles, cancelling
+from engine.exact import HEIGHTS, REFERENCE_HEIGHT, RowTiles, cancelling
 from engine.layers.linear import Linear, Numerics
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -61,7 +61,7 @@ def test_a_height_that_gives_other_bits_is_never_used() -> None:
         return 2 * x_NI + (1 if x_NI.shape[0] > 16 else 0)
 
     x_NI = torch.arange(140.0).view(70, 2)
-    tiles = RowTiles(lambda: (torch.ones(PROBE_ROWS, 2), product))
+    tiles = RowTiles(lambda rows: (torch.ones(rows, 2), product))
     tiles.multiply(x_NI, product)
     heights.clear()
     assert torch.equal(tiles.multiply(x_NI, product), 2 * x_NI)
@@ -76,7 +76,7 @@ def test_when_no_height_agrees_the_reference_height_is_used() -> None:
         return x_NI * x_NI.shape[0]
 
     x_NI = torch.ones(19, 2)
-    tiles = RowTiles(lambda: (torch.ones(PROBE_ROWS, 2), product))
+    tiles = RowTiles(lambda rows: (torch.ones(rows, 2), product))
     assert torch.equal(tiles.multiply(x_NI, product), x_NI * REFERENCE_HEIGHT)
     heights.clear()
     tiles.multiply(x_NI, product)
