@@ -1,11 +1,13 @@
 """Experts move between the ranks of a running system; clients see nothing, operators do."""
 
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import httpx
 import msgspec
 import pytest
 from transformers import AutoModelForCausalLM
@@ -63,3 +65,40 @@ def test_tokens_are_those_of_transformers_while_experts_move(
     file = tmp_path / "load.json"
     status(system.url, "--record", str(file))
     assert set(parse_load(file.read_bytes(), str(file)).layers) == {1, 2}
+
+
+def streamed(url: str, model: str, on_chunk: Callable[[int], None]) -> str:
+    body = {
+        "model": model,
+        "prompt": a_prompt(9, 300, seed=4),
+        "max_tokens": 120,
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream": True,
+    }
+    lines: list[str] = []
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=120) as answer:
+        for line in answer.iter_lines():
+            if line.startswith("data: "):
+                lines.append(line.removeprefix("data: "))
+                on_chunk(len(lines))
+    assert lines[-1] == "[DONE]"
+    chunks = [msgspec.json.decode(line) for line in lines[:-1]]
+    return "".join(choice["text"] for chunk in chunks for choice in chunk["choices"])
+
+
+def test_a_rank_killed_while_experts_move_changes_no_token(
+    start: Start, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    """It starts again with the first placement, and the others go back to it."""
+    folder = tiny_checkpoint("deepseek_v3")
+    system = start(folder, *FLAGS, *MOVING)
+
+    def kill(count: int) -> None:
+        if count == 60:
+            system.processes("decode")[1].send_signal(signal.SIGKILL)
+
+    undisturbed = streamed(system.url, folder.name, lambda _: None)
+    assert streamed(system.url, folder.name, kill) == undisturbed
+    assert streamed(system.url, folder.name, lambda _: None) == undisturbed
+    assert experts_moved(system.url) > 0
