@@ -95,8 +95,8 @@ class Message(msgspec.Struct, kw_only=True):
     tool_calls: Annotated[list[ToolCall], Meta(max_length=128)] | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
-    function_call: object = None
-    audio: object = None
+    function_call: Any = None
+    audio: Any = None
 
 
 class FunctionDefinition(msgspec.Struct, kw_only=True, omit_defaults=True):
