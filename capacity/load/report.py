@@ -13,6 +13,7 @@ from capacity.load.page import render
 from capacity.load.records import Failure, Record
 from capacity.load.summary import Summary
 from capacity.load.table import HEAD, NOT_CARRIED, milliseconds, row
+from capacity.load.usage import TOTALS
 
 SECOND = 1_000_000_000
 FILE = "report.html"
@@ -108,7 +109,11 @@ def report_data(
         "server": [
             {
                 "name": stage.label,
-                "parts": [{"name": n, "value": s.mean} for n, s in stage.figures.server.items()],
+                "parts": [
+                    {"name": name, "value": spread.mean}
+                    for name, spread in stage.figures.server.items()
+                    if name not in TOTALS
+                ],
             }
             for stage in summary.stages
             if stage.figures.server and stage.number in drawn

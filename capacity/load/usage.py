@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+TOTALS = frozenset({"ttft", "total"})  # stages that contain others
 _COMMA_OUTSIDE_QUOTES = re.compile(r',(?=(?:[^"]*"[^"]*")*[^"]*$)')
 
 

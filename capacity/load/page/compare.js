@@ -7,7 +7,7 @@
     if (stage.rows.length) forest(section(`${stage.label}: B against A`, "Ratio with its 95 % interval; grey where no difference is shown", true), stage.rows, "B / A (log)");
     for (const [name, [a, b]] of Object.entries(stage.cdfs))
       if (a.length && b.length && name !== "E2E") chart(section(`${name}, ${stage.label}`), {
-        title: name, series: [{ name: "A", points: a, kind: "line" }, { name: "B", points: b, kind: "line" }],
+        title: name, series: [{ name: "A", points: a, kind: "step" }, { name: "B", points: b, kind: "step" }],
         x: { label: `${name}, ms`, log: true, latency: true }, y: { label: "of requests", low: 0, high: 1, format: percent },
       });
   }

@@ -8,7 +8,7 @@
   const limit = (name) => data.limits[name] ? [{ x: data.limits[name], text: "objective" }] : [];
   const percent = (value) => `${Math.round(value * 100)} %`;
   const cdf = (key, title, label, note) => {
-    const series = data.stages.map((stage) => ({ name: stage.label, points: stage[key], kind: "line" })).filter((one) => one.points.length);
+    const series = data.stages.map((stage) => ({ name: stage.label, points: stage[key], kind: "step" })).filter((one) => one.points.length);
     if (series.length) chart(section(title, note), { title, series, x: { label, log: true, latency: true }, y: { label: "of requests", low: 0, high: 1, format: percent }, lines: limit(key) });
   };
   cdf("ttft", "Time to first token", "TTFT, ms", "Share of requests whose first token came within, from the intended time");

@@ -65,3 +65,13 @@ def test_the_table_says_what_it_cannot_say() -> None:
     assert lines[1].split()[:2] == ["x", "20/20"]
     assert "–" in lines[1]
     assert lines[-1] == "verdict: valid"
+
+
+def test_a_stage_of_the_server_that_contains_the_others_is_no_part_of_the_bar(
+    tmp_path: Path,
+) -> None:
+    stages = {"queue": 1.0, "prefill": 20.0, "ttft": 21.0}
+    records = [a_record(0.1 * n, server_ms=stages) for n in range(20)]
+    data = data_in(page_of(tmp_path, a_summary(records), records))
+    parts = [{"name": "queue", "value": 1.0}, {"name": "prefill", "value": 20.0}]
+    assert data["server"] == [{"name": "x", "parts": parts}]
