@@ -24,7 +24,13 @@ class GroupSettings(Settings):
     """Ranks of the decode worker. Each MoE layer's experts are spread over all of them."""
 
     rank: NonNegativeInt | None = None
-    """This process's rank. Empty: start all ranks as children of this process."""
+    """This process's rank. Empty: start this node's ranks as children of this process."""
+
+    nodes: PositiveInt = 1
+    """Machines or containers that share the ranks, consecutive ones each."""
+
+    node: NonNegativeInt = 0
+    """Which of the nodes this is, from 0; its own ranks are started when `rank` is empty."""
 
     rendezvous: HostPort = "127.0.0.1:8200"
     """host:port where the ranks meet, at the start and after each loss; rank 0 listens there."""
@@ -40,6 +46,20 @@ class GroupSettings(Settings):
         if self.rank is not None and self.rank >= self.ranks:
             raise ValueError(f"rank {self.rank} is not one of 0..{self.ranks - 1}: raise ranks")
         return self
+
+    @model_validator(mode="after")
+    def _every_node_has_a_rank(self) -> "GroupSettings":
+        if self.nodes > self.ranks:
+            raise ValueError(f"{self.nodes} nodes cannot share {self.ranks} ranks: lower nodes")
+        if self.node >= self.nodes:
+            raise ValueError(f"node {self.node} is not one of 0..{self.nodes - 1}: raise nodes")
+        return self
+
+    @property
+    def ranks_of_node(self) -> range:
+        """The consecutive ranks that run here; nodes differ by one rank at most."""
+        first, end = (number * self.ranks // self.nodes for number in (self.node, self.node + 1))
+        return range(first, end)
 
 
 class ExpertSettings(Settings):
@@ -88,7 +108,8 @@ class DecodeSettings(Settings):
     """Of the whole group, unique in the cluster; rank 3 announces itself as decode-0/3."""
 
     bind: WorkerAddress = "tcp://127.0.0.1:0"
-    """Where gateways reach this rank; KV by tcp comes to the same host. Port 0 takes a free one."""
+    """Where gateways reach this rank; KV by tcp comes to the same host. Port 0 takes a free one;
+    from another, ranks that are started together take consecutive ports."""
 
     device: Device = "cpu"
     """cpu, cuda or cuda:N."""

@@ -1,4 +1,4 @@
-"""A whole system on this machine: ``headrace up``, and all ranks of ``headrace decode``.
+"""A whole system on this machine: ``headrace up``, and this node's ranks of ``headrace decode``.
 
 Every role is a process of its own, even on two cores: what runs here is what runs on a rack. The
 plan turns a configuration into commands; the supervisor runs them; this module waits until a real
@@ -78,7 +78,7 @@ def _plan(configuration: Configuration, port: int) -> Plan:
         f"{_plural('worker', workers)}, {ranks} decode {_plural('rank', ranks)}",
         stages=[
             [_command("gateway", sharing)],
-            [*_prefill_workers(sharing, workers), *_decode_ranks(sharing, decode)],
+            [*_prefill_workers(sharing, workers), *decode_ranks(sharing, decode)],
         ],
         settings=configuration.settings("launcher", LauncherSettings),
         drain_s=gateway.process.drain_s,
@@ -87,14 +87,14 @@ def _plan(configuration: Configuration, port: int) -> Plan:
 
 
 def run_all_ranks(configuration: Configuration) -> int:
-    """All ranks of one decode worker on this machine, for ``headrace decode`` without --rank."""
+    """This node's ranks of one decode worker, for ``headrace decode`` without --rank."""
     decode = configuration.settings("decode", DecodeSettings)
-    configuration = configuration.default(
-        {"process.threads": _threads(decode.group.ranks)}, "launcher"
-    )
+    here, ranks = decode.group.ranks_of_node, decode.group.ranks
+    configuration = configuration.default({"process.threads": _threads(len(here))}, "launcher")
+    which = f"{ranks} ranks" if len(here) == ranks else f"ranks {here[0]} to {here[-1]} of {ranks}"
     plan = Plan(
-        title=f"decode worker {decode.worker_id}: {decode.group.ranks} ranks",
-        stages=[_decode_ranks(configuration, decode)],
+        title=f"decode worker {decode.worker_id}: {which}",
+        stages=[decode_ranks(configuration, decode)],
         settings=configuration.settings("launcher", LauncherSettings),
         drain_s=decode.process.drain_s,
     )
@@ -193,20 +193,28 @@ def _prefill_workers(configuration: Configuration, workers: int) -> list[Command
     ]
 
 
-def _decode_ranks(configuration: Configuration, decode: DecodeSettings) -> list[Command]:
+def decode_ranks(configuration: Configuration, decode: DecodeSettings) -> list[Command]:
     """One command a rank. They meet at one place for life: a new rank finds the others there."""
-    if not configuration.given("decode.group.rendezvous"):
+    if decode.group.nodes == 1 and not configuration.given("decode.group.rendezvous"):
         configuration = configuration.replace(
             {"decode.group.rendezvous": f"127.0.0.1:{free_port()}"}, "launcher"
         )
     return [
         _command(
             "decode",
-            configuration.replace({"decode.group.rank": rank}, "launcher"),
+            configuration.replace(
+                {"decode.group.rank": rank, "decode.bind": _own_port(decode.bind, number)},
+                "launcher",
+            ),
             f"{decode.worker_id}/{rank}",
         )
-        for rank in range(decode.group.ranks)
+        for number, rank in enumerate(decode.group.ranks_of_node)
     ]
+
+
+def _own_port(address: str, number: int) -> str:
+    host, _, port = address.rpartition(":")
+    return f"{host}:{int(port) + number}" if int(port) else address
 
 
 def _threads(processes: int) -> int:

@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from decode.settings import DecodeSettings
+from decode.settings import DecodeSettings, GroupSettings
 from runtime.settings import host_of
 
 
@@ -23,3 +23,26 @@ def test_a_rank_does_not_tell_others_an_address_that_is_every_interface(host: st
 )
 def test_kv_is_listened_for_where_the_bus_is(address: str, host: str) -> None:
     assert host_of(DecodeSettings(bind=address).bind) == host
+
+
+@pytest.mark.parametrize(
+    ("ranks", "nodes", "found"),
+    [
+        (8, 1, [range(8)]),
+        (8, 2, [range(4), range(4, 8)]),
+        (7, 3, [range(2), range(2, 4), range(4, 7)]),
+    ],
+)
+def test_the_nodes_of_a_group_share_its_ranks_in_order(
+    ranks: int, nodes: int, found: list[range]
+) -> None:
+    groups = [GroupSettings(ranks=ranks, nodes=nodes, node=node) for node in range(nodes)]
+    assert [group.ranks_of_node for group in groups] == found
+
+
+@pytest.mark.parametrize(
+    ("nodes", "node", "message"), [(3, 0, "lower nodes"), (2, 2, "raise nodes")]
+)
+def test_a_node_that_would_have_no_rank_is_refused(nodes: int, node: int, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        GroupSettings(ranks=2, nodes=nodes, node=node)
