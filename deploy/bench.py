@@ -128,6 +128,10 @@ def plan_of(chosen: argparse.Namespace) -> Plan:
     objectives = parse_objectives(chosen.slo) if chosen.slo is not None else None
     if chosen.search and objectives is None:
         raise WrongOption("--search needs --slo, such as --slo ttft=500ms,tpot=50ms")
+    if objectives is not None and chosen.no_stream and set(objectives.limits_s) - {"e2e"}:
+        raise WrongOption("--slo: without streams only e2e can be measured; leave out --no-stream")
+    if math.isinf(duration_s) and ".." in f"{chosen.rate}{chosen.concurrency}":
+        raise WrongOption("--requests: a ramp needs --duration too")
     return Plan(
         address=parse_address(
             chosen.url[0], headers=_headers(chosen.api_key_file), ca_file=chosen.ca_file

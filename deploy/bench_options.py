@@ -6,8 +6,22 @@ from pathlib import Path
 from capacity.load.api import PATHS
 
 
+_EXAMPLES = """\
+examples:
+  headrace bench http://localhost:8000
+  headrace bench http://localhost:8000 --rate 1,2,4 --slo ttft=1s,tpot=100ms
+  headrace bench http://localhost:8000 --search --slo ttft=1s,tpot=100ms,share=95%
+  headrace bench http://localhost:8000 --trace mooncake.jsonl --speed 0.5
+  headrace bench http://localhost:8000 --rate 2 --duration 90 --fault 'kill decode@30s'
+  headrace bench compare headrace-bench/BEFORE headrace-bench/AFTER
+
+exit codes: 0 valid and objectives met, 1 objectives missed, 2 invalid or not possible"""
+
+
 def add_bench_options(parser: argparse.ArgumentParser) -> None:
     """The options of the verb, by what they are about."""
+    parser.epilog = _EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "url",
         metavar="URL",

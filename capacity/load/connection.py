@@ -21,6 +21,13 @@ from capacity.load.records import Failure
 MAX_IDLE_NS = 2_000_000_000  # below the keep-alive time of common servers
 CONNECT_S = 10.0
 
+_FAILURES = {
+    errno.ECONNREFUSED: Failure.REFUSED,
+    errno.EADDRNOTAVAIL: Failure.EXHAUSTED,
+    errno.EMFILE: Failure.EXHAUSTED,
+    errno.ENFILE: Failure.EXHAUSTED,
+}
+
 BodyPart = Callable[[list[bytes], list[int]], None]
 
 
@@ -216,7 +223,6 @@ class Pool:
         except ssl.SSLError as error:
             raise Broken(Failure.UNREACHABLE, f"TLS: {error.reason or error}") from None
         except OSError as error:
-            refused = error.errno == errno.ECONNREFUSED
-            failure = Failure.REFUSED if refused else Failure.UNREACHABLE
+            failure = _FAILURES.get(error.errno or 0, Failure.UNREACHABLE)
             raise Broken(failure, error.strerror or str(error)) from None
         return connection

@@ -21,6 +21,7 @@ class Failure(enum.StrEnum):
     UNFINISHED = "stream without an end"
     MALFORMED = "malformed answer"
     EMPTY = "answer without content"
+    EXHAUSTED = "client out of ports or files"  # not the server's doing
     ABANDONED = "no end within the grace time"
     INTERRUPTED = "interrupted"  # the test was stopped; says nothing about the server
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from capacity.load.figures import Figures
 from capacity.load.objectives import Objectives
+from capacity.load.records import Failure
 
 MET, MISSED, INVALID = 0, 1, 2
 
@@ -117,7 +118,7 @@ def _client_doubts(figures: Figures, client: Client) -> Iterator[str]:
             f"the client's event loop lagged {client.loop_lag_p99_ms:.1f} ms at p99 (at most "
             f"{MOST_LOOP_LAG_MS:g}): this machine is too busy"
         )
-    if client.capped:
+    if client.capped or Failure.EXHAUSTED in figures.errors:
         yield "the client ran out of connections: raise `ulimit -n` or use more --workers"
 
 

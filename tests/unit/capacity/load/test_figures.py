@@ -120,8 +120,9 @@ def test_a_quiet_client_and_the_wanted_lengths_are_valid() -> None:
         ({"input_tokens": 110}, QUIET, "prompts had +10.0% tokens"),
         ({"output_tokens": 4}, QUIET, "before the wanted length"),
         ({"error": "http 500"}, QUIET, "no request succeeded"),
+        ({"error": str(Failure.EXHAUSTED)}, QUIET, "ran out of connections"),
     ],
-    ids=["late", "cpu", "lag", "capped", "drift", "short", "failed"],
+    ids=["late", "cpu", "lag", "capped", "drift", "short", "failed", "ports"],
 )
 def test_what_makes_a_measurement_invalid(
     changed: dict[str, object], client: Client, said: str
