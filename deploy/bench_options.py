@@ -5,7 +5,6 @@ from pathlib import Path
 
 from capacity.load.api import PATHS
 
-
 _EXAMPLES = """\
 examples:
   headrace bench http://localhost:8000
