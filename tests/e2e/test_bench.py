@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.e2e.conftest import Start
+from tests.e2e.test_faults import FLAGS, eventually, ready
 from tests.support.scripted_server import Reference, Script, Sent, scripted_server
 
 pytestmark = pytest.mark.timeout(120)
@@ -233,3 +235,22 @@ def test_metrics_of_the_server_are_kept(tmp_path: Path) -> None:
     lines = (tmp_path / "server-metrics.jsonl").read_text().splitlines()
     assert len(lines) >= 2
     assert json.loads(lines[0])["samples"] == {"served_total": 5.0, "queue": 3.0}
+
+
+@pytest.mark.timeout(300)
+def test_a_worker_is_killed_in_a_run_and_the_report_says_what_it_cost(
+    start: Start, tmp_path: Path
+) -> None:
+    system = start("smollm2", *FLAGS)
+    before = {process.pid for process in system.processes("prefill")}
+    options = ("--fault", "kill prefill@2s", "--concurrency", "2", "--duration", "8")
+    ended = bench(system.url, tmp_path, *options, "--output", "4", "--input", "64")
+    assert "fault: kill prefill" in ended.stderr
+    (fault,) = summary_in(tmp_path)["faults"]
+    assert int(fault["process"].removeprefix("prefill ")) in before
+    begin_ns = summary_in(tmp_path)["stages"][0]["begin_ns"]
+    assert fault["at_ns"] - begin_ns >= 2 * SECOND
+    told = fault["before"]["attempts"] + fault["during"]["attempts"] + fault["after"]["attempts"]
+    assert told == summary_in(tmp_path)["stages"][0]["figures"]["attempts"]
+    eventually(lambda: {p.pid for p in system.processes("prefill")} - before != set(), "a new one")
+    eventually(lambda: ready(system), "ready again")

@@ -218,7 +218,10 @@ class _Stream:
         sent, connection = self._sent, self._connection
         usage = connection._usage(sent.path, sent.body, self._count)
         if sent.path.endswith("responses"):
-            done = {"type": "response.completed", "response": {"status": "completed"}}
+            done: dict[str, object] = {
+                "type": "response.completed",
+                "response": {"status": "completed"},
+            }
             if self._script.usage:
                 done["response"] = {"status": "completed", "usage": usage}
             connection._write(self._event(done) + b"0\r\n\r\n")
