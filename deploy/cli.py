@@ -20,6 +20,7 @@ from deploy.exits import DONE, FAILED, INTERRUPTED, USAGE
 from deploy.options import OPTIONS, add_options, configuration
 from deploy.plan_placement import add_plan_options, show_plan
 from deploy.roles import ROLE_VERBS, run_role
+from deploy.top_options import add_top_options
 from protocol.errors import ServingError
 from runtime.parent import die_with_parent
 from runtime.settings import headrace_environment
@@ -31,6 +32,7 @@ VERBS = {
     "prefill": "run one prefill worker",
     "decode": "run one rank of a decode worker, or all of them as child processes",
     "status": "show what a running system serves and how its workers do",
+    "top": "watch a running system in the terminal",
     "bench": "test a server under load and say what it can do",
     "conformance": "ask any OpenAI-compatible server whether it does what clients need",
     "plan": "say how a model's experts are placed on so many ranks, and what room that leaves",
@@ -87,6 +89,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="write the experts' load there, for decode.experts.load_file",
     )
+    add_top_options(verbs.choices["top"])
     add_bench_options(verbs.choices["bench"])
     add_conformance_options(verbs.choices["conformance"])
     add_plan_options(verbs.choices["plan"])
@@ -134,17 +137,8 @@ def _run(chosen: argparse.Namespace) -> int:
         _print_settings(as_json=chosen.json)
     elif verb == "key":
         return _make_key(chosen.file)
-    elif verb == "status":
-        from deploy.status import show_status
-
-        return show_status(
-            chosen.url,
-            as_json=chosen.json,
-            timeout_s=chosen.timeout,
-            api_key_file=chosen.api_key_file,
-            experts=chosen.experts,
-            record_file=chosen.record,
-        )
+    elif verb in ("status", "top"):
+        return _show_system(chosen)
     elif verb in ("bench", "conformance"):
         return _test_server(chosen)
     elif verb == "up":
@@ -154,6 +148,23 @@ def _run(chosen: argparse.Namespace) -> int:
     else:
         return run_role(verb, configuration(chosen, verb, headrace_environment()))
     return DONE
+
+
+def _show_system(chosen: argparse.Namespace) -> int:
+    if chosen.verb == "top":
+        from deploy.top import top
+
+        return top(chosen)
+    from deploy.status import show_status
+
+    return show_status(
+        chosen.url,
+        as_json=chosen.json,
+        timeout_s=chosen.timeout,
+        api_key_file=chosen.api_key_file,
+        experts=chosen.experts,
+        record_file=chosen.record,
+    )
 
 
 def _test_server(chosen: argparse.Namespace) -> int:

@@ -15,11 +15,12 @@ from protocol.ids import new_request_id
 from server.access import ApiKeys
 from server.error_bodies import error_body
 from server.openai.errors import HttpError, describe
+from server.page.files import PAGE_PATHS
 from server.tracing import TraceContext, trace_of
 
 MAX_HEADERS = 64
 MAX_HEADER_BYTES = 16 * 1024
-PUBLIC_PATHS = frozenset(("/health", "/ready", "/version"))
+PUBLIC_PATHS = frozenset(("/health", "/ready", "/version", *PAGE_PATHS))
 
 _CLIENT_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}\Z")
 _SECONDS = re.compile(rb"[0-9]{1,6}(?:\.[0-9]{1,6})?\Z")

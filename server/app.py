@@ -1,5 +1,6 @@
 """The gateway's HTTP application: its routes, and the one boundary where errors become answers."""
 
+from collections.abc import Awaitable, Callable
 from functools import partial
 from http import HTTPStatus
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +19,7 @@ from protocol.errors import ServingError
 from runtime.log import get_log
 from server.access import ApiKeys
 from server.admission import Admission
+from server.cluster import Cluster
 from server.error_bodies import error_body
 from server.generation import Generator
 from server.messages.plan import CountTokens, plan_message
@@ -31,6 +33,9 @@ from server.openai.models import ModelEndpoints
 from server.openai.sse import StreamTimes
 from server.openai.tokens import TokenEndpoints
 from server.openapi import openapi
+from server.page.endpoints import status_routes
+from server.page.records import Records, Severity
+from server.page.samples import Samples
 from server.responses.background import BackgroundResponses
 from server.responses.endpoints import StoredResponseEndpoints
 from server.responses.plan import ResponsePlan
@@ -51,10 +56,11 @@ def create_app(
     times: StreamTimes | None = None,
     grammars: GrammarCompiler | None = None,
     tasks: TaskGroup | None = None,
+    cluster: Cluster | None = None,
 ) -> ASGIApp:
     """The ASGI application. ``registry`` is what /metrics shows, the application's own included;
     ``grammars`` stays the caller's to close. Background responses live in ``tasks``, and are
-    refused without.
+    refused without. With ``cluster`` there is a status page, whose samples are taken in ``tasks``.
 
     Raises:
         ConfigError: the file of API keys cannot be used.
@@ -82,6 +88,14 @@ def create_app(
     tokens = TokenEndpoints(services)
     models = ModelEndpoints(generator)
     operations = OperationEndpoints(generator, registry)
+    page: list[Route] = []
+    answer: Callable[[Request, Exception], Awaitable[Response]] = answer_error
+    if cluster is not None:
+        samples = Samples(cluster, metrics, cluster.clock)
+        page = status_routes(cluster, generator, samples)
+        answer = partial(answer_and_note, cluster.records)
+        if tasks is not None:
+            tasks.start_soon(samples.run)
     app = Starlette(
         routes=[
             Route("/v1/chat/completions", endpoint("chat", plan_chat), methods=["POST"]),
@@ -101,12 +115,13 @@ def create_app(
             Route("/metrics", operations.metrics),
             Route("/version", operations.version),
             Route("/openapi.json", operations.openapi),
+            *page,
         ],
         exception_handlers={
-            ServingError: answer_error,
-            HttpError: answer_error,
+            ServingError: answer,
+            HttpError: answer,
             HTTPException: answer_routing_error,
-            Exception: answer_error,  # a bug: the server's own log gets the traceback
+            Exception: answer,  # a bug: the server's own log gets the traceback
         },
     )
     app.router.redirect_slashes = False  # clients drop the body when they follow
@@ -155,6 +170,18 @@ async def answer_error(request: Request, error: Exception) -> Response:
         log.info("request refused", **{**fields, "status": int(answer.status), "why": str(error)})
     body = error_body(answer, request.scope["path"])
     return Response(body, answer.status, dict(answer.headers), media_type="application/json")
+
+
+async def answer_and_note(records: Records, request: Request, error: Exception) -> Response:
+    """``answer_error``, and the refusal is among the events of the status page. What has failed in
+    some stage has been noted there.
+    """
+    if not (isinstance(error, ServingError) and error.stage):
+        told = describe(error)
+        ours = told.status >= HTTPStatus.INTERNAL_SERVER_ERROR
+        severity: Severity = "error" if ours else "warning"
+        records.note("request", severity, f"refused with {told.status:d}: {told.message}")
+    return await answer_error(request, error)
 
 
 async def answer_routing_error(request: Request, error: Exception) -> Response:

@@ -9,7 +9,7 @@ A stream's tokens do not wake its task: the reader of the step's frame hands the
 """
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Literal
 
 from protocol.errors import DeadlineExceeded, WorkerLost
@@ -53,6 +53,7 @@ class Attempt:
         "finished",
         "first",
         "grant",
+        "on_decoding",
         "prefill",
         "ref",
         "rejection",
@@ -91,6 +92,7 @@ class Attempt:
         self.failure: Exception | None = None
         self.undelivered = False  # ``deliver`` has raised: that is no worker's failure
         self.written = list(request.output_token_ids)  # delivered, by this and earlier attempts
+        self.on_decoding: Callable[[], None] = _nothing  # decode's first tokens have come
         self._deliver: Deliver | None = None
         self._early: list[TokenDelta] = []  # what decode said before prefill was heard
         self._next_offset = len(self.written) + 1  # of decode's tokens, which follow prefill's
@@ -249,8 +251,15 @@ class Attempt:
         Raises:
             ServingError: the attempt has failed. What came before has been delivered.
         """
+
+        def begin(chunk: TokenChunk) -> bool:
+            """For the first tokens only: the others cost no call more."""
+            self._deliver = deliver
+            self.on_decoding()
+            return deliver(chunk)
+
         early, self._early = self._early, []
-        self._deliver = deliver
+        self._deliver = begin
         for delta in early:
             if self._deliver is not None and not self.enough:
                 self._hand_on(delta, self._deliver)
@@ -261,6 +270,10 @@ class Attempt:
     def raise_failure(self) -> None:
         if self.failure is not None:
             raise self.failure
+
+
+def _nothing() -> None:
+    pass
 
 
 class Attempts:

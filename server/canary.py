@@ -101,6 +101,7 @@ class Canary:
                 self._proven.pop(pair, None)
                 self._failures[pair] = f"{error} ({error.stage or error.code})"
                 log.warning("canary failed", prefill=pair.prefill.worker_id, error=str(error))
+                self._cluster.records.note("cluster", "error", f"canary failed: {error}")
         else:
             self._failures.pop(pair, None)
             self._proven[pair] = clock.now()

@@ -22,6 +22,8 @@ from runtime.log import get_log
 from server import policies
 from server.attempts import Attempt, Attempts
 from server.cluster_view import ClusterView, Pair, view_of
+from server.page.membership import Seen, changes, seen
+from server.page.records import Records
 from server.policies import Demand, Work
 from server.prefix_directory import PrefixDirectory
 from server.unreported import UnreportedWork
@@ -52,6 +54,7 @@ class Cluster:
         self.clock = clock
         self.patience_s = patience_s
         self.view = ClusterView()
+        self.records = Records(clock)
         self.retries = 0
         self.migrations = 0
         self.topology_changed = anyio.Event()
@@ -66,6 +69,7 @@ class Cluster:
         )
         self._max_waiting = max_waiting
         self._members: tuple[WorkerState, ...] = ()
+        self._seen = Seen()
         self._prefixes = PrefixDirectory()
         self.expert_reports: dict[WorkerRef, ExpertReport] = {}
         self._unreported = UnreportedWork()
@@ -96,6 +100,10 @@ class Cluster:
         self._prefixes.apply(update.worker, update.events)
 
     def update_experts(self, update: ExpertUpdate) -> None:
+        known = self.expert_reports.get(update.worker)
+        if known is not None and known.placement_epoch != update.report.placement_epoch:
+            epoch = update.report.placement_epoch
+            self.records.note("experts", "info", f"experts moved: placement epoch {epoch}")
         self.expert_reports[update.worker] = update.report
 
     def _look_again(self) -> None:
@@ -104,7 +112,13 @@ class Cluster:
         if self.view.pairs() != before.pairs():
             self.topology_changed.set()
             self.topology_changed = anyio.Event()
+        self._note_changes()
         self._capacity_changed()
+
+    def _note_changes(self) -> None:
+        before, self._seen = self._seen, seen(self._members, self.links.is_up)
+        for severity, text in changes(before, self._seen):
+            self.records.note("worker", severity, text)
 
     # -- what a request flow does ----------------------------------------------------------------
 
@@ -124,7 +138,8 @@ class Cluster:
             Attempt(request, deadline=deadline, avoid=avoid, within=within)
         )
         try:
-            yield attempt
+            with self.records.attempt(attempt):
+                yield attempt
         finally:
             self.attempts.close(attempt)
             for worker in list(attempt.work):
@@ -195,9 +210,11 @@ class Cluster:
         demand = self._demand(attempt)
         if isinstance(message, Reserve):
             attempt.asks_decode(ref, answer_by=self.clock.now() + RESERVE_ANSWER_S)
+            self.records.asks_decode(attempt)
             work = Work(requests=1, blocks=policies.blocks_needed(worker, demand))
         else:
             attempt.asks_prefill(ref)
+            self.records.asks_prefill(attempt)
             work = Work(requests=1, tokens=policies.uncached_tokens(ref, demand))
         self._unreported.begun(ref, work)
         attempt.work[ref] = work
@@ -217,6 +234,7 @@ class Cluster:
         )
         self.retries += 1
         self.migrations += migrates
+        self.records.retried(attempt, migrates=migrates)
 
     def release(self, attempt: Attempt, worker: WorkerRef) -> None:
         """The worker holds nothing of the attempt: it is not counted there any more."""
@@ -224,9 +242,11 @@ class Cluster:
         if work is not None:
             self._unreported.ended(worker, work)
 
-    def worker_done(self, attempt: Attempt, worker: WorkerRef) -> None:
-        """The worker has done its part: others may have what it held for the attempt."""
-        self.release(attempt, worker)
+    def prefilled(self, attempt: Attempt, worker: WorkerState) -> None:
+        """Prefill has done its part: others may have what it held for the attempt."""
+        blocks = len(attempt.grant.block_ids) if attempt.grant is not None else 0
+        self.records.first_token(attempt, kv_bytes=blocks * worker.info.layout.block_bytes)
+        self.release(attempt, worker.info.ref)
         self._capacity_changed()
 
     async def _cancel(self, attempt: Attempt) -> None:

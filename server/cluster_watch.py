@@ -71,6 +71,7 @@ class ClusterWatch:
                 pass
             if not complained:
                 log.warning("scheduler out of reach, going on with known workers")
+                self._cluster.records.note("cluster", "error", "the scheduler is out of reach")
                 complained = True
             await self._clock.sleep(RETRY_S)
 

@@ -23,11 +23,12 @@ from protocol.workers import ExpertReport, WorkerState
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerExperts:
-    """One layer over all ranks. Sequences are by expert."""
+    """One layer over all ranks. Sequences are by expert, unless they say otherwise."""
 
     tokens: Sequence[int]
     replicas: Sequence[int]
     slots: int
+    rank_tokens: Sequence[float]  # by rank, of the last window; replicas share an expert's evenly
     balancedness: float  # 1 where no rank has more tokens than the mean, and without tokens
 
 
@@ -42,16 +43,24 @@ def groups_of(
     members: Iterable[WorkerState], reports: Mapping[WorkerRef, ExpertReport]
 ) -> dict[str, GroupExperts]:
     """By group id; groups of which a rank has not reported are left out."""
+    return {group: _group(of) for group, of in whole_reports(members, reports).items()}
+
+
+def whole_reports(
+    members: Iterable[WorkerState], reports: Mapping[WorkerRef, ExpertReport]
+) -> dict[str, list[ExpertReport]]:
+    """By group id, a report from each rank in rank order; groups that lack one are left out."""
     ranks: dict[str, list[WorkerState]] = defaultdict(list)
     for state in members:
         if state.info.role == "decode":
             ranks[state.info.group_id].append(state)
     found = {}
     for group, states in ranks.items():
+        states.sort(key=lambda state: state.info.rank)
         of_group = [reports[s.info.ref] for s in states if s.info.ref in reports]
         whole = len(of_group) == states[0].info.world_size
         if whole and len({report.layers for report in of_group}) == 1:
-            found[group] = _group(of_group)
+            found[group] = of_group
     return found
 
 
@@ -91,13 +100,14 @@ def expert_metrics(
 def _group(reports: Sequence[ExpertReport]) -> GroupExperts:
     layers = reports[0].layers
     return GroupExperts(
-        layers={layer: _layer(reports, index) for index, layer in enumerate(layers)},
+        layers={layer: layer_of(reports, index) for index, layer in enumerate(layers)},
         placement_epoch=max(report.placement_epoch for report in reports),
         migrations=sum(report.migrations for report in reports),
     )
 
 
-def _layer(reports: Sequence[ExpertReport], index: int) -> LayerExperts:
+def layer_of(reports: Sequence[ExpertReport], index: int) -> LayerExperts:
+    """The layer at ``index`` of the reports; there is one from each rank, in rank order."""
     tokens = [sum(of) for of in zip(*(report.tokens[index] for report in reports), strict=True)]
     window = [sum(of) for of in zip(*(r.window_tokens[index] for r in reports), strict=True)]
     held = [report.held[index] for report in reports]
@@ -108,5 +118,6 @@ def _layer(reports: Sequence[ExpertReport], index: int) -> LayerExperts:
         tokens=tokens,
         replicas=[copies[expert] for expert in range(len(tokens))],
         slots=sum(map(len, held)),
+        rank_tokens=loads,
         balancedness=sum(loads) / len(loads) / busiest if busiest else 1.0,
     )

@@ -72,6 +72,7 @@ async def _serve(settings: GatewaySettings, scheduler: SchedulerSettings, text: 
                         registry=registry,
                         grammars=grammars,
                         tasks=background,
+                        cluster=serving.cluster,
                     ),
                     http=ExchangeProtocol,
                     loop="none",  # this one

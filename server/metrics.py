@@ -49,6 +49,14 @@ class Latencies(Collector):
         self._counts[bisect_left(self._bounds, seconds)] += 1
         self._sum += seconds
 
+    def counts(self) -> tuple[int, ...]:
+        """Observations by bucket since the start, the last one above all ``bounds``."""
+        return tuple(self._counts)
+
+    @property
+    def bounds(self) -> tuple[float, ...]:
+        return self._bounds
+
     def collect(self) -> Iterable[Metric]:
         labels = [*map(str, self._bounds), "+Inf"]
         buckets = list(zip(labels, map(float, accumulate(self._counts)), strict=True))

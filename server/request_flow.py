@@ -86,5 +86,5 @@ async def prefill(attempt: Attempt, grant: Grant, cluster: Cluster) -> PrefillDo
         attempt, worker, Prefill(request=attempt.request, grant=grant, remaining_s=remaining_s)
     )
     first = await attempt.first_token()
-    cluster.worker_done(attempt, worker.info.ref)
+    cluster.prefilled(attempt, worker)
     return first

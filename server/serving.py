@@ -40,7 +40,8 @@ class Serving:
         self, request: GenerateRequest, deliver: Deliver, *, deadline_s: float
     ) -> None:
         deadline = self.cluster.clock.now() + deadline_s
-        await run_request(request, self.cluster, deliver, deadline=deadline)
+        with self.cluster.records.request(request):
+            await run_request(request, self.cluster, deliver, deadline=deadline)
 
     def models(self) -> Sequence[ServedModel]:
         """Every model that a worker has announced since the gateway started.
