@@ -112,7 +112,7 @@ class DecodeSettings(Settings):
     from another, ranks that are started together take consecutive ports."""
 
     device: Device = "cpu"
-    """cpu, cuda or cuda:N."""
+    """cpu, cuda or cuda:N. cuda: ranks that are started together take one GPU each, in order."""
 
     kv_cache_bytes: ByteSize = ByteSize(1 << 30)
     """Memory for KV blocks of this rank. Such as 512MiB."""

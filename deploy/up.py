@@ -203,7 +203,11 @@ def decode_ranks(configuration: Configuration, decode: DecodeSettings) -> list[C
         _command(
             "decode",
             configuration.replace(
-                {"decode.group.rank": rank, "decode.bind": _own_port(decode.bind, number)},
+                {
+                    "decode.group.rank": rank,
+                    "decode.bind": _own_port(decode.bind, number),
+                    "decode.device": _own_device(decode.device, number),
+                },
                 "launcher",
             ),
             f"{decode.worker_id}/{rank}",
@@ -215,6 +219,10 @@ def decode_ranks(configuration: Configuration, decode: DecodeSettings) -> list[C
 def _own_port(address: str, number: int) -> str:
     host, _, port = address.rpartition(":")
     return f"{host}:{int(port) + number}" if int(port) else address
+
+
+def _own_device(device: str, number: int) -> str:
+    return f"cuda:{number}" if device == "cuda" else device
 
 
 def _threads(processes: int) -> int:

@@ -1,5 +1,7 @@
 """Which processes the launcher starts, as commands."""
 
+import pytest
+
 from decode.settings import DecodeSettings
 from deploy.cli import parser
 from deploy.options import configuration
@@ -45,3 +47,17 @@ def test_nodes_meet_where_they_are_told_and_a_single_node_wherever_a_port_is_fre
     assert len({place for command in alone for place in given(command, "group.rendezvous")}) == 1
     assert [given(command, "group.rendezvous") for command in shared] == [[]]  # the default
     assert [given(command, "group.rendezvous") for command in told] == [["rank-0:8200"]]
+
+
+@pytest.mark.parametrize(
+    ("device", "found"),
+    [("cpu", ["cpu", "cpu"]), ("cuda", ["cuda:0", "cuda:1"]), ("cuda:1", ["cuda:1", "cuda:1"])],
+)
+def test_ranks_of_one_node_take_a_gpu_each(device: str, found: list[str]) -> None:
+    started = commands(
+        "decode.group.ranks=4",
+        "decode.group.nodes=2",
+        "decode.group.node=1",
+        f"decode.device={device}",
+    )
+    assert [given(command, "device") for command in started] == [[of_rank] for of_rank in found]
