@@ -11,6 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from capacity.load.lengths import parse_lengths
+from capacity.load.text import Calibration
+from capacity.load.workload import Workload, WorkloadSpec
 from tests.e2e.conftest import Start
 from tests.e2e.test_faults import FLAGS, eventually, ready
 from tests.support.scripted_server import Reference, Script, Sent, scripted_server
@@ -21,6 +24,7 @@ SECOND = 1_000_000_000
 # A busy machine makes a measurement invalid, which is 2; whether it is, is no test's business.
 MEASURED = (0, 2)
 MISSED = (1, 2)
+SAME_PROMPTS = ("--nonce", "same", "--seed", "0", "--input", "128")
 
 
 def command(url: str, out: Path, *options: str) -> list[str]:
@@ -46,39 +50,43 @@ def requests_in(out: Path) -> list[dict[str, Any]]:
 
 
 def both_sides(reference: Reference, out: Path) -> list[tuple[dict[str, Any], Sent]]:
-    """Each record with what the server did for it. They are told apart by their order, so they
-    must be sent further apart than a connection's delay."""
-    records = sorted(requests_in(out), key=lambda record: record["sent_ns"])
-    zero_ns = summary_in(out)["zero_ns"]
+    """Each record, in the server's clock, with what the server did for it; the command ran with
+    ``SAME_PROMPTS``, from which the prompts can be made again."""
+    summary = summary_in(out)
+    calibration = Calibration(**summary["target"]["calibration"])
+    length = parse_lengths("128", "--input")
+    spec = WorkloadSpec(input=length, output=length, seed=0, nonce="same")
+    workload = Workload(spec, calibration)
+    by_prompt = {str(sent.body["messages"][0]["content"]): sent for sent in reference.generations}  # type: ignore[index]
+    records = requests_in(out)
     for record in records:
         for name in [name for name in record if name.endswith("_ns") and name != "chunks_ns"]:
-            record[name] += zero_ns
-        record["chunks_ns"] = [at + zero_ns for at in record.get("chunks_ns", [])]
-    log = sorted(reference.generations, key=lambda sent: sent.arrived_ns)
-    return list(zip(records, log, strict=True))
+            record[name] += summary["zero_ns"]
+        record["chunks_ns"] = [at + summary["zero_ns"] for at in record.get("chunks_ns", [])]
+    assert len(records) == len(by_prompt)
+    prompts = [workload.session(record.get("session", 0))[0].prompt for record in records]
+    return [(r, by_prompt[str(p)]) for r, p in zip(records, prompts, strict=True)]
 
 
 def test_every_percentile_is_that_of_the_servers_own_clock(tmp_path: Path) -> None:
     """What the client adds is bounded by how late it measured its own event loop to be."""
-    script = Script(per_chunk=2, stalls=[(1.5, 0.3)])
-    with scripted_server(script) as reference:
-        ended = bench(reference.url, tmp_path, "--rate", "60", "--duration", "4", "--warmup", "0")
+    with scripted_server(Script(per_chunk=2, stalls=[(1.5, 0.3)])) as reference:
+        options = ("--rate", "60", "--duration", "4", "--warmup", "0", *SAME_PROMPTS)
+        ended = bench(reference.url, tmp_path, *options)
         assert ended.returncode in MEASURED, ended.stderr
-        log = reference.generations
+    sides = both_sides(reference, tmp_path)
     (stage,) = summary_in(tmp_path)["stages"]
     figures = stage["figures"]
-    assert figures["succeeded"] == figures["attempts"] == len(log) > 150
-    firsts = [sent.chunks_ns[0] - sent.arrived_ns for sent in log]
-    lasts = [sent.chunks_ns[-1] - sent.arrived_ns for sent in log]
-    tpots = [(sent.chunks_ns[-1] - sent.chunks_ns[0]) / 9 for sent in log]
-    gaps = [gap for sent in log for gap in np.diff(sent.chunks_ns)]
+    assert figures["succeeded"] == figures["attempts"] == len(sides) > 150
+    truths = {
+        "ttft": [sent.chunks_ns[0] - record["intended_ns"] for record, sent in sides],
+        "ttft_from_sent": [sent.chunks_ns[0] - record["sent_ns"] for record, sent in sides],
+        "e2e": [sent.chunks_ns[-1] - record["intended_ns"] for record, sent in sides],
+        "tpot": [(sent.chunks_ns[-1] - sent.chunks_ns[0]) / 9 for _, sent in sides],
+        "icl": [gap for _, sent in sides for gap in np.diff(sent.chunks_ns)],
+    }
     lag_ms = stage["client"]["loop_lag_p99_ms"]
-    for name, truth in (
-        ("ttft_from_sent", firsts),
-        ("e2e_from_sent", lasts),
-        ("tpot", tpots),
-        ("icl", gaps),
-    ):
+    for name, truth in truths.items():
         for quantile, told in figures[name]["percentiles"].items():
             true = float(np.percentile(truth, float(quantile[1:]))) / MS
             assert abs(told - true) <= max(0.02 * true, 0.5) + 2 * lag_ms, (name, quantile)
@@ -87,10 +95,10 @@ def test_every_percentile_is_that_of_the_servers_own_clock(tmp_path: Path) -> No
 
 def test_a_stall_shows_from_intended_in_every_request_due_meanwhile(tmp_path: Path) -> None:
     with scripted_server(Script(stalls=[(1.0, 1.0)])) as reference:
-        options = ("--rate", "40", "--arrivals", "constant", "--duration", "3")
+        options = ("--rate", "40", "--arrivals", "constant", "--duration", "3", *SAME_PROMPTS)
         assert bench(reference.url, tmp_path, *options).returncode in MEASURED
     sides = both_sides(reference, tmp_path)
-    stall_end = sides[0][1].arrived_ns + 2 * SECOND
+    stall_end = min(sent.arrived_ns for _, sent in sides) + 2 * SECOND
     due = [
         record for record, _ in sides if 0.1 * SECOND < stall_end - record["intended_ns"] < SECOND
     ]
@@ -100,9 +108,9 @@ def test_a_stall_shows_from_intended_in_every_request_due_meanwhile(tmp_path: Pa
 
 def test_the_client_counts_every_chunk_and_sees_none_before_it_was_sent(tmp_path: Path) -> None:
     with scripted_server(Script(per_chunk=3)) as reference:
-        bench(reference.url, tmp_path, "--rate", "20", "--arrivals", "constant", "--duration", "2")
+        bench(reference.url, tmp_path, "--rate", "20", "--duration", "2", *SAME_PROMPTS)
     sides = both_sides(reference, tmp_path)
-    assert len(sides) > 30
+    assert len(sides) > 20
     for record, sent in sides:
         assert record["intended_ns"] <= record["started_ns"] <= record["sent_ns"] <= sent.arrived_ns
         assert len(record["chunks_ns"]) == len(sent.chunks_ns) == 4
