@@ -79,16 +79,13 @@ class _PlainExchange:
 
 
 class _UvicornExchange:
-    __slots__ = ("_cycle", "_on_change", "lost")
+    __slots__ = ("_cycle", "_on_change", "clear", "lost")
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
         self._on_change: Callable[[], None] | None = None
+        self.clear = not cycle.flow.write_paused
         self.lost = False
-
-    @property
-    def clear(self) -> bool:
-        return not (self._cycle.flow.write_paused or self.lost)
 
     @property
     def over(self) -> bool:
@@ -98,7 +95,8 @@ class _UvicornExchange:
         self._on_change = on_change
         self._cycle.flow.resume_reading()  # a hang-up is read; a large body may have paused it
 
-    def changed(self) -> None:
+    def change(self, *, clear: bool, lost: bool) -> None:
+        self.clear, self.lost = clear, lost
         if self._on_change is not None:
             self._on_change()
 
@@ -127,13 +125,17 @@ class ExchangeProtocol(HttpToolsProtocol):
             extensions: dict[str, Any] = self.scope.setdefault("extensions", {})
             extensions[_EXTENSION] = exchange
 
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        for exchange in self._exchanges:
+            exchange.clear = False
+
     def resume_writing(self) -> None:
         super().resume_writing()
         for exchange in self._exchanges:
-            exchange.changed()
+            exchange.change(clear=True, lost=False)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         for exchange in self._exchanges:
-            exchange.lost = True
-            exchange.changed()
+            exchange.change(clear=False, lost=True)

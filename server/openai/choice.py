@@ -45,6 +45,7 @@ class Choice:
         "_hides_stop_token",
         "_keeps_token_ids",
         "_only_prompt",
+        "_plain",
         "_reasoned",
         "_reasoning",
         "_stop_token_ids",
@@ -91,6 +92,13 @@ class Choice:
         )
         self._reasoned = reasoned
         self._reasoning = reasoned is not None and reasoned.begun
+        self._plain = not (
+            stops
+            or only_prompt
+            or self._keeps_token_ids
+            or reasoned is not None
+            or request.sampling.logprobs is not None
+        )
         self.reasoning_tokens = 0
         self.completion_tokens = 0
         self.cached_tokens = 0
@@ -107,6 +115,11 @@ class Choice:
 
     def accept(self, chunk: TokenChunk) -> str:
         """The text that may be shown now; empty while a character or stop string is open."""
+        if self._plain and self.completion_tokens and chunk.finish_reason is None:
+            # Neither the first chunk nor the last of text that nothing is to be done with: for
+            # most of all tokens, and so worth a way of its own.
+            self.completion_tokens += len(chunk.token_ids)
+            return "".join(map(self._detokenizer.push, chunk.token_ids))
         if chunk.times is not None:
             self.times = chunk.times
         self.cached_tokens += chunk.cached_tokens

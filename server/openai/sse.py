@@ -99,6 +99,7 @@ class EventStream:
         self._kept: list[bytes] = []
         self._gathered: Callable[[], bytes] | None = None
         self._caught_up: anyio.Event | None = None  # while somebody waits for it
+        self._quiet = True  # since the clock was last minded; reading it each time would cost
         self._quiet_since = monotonic()
         self._ended_by: Outcome | None = None
 
@@ -120,7 +121,7 @@ class EventStream:
         """Send whole events. The first call sends the headers: from then on it is a 200."""
         if self._started and not self._kept and self._exchange.clear:
             self._exchange.write(events)
-            self._quiet_since = monotonic()
+            self._quiet = False
         else:
             self.write_last(events)
             self._send_kept()
@@ -165,7 +166,7 @@ class EventStream:
                 self._start()
             if events := self._take_kept():
                 exchange.write(events)
-            self._quiet_since = monotonic()
+            self._quiet = False
 
     def _keep_gathered(self) -> None:
         if self._gathered is not None:
@@ -213,7 +214,10 @@ class EventStream:
 
     def _mind_the_clock(self) -> None:
         times = self._times
-        quiet_s = monotonic() - self._quiet_since
+        now = monotonic()
+        if not self._quiet:
+            self._quiet, self._quiet_since = True, now
+        quiet_s = now - self._quiet_since
         if not self._exchange.clear:
             if quiet_s > times.write_stall_s:
                 self._end(Outcome.STALLED)

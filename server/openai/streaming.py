@@ -29,6 +29,10 @@ class AnswerStream:
             self._gathered[choice] = self._gathered.get(choice, "") + text
             self._stream.gather(self._take_gathered)
             return
+        if text and choice.finish_reason is None and choice.index not in self._unopened:
+            if events := self._events.text(choice, text):
+                self._stream.write(events)
+            return
         events = self._render(choice, text)
         if not self._unfinished:
             self._stream.write_last(events)
@@ -42,8 +46,6 @@ class AnswerStream:
     def _render(self, choice: Choice, text: str) -> bytes:
         events = self._events
         finished = choice.finish_reason is not None
-        if text and not finished and choice.index not in self._unopened:
-            return events.text(choice, text)
         parts: list[bytes] = []
         if choice.index in self._unopened:
             self._unopened.discard(choice.index)

@@ -39,20 +39,27 @@ def detokenizer(
 class _ByteLevel:
     """Every token is bytes; the text is their concatenation read as UTF-8."""
 
-    __slots__ = ("_decode", "_piece", "_skipped")
+    __slots__ = ("_decoder", "_open", "_skipped", "_tokenizer")
 
     def __init__(self, tokenizer: TextTokenizer, skipped: frozenset[int]) -> None:
-        self._piece = tokenizer.piece
+        self._tokenizer = tokenizer
         self._skipped = skipped
-        self._decode = _new_utf8_decoder(errors="replace").decode
+        self._decoder = _new_utf8_decoder(errors="replace")
+        self._open = False  # a character has begun and is not complete
 
     def push(self, token_id: int) -> str:
         if token_id in self._skipped:
             return ""
-        return self._decode(self._piece(token_id))
+        if not self._open:
+            text = self._tokenizer.whole_text(token_id)
+            if text is not None:
+                return text
+        text = self._decoder.decode(self._tokenizer.piece(token_id))
+        self._open = bool(self._decoder.getstate()[0])
+        return text
 
     def finish(self) -> str:
-        return self._decode(b"", True)
+        return self._decoder.decode(b"", True)
 
 
 class _ByteFallback:

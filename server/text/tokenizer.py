@@ -39,6 +39,7 @@ class TextTokenizer:
         self.piece_style: PieceStyle = piece_style(decoder)
         self.strips_leading_space = _strips_leading_space(decoder)
         self._pieces: dict[int, bytes] = {}
+        self._whole_texts: dict[int, str | None] = {}
         added = tokenizer.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
         ids = {text: tokenizer.token_to_id(text) for text in control_tokens}
@@ -64,6 +65,15 @@ class TextTokenizer:
         if piece is None:
             piece = self._pieces[token_id] = token_bytes(self.token(token_id), self.piece_style)
         return piece
+
+    def whole_text(self, token_id: int) -> str | None:
+        """The characters that a token stands for; None if its bytes are not UTF-8 by themselves."""
+        if token_id not in self._whole_texts:
+            try:
+                self._whole_texts[token_id] = self.piece(token_id).decode()
+            except UnicodeDecodeError:
+                self._whole_texts[token_id] = None
+        return self._whole_texts[token_id]
 
     def vocabulary(self) -> Vocabulary:
         tokens = tuple(map(self.piece, range(self.vocab_size)))
