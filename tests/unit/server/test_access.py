@@ -65,7 +65,15 @@ def test_keys_may_be_written_as_digests_and_brought_in_two_ways(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "path",
-    ["/v1/models", "/metrics", "/tokenize", "/v1/responses/x", "/v1/messages", "/nothing", "/status"],
+    [
+        "/v1/models",
+        "/metrics",
+        "/tokenize",
+        "/v1/responses/x",
+        "/v1/messages",
+        "/nothing",
+        "/status",
+    ],
 )
 def test_every_path_that_is_not_public_needs_a_key(path: str, tmp_path: Path) -> None:
     (answer,) = send(keys_file(tmp_path, "k"), ("", {}), path=path)
