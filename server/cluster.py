@@ -101,9 +101,10 @@ class Cluster:
 
     def update_experts(self, update: ExpertUpdate) -> None:
         known = self.expert_reports.get(update.worker)
-        if known is not None and known.placement_epoch != update.report.placement_epoch:
-            epoch = update.report.placement_epoch
-            self.records.note("experts", "info", f"experts moved: placement epoch {epoch}")
+        moved = known is not None and known.placement_epoch != update.report.placement_epoch
+        for info in (s.info for s in self._members if moved and s.info.ref == update.worker):
+            if info.rank == 0:  # the ranks of a group report the same
+                self.records.note("experts", "info", f"experts of {info.group_id} have moved")
         self.expert_reports[update.worker] = update.report
 
     def _look_again(self) -> None:
@@ -225,7 +226,7 @@ class Cluster:
 
     def note_retry(self, attempt: Attempt) -> None:
         """The attempt has failed, and there will be another."""
-        migrates = bool(attempt.written)
+        migrates = bool(attempt.written and attempt.workers)  # else it waits for workers
         log.warning(
             "the stream goes on elsewhere" if migrates else "trying elsewhere",
             request=attempt.ref.request_id,

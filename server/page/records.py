@@ -26,7 +26,7 @@ Outcome = Literal["open", "done", "failed", "cancelled"]
 REQUESTS = 60
 EVENTS = 200
 LINKS = 4096  # pairs of workers with traffic; 72 ranks and 56 prefill workers have that many
-TEXT_CHARS = 240
+TEXT_CHARS = 200
 SAME_WITHIN_S = 10.0  # an event that repeats within that time is counted, not listed again
 SAME_AMONG = 8
 
@@ -154,7 +154,10 @@ class Records:
         if record is None:
             yield
             return
-        current = AttemptRecord(began=self._clock.now(), base_tokens=len(attempt.written))
+        began = self._clock.now()
+        if record.attempts and not record.attempts[-1].decode:
+            began = record.attempts.pop().began  # that one found no worker to ask: one wait in all
+        current = AttemptRecord(began=began, base_tokens=len(attempt.written))
         record.attempts.append(current)
         record.live = attempt
         attempt.on_decoding = lambda: self._decoding(current)
@@ -191,11 +194,13 @@ class Records:
         link.bytes += kv_bytes
 
     def retried(self, attempt: Attempt, *, migrates: bool) -> None:
-        """The attempt has failed, and the request goes on with another."""
+        """The attempt has failed, and the request goes on with another. Where no worker was asked
+        it still waits for one, which is no news.
+        """
         current = self._current(attempt)
-        if current is None:
+        if current is None or not current.decode:
             return
-        current.failure = str(attempt.failure or "no worker could take it")[:TEXT_CHARS]
+        current.failure = str(attempt.failure or "every worker has refused it")[:TEXT_CHARS]
         what = "a stream migrates" if migrates else "a request is tried again"
         self.note("request", "warning", f"{what}: {current.failure}")
 

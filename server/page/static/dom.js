@@ -38,9 +38,9 @@ export function count(value) {
 
 export function seconds(value) {
   if (value === null || value === undefined) return "–";
-  if (value < 0.0995) return (value * 1000).toFixed(value < 0.00995 ? 1 : 0) + " ms";
-  if (value < 0.9995) return (value * 1000).toFixed(0) + " ms";
-  if (value < 60) return value.toFixed(value < 9.95 ? 2 : 1) + " s";
+  if (value === 0) return "0";
+  if (value < 0.9995) return (value * 1000).toFixed(value < 0.00995 ? 1 : 0).replace(".0", "") + " ms";
+  if (value < 60) return value.toFixed(value < 9.95 ? 2 : 1).replace(/\.0+$/, "") + " s";
   return (value / 60).toFixed(1) + " min";
 }
 
@@ -49,6 +49,9 @@ export function bytes(value) {
   while (value >= 1000 && unit < 5) { value /= 1000; unit += 1; }
   return value.toFixed(unit && value < 100 ? 1 : 0) + " " + ["B", "kB", "MB", "GB", "TB", "PB"][unit];
 }
+
+/** At most so many characters, the last of them an ellipsis where there were more. */
+export const short = (text, length) => (text.length > length ? text.slice(0, length - 1) + "…" : text);
 
 /** Local time of something that happened so long ago. */
 export const clock = (ageS) => new Date(Date.now() - ageS * 1000).toLocaleTimeString([], { hour12: false });

@@ -2,7 +2,7 @@
 
 import { el, fill, svg } from "./dom.js";
 
-const WIDTH = 400, HEIGHT = 110, LEFT = 44, BOTTOM = 16;
+const HEIGHT = 130, LEFT = 52, BOTTOM = 18, NARROW = 200;
 export const SHOWN_S = 600;
 
 /** A round number that is not below the value. */
@@ -10,6 +10,21 @@ function ceiling(value) {
   if (!(value > 0)) return 1;
   const size = 10 ** Math.floor(Math.log10(value));
   return [1, 2, 2.5, 5, 10].map((step) => step * size).find((step) => step >= value * 0.999);
+}
+
+/** Marks at zero, the middle and the top; `height` is a value's share of the plot. */
+function halves(values) {
+  const top = ceiling(Math.max(0, ...values));
+  return { marks: [0, top / 2, top], height: (value) => value / top };
+}
+
+/** Marks at powers of ten around the values, two at least. */
+function decades(values) {
+  const positive = values.filter((value) => value > 0);
+  const low = positive.length ? Math.floor(Math.log10(Math.min(...positive))) : -3;
+  const high = Math.max(low + 1, positive.length ? Math.ceil(Math.log10(Math.max(...positive))) : 0);
+  const marks = Array.from({ length: high - low + 1 }, (_, index) => 10 ** (low + index));
+  return { marks, height: (value) => (Math.log10(Math.max(value, marks[0])) - low) / (high - low) };
 }
 
 /** Runs of points without a gap: a missing value, or a pause in sampling. */
@@ -27,16 +42,17 @@ function runs(points, gapS) {
 }
 
 export class Lines {
-  /** `series`: for the lines a and b their names and the field of a sample. */
-  constructor(parent, series, format) {
+  /** `series`: for the lines a and b their names and the field of a sample. Latencies are drawn
+   *  on a logarithmic scale: a fault lasts a thousand times what a token does. */
+  constructor(parent, series, format, logarithmic = false) {
     this.series = series;
     this.format = format;
+    this.logarithmic = logarithmic;
     this.readout = el("div", "readout");
-    this.plot = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, class: "plot", role: "img" });
+    this.plot = svg("svg", { height: HEIGHT, class: "plot", role: "img" });
     this.pointer = null;
     this.plot.addEventListener("pointermove", (event) => {
-      const box = this.plot.getBoundingClientRect();
-      this.pointer = ((event.clientX - box.left) / box.width) * WIDTH;
+      this.pointer = event.clientX - this.plot.getBoundingClientRect().left;
       this.tell();
     });
     this.plot.addEventListener("pointerleave", () => { this.pointer = null; this.tell(); });
@@ -47,19 +63,20 @@ export class Lines {
     const shown = samples.filter((sample) => now - sample.at <= SHOWN_S);
     const span = Math.max(60, Math.min(SHOWN_S, shown.length ? now - shown[0].at : 0));
     const values = this.series.flatMap(({ field }) => shown.map((sample) => sample[field] ?? 0));
-    const top = ceiling(Math.max(0, ...values));
-    const x = (at) => LEFT + (WIDTH - LEFT - 4) * (1 - (now - at) / span);
-    const y = (value) => 6 + (HEIGHT - BOTTOM - 6) * (1 - value / top);
+    const { marks, height } = this.logarithmic ? decades(values) : halves(values);
+    const width = Math.max(NARROW, this.plot.clientWidth); // as drawn, so that text keeps its size
+    const x = (at) => LEFT + (width - LEFT - 4) * (1 - (now - at) / span);
+    const y = (value) => 6 + (HEIGHT - BOTTOM - 6) * (1 - height(value));
     this.shown = shown;
     this.x = x;
     const drawn = [];
-    for (const share of [0, 0.5, 1]) {
-      const at = y(top * share);
-      drawn.push(svg("line", { x1: LEFT, x2: WIDTH - 4, y1: at, y2: at, class: "grid" }));
-      drawn.push(svg("text", { x: LEFT - 6, y: at + 4, "text-anchor": "end" }, this.format(top * share)));
+    for (const mark of marks) {
+      const at = y(mark);
+      drawn.push(svg("line", { x1: LEFT, x2: width - 4, y1: at, y2: at, class: "grid" }));
+      drawn.push(svg("text", { x: LEFT - 6, y: at + 4, "text-anchor": "end" }, this.format(mark)));
     }
     drawn.push(svg("text", { x: LEFT, y: HEIGHT - 2 }, `${Math.round(span / 60)} min ago`));
-    drawn.push(svg("text", { x: WIDTH - 4, y: HEIGHT - 2, "text-anchor": "end" }, "now"));
+    drawn.push(svg("text", { x: width - 4, y: HEIGHT - 2, "text-anchor": "end" }, "now"));
     this.series.forEach(({ field }, index) => {
       const className = index ? "b" : "a";
       const points = shown.map((sample) => ({ at: sample.at, value: sample[field] }));

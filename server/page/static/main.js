@@ -3,7 +3,7 @@
 import { $, count, seconds } from "./dom.js";
 import { experts } from "./experts.js";
 import { Lines, SHOWN_S } from "./lines.js";
-import { requests } from "./requests.js";
+import { requests, stretch } from "./requests.js";
 import { events, figures, links, workers } from "./tables.js";
 
 const EVERY_MS = 2000, PATIENCE_MS = 8000, KEY = "headrace-api-key";
@@ -11,11 +11,11 @@ const EVERY_MS = 2000, PATIENCE_MS = 8000, KEY = "headrace-api-key";
 const charts = [
   new Lines($("chart-tokens"), [{ name: "output", field: "output_tokens_per_s" }, { name: "prompt", field: "prompt_tokens_per_s" }], count),
   new Lines($("chart-requests"), [{ name: "open", field: "running" }, { name: "waiting", field: "waiting" }], count),
-  new Lines($("chart-ttft"), [{ name: "p50", field: "ttft_p50_s" }, { name: "p99", field: "ttft_p99_s" }], seconds),
-  new Lines($("chart-itl"), [{ name: "p50", field: "itl_p50_s" }, { name: "p99", field: "itl_p99_s" }], seconds),
+  new Lines($("chart-ttft"), [{ name: "p50", field: "ttft_p50_s" }, { name: "p99", field: "ttft_p99_s" }], seconds, true),
+  new Lines($("chart-itl"), [{ name: "p50", field: "itl_p50_s" }, { name: "p99", field: "itl_p99_s" }], seconds, true),
 ];
 let samples = []; // oldest first; `at` is this browser's time in seconds
-let paused = false, heardAt = 0, asking = false;
+let paused = false, heardAt = 0, asking = false, latest = null;
 
 class NeedsKey extends Error {}
 
@@ -70,6 +70,7 @@ async function turn() {
     if (samples.length && status.samples.length && status.samples[0].number <= samples[samples.length - 1].number) samples = [];
     remember(status);
     heardAt = Date.now();
+    latest = status;
     show({ data: true });
     draw(status);
   } catch (error) {
@@ -108,6 +109,11 @@ $("pause").addEventListener("click", () => {
   $("pause").textContent = paused ? "Go on" : "Pause";
   $("pause").setAttribute("aria-pressed", String(paused));
   if (!paused) turn();
+});
+$("scale").addEventListener("click", () => {
+  const stretched = stretch();
+  $("scale").setAttribute("aria-pressed", String(stretched));
+  if (latest) requests(latest);
 });
 document.addEventListener("visibilitychange", () => { if (!document.hidden && !paused) turn(); });
 setInterval(() => {

@@ -1,13 +1,21 @@
 // The last requests, a bar each: where its time went, and where it moved to other workers.
 
-import { $, clock, count, el, fill, known, seconds } from "./dom.js";
+import { $, clock, count, el, fill, known, seconds, short } from "./dom.js";
 
 const STAGES = ["wait", "reserve", "queue", "prefill", "hand-over", "decode"];
 const NAMES = { wait: "wait for room", queue: "prefill queue" };
 const SHOWN = 40;
 
-function bar(request) {
-  const whole = Math.max(request.seconds, 1e-6);
+let stretched = false;
+
+/** All bars in one scale of time, or each in its own. */
+export function stretch() {
+  stretched = !stretched;
+  return stretched;
+}
+
+function bar(request, longest) {
+  const whole = Math.max(stretched ? request.seconds : longest, 1e-6);
   const fall = el("div", "fall");
   const told = [];
   request.attempts.forEach((attempt, index) => {
@@ -36,12 +44,12 @@ function route(request) {
     .filter(Boolean).join(" ⇒ ");
 }
 
-function row(request) {
+function row(request, longest) {
   const cached = request.cached_tokens ? ` (${count(request.cached_tokens)} cached)` : "";
   const facts = `${count(request.prompt_tokens)}${cached} + ${count(request.output_tokens)} tokens, ${seconds(request.seconds)}`;
   const id = el("span", "id", `${clock(request.age_s)} ${request.request.slice(0, 8)}`);
   id.title = `${request.request}\n${request.model}\n${route(request)}`;
-  const parts = [id, bar(request), el("span", "facts", facts)];
+  const parts = [id, bar(request, longest), el("span", "facts", facts)];
   const reasons = request.attempts.map((attempt) => attempt.failure).filter(Boolean);
   const notes = [];
   if (request.migrations) notes.push(`migrated ${request.migrations === 1 ? "once" : request.migrations + " times"}: ${route(request)}`);
@@ -49,11 +57,17 @@ function row(request) {
   if (request.failure && !reasons.includes(request.failure)) notes.push(request.failure);
   const failed = request.outcome === "failed";
   if (failed || request.outcome === "cancelled") notes.unshift(request.outcome);
-  if (notes.length) parts.push(el("span", "note " + (failed ? "bad" : "warn"), notes.join(" – ")));
+  if (notes.length) {
+    const note = el("span", "note " + (failed ? "bad" : "warn"), short(notes.join(" – "), 200));
+    note.title = notes.join("\n");
+    parts.push(note);
+  }
   return el("div", "request", parts);
 }
 
 export function requests(status) {
-  const rows = status.requests.slice(0, SHOWN).map(row);
+  const shown = status.requests.slice(0, SHOWN);
+  const longest = Math.max(0, ...shown.map((request) => request.seconds));
+  const rows = shown.map((request) => row(request, longest));
   fill($("requests"), rows.length ? rows : [el("p", "quiet", "none yet")]);
 }

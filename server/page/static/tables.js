@@ -25,11 +25,11 @@ export function figures(status, samples) {
     ["output tokens/s", count(last.output_tokens_per_s)],
     ["prompt tokens/s", count(last.prompt_tokens_per_s)],
     ["requests open", count(gateway.open_requests)],
-    ["waiting for room", count(gateway.waiting)],
-    ["first token, p50", seconds(last.ttft_p50_s)],
-    ["first token, p99", seconds(last.ttft_p99_s)],
-    ["between tokens, p50", seconds(last.itl_p50_s)],
-    ["between tokens, p99", seconds(last.itl_p99_s)],
+    ["waiting", count(gateway.waiting)],
+    ["TTFT p50", seconds(last.ttft_p50_s)],
+    ["TTFT p99", seconds(last.ttft_p99_s)],
+    ["ITL p50", seconds(last.itl_p50_s)],
+    ["ITL p99", seconds(last.itl_p99_s)],
     ["migrations", count(gateway.migrations)],
   ];
   fill($("figures"), shown.map(([name, value]) => el("div", "", [el("b", "", value), el("span", "", name)])));
