@@ -41,6 +41,7 @@ from server.responses.endpoints import StoredResponseEndpoints
 from server.responses.plan import ResponsePlan
 from server.responses.store import ResponseStore
 from server.settings import GatewaySettings
+from server.spans import SpanExporter
 from server.structured.compiler import GrammarCompiler
 from server.text.model_text import ModelText
 
@@ -54,6 +55,7 @@ def create_app(
     *,
     registry: CollectorRegistry | None = None,
     times: StreamTimes | None = None,
+    spans: SpanExporter | None = None,
     grammars: GrammarCompiler | None = None,
     tasks: TaskGroup | None = None,
     cluster: Cluster | None = None,
@@ -72,6 +74,7 @@ def create_app(
         text=text,
         limits=settings.limits,
         grammars=grammars or GrammarCompiler(text.tokenizer.vocabulary()),
+        spans=spans,
     )
     metrics = HttpMetrics(registry)
     store = ResponseStore()

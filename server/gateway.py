@@ -20,6 +20,7 @@ from server.exchange import ExchangeProtocol
 from server.metrics_compat import VllmAliases
 from server.serving import open_serving
 from server.settings import GatewaySettings, SchedulerSettings
+from server.spans import SpanExporter
 from server.structured.compiler import GrammarCompiler
 from server.text.loading import load_model_text
 from server.text.model_text import ModelText
@@ -61,6 +62,10 @@ async def _serve(settings: GatewaySettings, scheduler: SchedulerSettings, text: 
             ) as serving,
             anyio.create_task_group() as background,
         ):
+            spans = None
+            if settings.otlp_endpoint is not None:
+                spans = SpanExporter(settings.otlp_endpoint)
+                background.start_soon(spans.run)
             if settings.metrics_compat == "vllm":
                 registry.register(VllmAliases(serving.cluster))
             server = _Server(
@@ -72,6 +77,7 @@ async def _serve(settings: GatewaySettings, scheduler: SchedulerSettings, text: 
                         registry=registry,
                         grammars=grammars,
                         tasks=background,
+                        spans=spans,
                         cluster=serving.cluster,
                     ),
                     http=ExchangeProtocol,

@@ -82,6 +82,9 @@ class GatewaySettings(Settings):
     metrics_compat: Literal["none", "vllm"] = "none"
     """vllm: /metrics also has the gauges that autoscalers read, under vLLM's names."""
 
+    otlp_endpoint: str | None = None
+    """Base URL of an OpenTelemetry collector (OTLP over HTTP) that gets a span a request."""
+
     embed_scheduler: bool = True
     """Run the scheduler inside the gateway's process, listening at bus.scheduler."""
 

@@ -14,7 +14,8 @@ _NOTHING = b"0"
 @dataclass(frozen=True, slots=True)
 class TraceContext:
     trace_id: str  # 32 hex digits
-    span_id: str  # 16, ours
+    parent_id: str  # 16, the caller's span
+    span_id: str  # ours
     flags: str
 
     @property
@@ -27,4 +28,5 @@ def trace_of(headers: dict[bytes, bytes]) -> TraceContext | None:
     given = _TRACEPARENT.match(headers.get(b"traceparent", b""))
     if given is None or not given[1].strip(_NOTHING) or not given[2].strip(_NOTHING):
         return None
-    return TraceContext(given[1].decode(), secrets.token_hex(8), given[3].decode())
+    trace_id, parent_id, flags = (part.decode() for part in given.groups())
+    return TraceContext(trace_id, parent_id, secrets.token_hex(8), flags)

@@ -17,6 +17,7 @@ from server.openai.part_events import ReadAnswer, message_of
 from server.openai.schema import GenerationRequest
 from server.openai.usage import usage_of
 from server.settings import LimitSettings
+from server.spans import SpanExporter
 from server.structured.compiler import GrammarCompiler
 from server.text.families.parts import Content, Part
 from server.text.model_text import ModelText
@@ -54,6 +55,7 @@ class Services:
     text: ModelText
     limits: LimitSettings
     grammars: GrammarCompiler
+    spans: SpanExporter | None = None  # None: nobody collects them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ wrappers around each event, would cost more than the rest of the gateway.
 """
 
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from functools import partial
 from http import HTTPStatus
 from time import monotonic
@@ -30,6 +31,8 @@ from server.openai.streaming import AnswerStream
 from server.quotas import UNLIMITED, Quota
 from server.responses.background import BackgroundResponses
 from server.responses.form import ResponsesForm
+from server.spans import RequestSpan
+from server.tracing import TraceContext
 
 log = get_log(__name__)
 
@@ -127,6 +130,7 @@ class GenerationEndpoint:
             self._metrics,
             arrived=arrived,
             deadline=arrived + time_allowed_s(scope, at_most=self._request_timeout_s),
+            trace=state.get("trace"),
         )
         ignored = ",".join(answer.ignored).encode()
         headers = [(b"x-ignored-params", ignored)] if ignored else []
@@ -167,9 +171,12 @@ class AnswerRun:
         *,
         arrived: float,
         deadline: float,
+        trace: TraceContext | None = None,
     ) -> None:
         self._answer = answer
         self._generator = services.generator
+        self._spans = services.spans
+        self._trace = trace
         self._metrics = metrics
         self._arrived = arrived
         self._deadline = deadline
@@ -252,16 +259,40 @@ class AnswerRun:
         """
         if self._timing is None:
             return []
+        stages = [*self._stages(), ("ttft", self._timing[1])]
+        shown = ", ".join(f"{name};dur={1000 * seconds:.1f}" for name, seconds in stages)
+        return [(b"server-timing", shown.encode())]
+
+    def _stages(self) -> list[tuple[str, float]]:
+        """Until the first token, which there must have been."""
+        assert self._timing is not None
         times, first_s = self._timing
         wait_s = max(0.0, first_s - times.queue_s - times.compute_s)
-        stages = (
-            (b"wait", wait_s),
-            (b"queue", times.queue_s),
-            (b"prefill", times.compute_s),
-            (b"ttft", first_s),
+        return [("wait", wait_s), ("queue", times.queue_s), ("prefill", times.compute_s)]
+
+    def _span(self, seconds: float) -> RequestSpan:
+        answer = self._answer
+        output_tokens = sum(choice.completion_tokens for choice in answer.choices)
+        stages: list[tuple[str, float]] = []
+        if self._timing is not None:
+            stages = [*self._stages(), ("decode", max(0.0, seconds - self._timing[1]))]
+        return RequestSpan(
+            name=f"{answer.kind} {answer.model.id}",
+            trace=self._trace,
+            started_unix_s=datetime.now(UTC).timestamp() - seconds,
+            seconds=seconds,
+            failed=any(choice.finish_reason is None for choice in answer.choices),
+            stages=stages,
+            attributes={
+                "gen_ai.operation.name": "text_completion"
+                if answer.kind == "completions"
+                else "chat",
+                "gen_ai.request.model": answer.model.id,
+                "gen_ai.response.id": answer.id,
+                "gen_ai.usage.input_tokens": answer.used_tokens() - output_tokens,
+                "gen_ai.usage.output_tokens": output_tokens,
+            },
         )
-        shown = b", ".join(b"%b;dur=%.1f" % (name, 1000 * seconds) for name, seconds in stages)
-        return [(b"server-timing", shown)]
 
     def account(self) -> None:
         """Count the tokens, however the answer ended."""
@@ -271,6 +302,9 @@ class AnswerRun:
         self._metrics.prompt_tokens.inc(usage["prompt_tokens"])
         self._metrics.completion_tokens.inc(completion_tokens)
         self._metrics.cached_tokens.inc(cached_tokens)
+        seconds = monotonic() - self._arrived
+        if self._spans is not None:
+            self._spans.add(self._span(seconds))
         log.info(
             "request ended",
             endpoint=self._answer.kind,
@@ -279,7 +313,7 @@ class AnswerRun:
             prompt_tokens=usage["prompt_tokens"],
             cached_tokens=cached_tokens,
             completion_tokens=completion_tokens,
-            seconds=round(monotonic() - self._arrived, 4),
+            seconds=round(seconds, 4),
         )
 
 
