@@ -101,6 +101,7 @@ function chart(place, options) {
     if (options.x.latency && xLow > 0 && xHigh / xLow <= 20) xLow = xLow < 0.5 * xHigh ? 0 : 0.8 * xLow;
     const log = options.x.log && xLow > 0 && xHigh / xLow > 20;
     const yLog = options.y.log && yLow > 0 && yHigh / yLow > 20;
+    if (options.y.log && !yLog) yLow = 0;
     if (options.pad) { xHigh += (xHigh - xLow || xHigh || 1) * 0.12; yHigh += (yHigh - yLow || yHigh || 1) * 0.15; }
     if (xLow === xHigh) xHigh = xLow + (xLow || 1) * 0.1;
     if (yLow === yHigh) yHigh = yLow + (yLow || 1) * 0.1;
@@ -132,7 +133,7 @@ function chart(place, options) {
         for (const [px, py, text] of points) {
           const cx = x(px), cy = y(py);
           if (one.kind === "crosses") svg.append(make("path", { d: `M${cx - 4} ${cy - 4}l8 8m0-8l-8 8`, stroke: paint, "stroke-width": 1.8 }));
-          else svg.append(make("circle", { cx, cy, r: one.kind === "labels" ? 5 : 2.4, fill: paint, "fill-opacity": one.kind === "labels" ? 1 : 0.55 }));
+          else svg.append(make("circle", { cx, cy, r: one.kind === "labels" ? 5 : points.length < 300 ? 3.4 : 2.4, fill: paint, "fill-opacity": one.kind === "labels" ? 1 : 0.55 }));
           if (one.kind !== "labels" || !text || labelled.some(([lx, ly]) => Math.abs(lx - cx) < 7 * text.length && Math.abs(ly - cy) < 14)) continue;
           labelled.push([cx, cy]);
           svg.append(make("text", { class: "label", x: cx > width - 110 ? cx - 9 : cx + 9, y: cy - 8, "text-anchor": cx > width - 110 ? "end" : "start" }, text));
