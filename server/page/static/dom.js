@@ -5,12 +5,15 @@ const SVG = "http://www.w3.org/2000/svg";
 
 export const $ = (id) => document.getElementById(id);
 
+// Control characters, and those that change the direction of the text around them.
+const STEERING = /[\u0000-\u001f\u007f-\u009f\u200e\u200f\u202a-\u202e\u2066-\u2069]/g;
+
 /** An element with text, or with children. Its class is chosen by this page, never by the data. */
 export function el(tag, className, content) {
   const made = document.createElement(tag);
   if (className) made.className = className;
   if (Array.isArray(content)) made.append(...content);
-  else if (content !== undefined && content !== null) made.textContent = String(content);
+  else if (content !== undefined && content !== null) made.textContent = String(content).replace(STEERING, "\ufffd");
   return made;
 }
 

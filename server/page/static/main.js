@@ -1,6 +1,6 @@
 // Asks /status every two seconds while the page is looked at, and draws what comes.
 
-import { $, count, seconds } from "./dom.js";
+import { $, count, el, fill, seconds } from "./dom.js";
 import { experts } from "./experts.js";
 import { Lines, SHOWN_S } from "./lines.js";
 import { requests, stretch } from "./requests.js";
@@ -40,7 +40,7 @@ function remember(status) {
 function draw(status) {
   const gateway = status.gateway;
   state(gateway.ready ? "good" : "bad", (gateway.ready ? "ready" : "not ready") + (gateway.reason ? `: ${gateway.reason}` : ""));
-  $("models").textContent = gateway.models.join(", ");
+  fill($("models"), [el("span", "", gateway.models.join(", "))]);
   figures(status, samples);
   for (const chart of charts) chart.draw(samples, Date.now() / 1000, status.sample_every_s);
   workers(status);
@@ -52,7 +52,7 @@ function draw(status) {
 
 function state(look, words) {
   $("dot").className = `dot ${look}`;
-  $("reason").textContent = words;
+  fill($("reason"), [el("span", "", words)]);
 }
 
 function show({ data, form, wrong }) {
