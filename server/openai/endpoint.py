@@ -1,8 +1,8 @@
 """Runs one request of either endpoint: read, plan, generate, and send in one piece or as events.
 
-Invariant: when the call returns, however it ended, every generator it opened has been closed. It
-is a plain ASGI application, because a framework's response object for each request, and its
-wrappers around each event, would cost more than the rest of the gateway.
+Invariant: when the call returns, however it ended, every generation it began has ended too. It is
+a plain ASGI application, because a framework's response object for each request, and its wrappers
+around each event, would cost more than the rest of the gateway.
 """
 
 from collections.abc import Awaitable, Callable
