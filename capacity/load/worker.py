@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from itertools import count
+from pathlib import Path
 from random import Random
 from time import monotonic_ns
 
@@ -282,6 +283,17 @@ def _allowed_connections() -> int:
     return max(1, hard - _SPARE_FILES)
 
 
+def _ask_for_priority() -> None:
+    """A client that waits for a core measures itself. Needs a privilege; without it, no harm.
+
+    Where Linux groups processes by session, a process's own priority counts only within its group.
+    """
+    with suppress(OSError):
+        os.setpriority(os.PRIO_PROCESS, 0, _PRIORITY)
+    with suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(_PRIORITY))
+
+
 async def orders(stdin: asyncio.StreamReader) -> AsyncIterator[Order]:
     while True:
         try:
@@ -323,6 +335,5 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which says Stop
     gc.set_threshold(_GARBAGE_THRESHOLD)
     os.set_blocking(sys.stdout.fileno(), False)
-    with suppress(OSError):  # a client that waits for a core measures itself; needs a privilege
-        os.setpriority(os.PRIO_PROCESS, 0, _PRIORITY)
+    _ask_for_priority()
     uvloop.run(main())
