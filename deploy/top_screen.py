@@ -152,7 +152,18 @@ def _table(*columns: str, left: int) -> Table:
 
 
 def _workers(status: Status) -> Table:
-    heads = ("worker", "role", "state", "batch", "queue", "KV", "hits", "step", "tokens/s")
+    heads = (
+        "worker",
+        "role",
+        "state",
+        "batch",
+        "queue",
+        "KV",
+        "hits",
+        "KV exposed",
+        "step",
+        "tokens/s",
+    )
     table = _table(*heads, left=3)
     for worker in status.workers:
         table.add_row(
@@ -163,6 +174,7 @@ def _workers(status: Status) -> Table:
             str(worker.queued),
             _share(worker.active_blocks + worker.granted_blocks, worker.blocks),
             _hits(worker),
+            seconds(worker.transfer_exposed_s) if worker.role == "prefill" else "",
             seconds(worker.step_s),
             f"{worker.tokens_per_s:.0f}",
         )

@@ -20,6 +20,7 @@ from engine.sampling.sampler import Sampled, Sampler
 from engine.sampling.stopping import finish_reason
 from kvtransfer.interface import KVSource, Push
 from prefill.prefix_feed import PrefixFeed
+from prefill.push_times import TimedSource
 from prefill.scheduler import Chunk, PrefillScheduler, PrefillStep
 from prefill.scoring import score_step
 from protocol.codec import encode
@@ -99,7 +100,7 @@ class PrefillLoop:
         self._scheduler = scheduler
         self._runner = runner
         self._sampler = sampler
-        self._source = source
+        self._source = TimedSource(source)
         self._outbox = outbox
         self._pool = pool
         self._prefix_index = prefix_index
@@ -376,6 +377,7 @@ class PrefillLoop:
 
     def _account(self) -> None:
         books = self._scheduler.books()
+        pushed = self._source.totals()
         self.load = WorkerLoad(
             draining=self._draining,
             queued_requests=books.waiting,
@@ -389,4 +391,7 @@ class PrefillLoop:
             tokens_per_second=self._tokens_per_second,
             prefix_hit_tokens=books.prefix_hit_tokens,
             prompt_tokens=books.prompt_tokens,
+            pushes=pushed.pushes,
+            push_hidden_s=pushed.hidden_s,
+            push_exposed_s=pushed.exposed_s,
         )

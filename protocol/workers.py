@@ -53,6 +53,9 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     prefix_hit_tokens: int = 0  # cumulative
     prompt_tokens: int = 0  # cumulative
     generated_tokens: int = 0  # cumulative
+    pushes: int = 0  # prefill: whole KV transfers, cumulative like the next two
+    push_hidden_s: float = 0.0  # while the prompt was still being computed
+    push_exposed_s: float = 0.0  # after that, until decode had committed
 
 
 class ExpertReport(msgspec.Struct, frozen=True, kw_only=True):

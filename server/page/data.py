@@ -52,6 +52,8 @@ class WorkerRow(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     prefix_hit_tokens: int
     generated_tokens: int
+    transfer_hidden_s: float | None  # mean of a prompt's KV transfer, while it was computed
+    transfer_exposed_s: float | None  # and after that; None where there has been no transfer
 
 
 class GroupRow(msgspec.Struct, frozen=True, kw_only=True):
@@ -177,9 +179,7 @@ def status_of(
                 decode=decode,
                 requests=link.requests,
                 bytes=link.bytes,
-                hand_over_s=(
-                    round(link.hand_over_s / link.handed_over, 6) if link.handed_over else None
-                ),
+                hand_over_s=_mean(link.hand_over_s, link.handed_over),
             )
             for (prefill, decode), link in links[:MAX_LINKS]
         ],
@@ -218,7 +218,13 @@ def _worker(state: WorkerState, condition: Condition) -> WorkerRow:
         prompt_tokens=load.prompt_tokens,
         prefix_hit_tokens=load.prefix_hit_tokens,
         generated_tokens=load.generated_tokens,
+        transfer_hidden_s=_mean(load.push_hidden_s, load.pushes),
+        transfer_exposed_s=_mean(load.push_exposed_s, load.pushes),
     )
+
+
+def _mean(seconds: float, count: int) -> float | None:
+    return round(seconds / count, 6) if count else None
 
 
 def _request(record: RequestRecord, now: float) -> RequestRow:

@@ -55,13 +55,14 @@ export function workers(status) {
       el("td", "name", worker.worker), el("td", "left", worker.role), condition,
       el("td", "", worker.running), el("td", "", worker.queued), blocks(worker),
       el("td", "", prefill ? share(worker.prefix_hit_tokens, worker.prompt_tokens) : ""),
+      el("td", "", prefill ? seconds(worker.transfer_hidden_s) : ""), el("td", "", prefill ? seconds(worker.transfer_exposed_s) : ""),
       el("td", "", seconds(worker.step_s)), el("td", "", count(worker.tokens_per_s)),
       el("td", "", count(prefill ? worker.prompt_tokens : worker.generated_tokens)),
       el("td", "left quiet", worker.host),
     ]);
   });
   const heads = [["worker"], ["role", "left"], ["state", "left"], ["batch"], ["queue"], ["KV in use", "left"],
-    ["prefix hits"], ["step"], ["tokens/s"], ["tokens"], ["host", "left"]];
+    ["prefix hits"], ["KV hidden"], ["KV exposed"], ["step"], ["tokens/s"], ["tokens"], ["host", "left"]];
   rows($("workers"), heads, body, "No worker has joined.");
   const standing = status.groups.map((group) => {
     const ranks = `${group.present} of ${group.ranks} ranks, epoch ${group.epoch}`;

@@ -48,6 +48,8 @@ def a_worker(name: str) -> WorkerRow:
         prompt_tokens=200,
         prefix_hit_tokens=50,
         generated_tokens=0,
+        transfer_hidden_s=0.01,
+        transfer_exposed_s=0.002,
     )
 
 
