@@ -44,6 +44,12 @@ function route(request) {
     .filter(Boolean).join(" ⇒ ");
 }
 
+function moved(request) {
+  const last = request.attempts[request.attempts.length - 1];
+  if (request.outcome === "open" && !last.decode) return `waits for workers to go on: ${route(request)}`;
+  return `migrated ${request.migrations === 1 ? "once" : request.migrations + " times"}: ${route(request)}`;
+}
+
 function row(request, longest) {
   const cached = request.cached_tokens ? ` (${count(request.cached_tokens)} cached)` : "";
   const facts = `${count(request.prompt_tokens)}${cached} + ${count(request.output_tokens)} tokens, ${seconds(request.seconds)}`;
@@ -52,7 +58,7 @@ function row(request, longest) {
   const parts = [id, bar(request, longest), el("span", "facts", facts)];
   const reasons = request.attempts.map((attempt) => attempt.failure).filter(Boolean);
   const notes = [];
-  if (request.migrations) notes.push(`migrated ${request.migrations === 1 ? "once" : request.migrations + " times"}: ${route(request)}`);
+  if (request.migrations) notes.push(moved(request));
   if (reasons.length) notes.push(reasons.join("; "));
   if (request.failure && !reasons.includes(request.failure)) notes.push(request.failure);
   const failed = request.outcome === "failed";
