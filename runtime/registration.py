@@ -86,18 +86,22 @@ class Registration:
 
     async def _stay(self, connection: Connection[FromScheduler]) -> None:
         self._forget()
+        refusal: ConfigError | None = None
         try:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._beat, connection)
-                await connection.read(self._hear)
+                try:
+                    await connection.read(self._hear)
+                except ConfigError as error:
+                    refusal = error  # raised below, where no group wraps it
                 tasks.cancel_scope.cancel()
-        except* ConfigError as refused:
-            raise refused.exceptions[0] from None
         finally:
             if self._announced is not None and not connection.lost.is_set():
                 with anyio.move_on_after(WITHDRAW_GRACE_S, shield=True):
                     worker = self._announced.ref
                     await connection.send(Withdraw(worker=worker, reason="leaving"))
+        if refusal is not None:
+            raise refusal
 
     def _forget(self) -> None:
         self._announced = None
