@@ -87,7 +87,7 @@ class WorkerProcess(Generic[M]):
                     tasks.start_soon(self._drain_on_signal, engine)
                     tasks.start_soon(_stop_when_cancelled, engine)
                     tasks.start_soon(_run, engine, tasks.cancel_scope)
-            except* Exception as failures:  # noqa: BLE001  unwrapped and raised on
+            except ExceptionGroup as failures:
                 raise _first_of(failures) from None
 
     async def _announce_serving(self, registration: Registration) -> None:
