@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 import anyio
 from anyio.abc import TaskGroup
 
-from protocol.errors import NoWorkerAvailable, WorkerLost
+from protocol.errors import NoWorkerAvailable, ServingError, WorkerLost
 from protocol.ids import GatewayId, WorkerId, WorkerRef
 from protocol.messages import Cancel, ExpertUpdate, Prefill, PrefixUpdate, Reserve
 from protocol.prefix import HINT_BYTES, block_hashes, fingerprint_digest
@@ -224,18 +224,20 @@ class Cluster:
         except WorkerLost as lost:
             attempt.fail(lost)
 
-    def note_retry(self, attempt: Attempt) -> None:
+    def note_retry(self, attempt: Attempt, error: ServingError) -> None:
         """The attempt has failed, and there will be another."""
-        migrates = bool(attempt.written and attempt.workers)  # else it waits for workers
+        migrates = bool(attempt.written and attempt.workers)
+        self.records.retried(attempt, migrates=migrates)
+        if not attempt.workers:
+            return  # nobody was asked: it waits for workers that can go on
         log.warning(
             "the stream goes on elsewhere" if migrates else "trying elsewhere",
             request=attempt.ref.request_id,
             written=len(attempt.written),
-            error=str(attempt.failure),
+            error=str(error),
         )
         self.retries += 1
         self.migrations += migrates
-        self.records.retried(attempt, migrates=migrates)
 
     def release(self, attempt: Attempt, worker: WorkerRef) -> None:
         """The worker holds nothing of the attempt: it is not counted there any more."""

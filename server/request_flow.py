@@ -55,7 +55,7 @@ async def run_request(
                 pause_s = story.pause_after(error, attempt, now=cluster.clock.now())
                 if pause_s is None:
                     raise story.failure_of(error) from error
-                cluster.note_retry(attempt)
+                cluster.note_retry(attempt, error)
         await cluster.clock.sleep(pause_s)
 
 
