@@ -148,12 +148,15 @@ def lane(builder: Any, vector: Any, number: int) -> Any:
 
 
 def exp(builder: Any, x: Any) -> Any:
-    """Of lanes that are at most 0, within two units in the last place; 0 below -87.
+    """Of lanes that are at most 0, within two units in the last place; 0 below -87, NaN of NaN.
 
     Cephes' expf: ln 2 in two parts, so that the rest is exact, and a polynomial for the rest.
     """
-    power = _call(builder, f"llvm.rint.v{LANES}f32", builder.fmul(x, constant(1.4426950408889634)))
-    rest = multiply_add(builder, power, constant(-0.693359375), x)
+    bounded = larger(builder, x, constant(-88.0))  # and no NaN: its power must fit an integer
+    power = _call(
+        builder, f"llvm.rint.v{LANES}f32", builder.fmul(bounded, constant(1.4426950408889634))
+    )
+    rest = multiply_add(builder, power, constant(-0.693359375), bounded)
     rest = multiply_add(builder, power, constant(2.12194440e-4), rest)
     series = constant(1.9875691500e-4)
     for factor in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5):
@@ -163,7 +166,9 @@ def exp(builder: Any, x: Any) -> Any:
     exponent = builder.add(builder.fptosi(power, WORDS), _words(127))
     scale = builder.bitcast(builder.shl(exponent, _words(23)), VECTOR)
     kept = builder.fcmp_ordered(">", x, constant(-87.0))
-    return builder.select(kept, builder.fmul(series, scale), constant(0.0))
+    value = builder.select(kept, builder.fmul(series, scale), constant(0.0))
+    # A damaged key must spoil its request, which is noticed, and not be left out in silence.
+    return builder.select(builder.fcmp_unordered("uno", x, x), x, value)
 
 
 def loop(

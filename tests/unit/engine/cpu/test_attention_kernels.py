@@ -227,3 +227,16 @@ def test_kernels_say_which_caches_they_can_read(
         value_width=width,
     )
     assert serves(KVStorage(layout, 1, device=CPU).layer(0)) is served
+
+
+@DTYPES
+@pytest.mark.parametrize("damage", [float("nan"), float("inf")])
+def test_a_damaged_key_spoils_its_sequence_and_no_other(dtype: torch.dtype, damage: float) -> None:
+    case = Grouped([40, 70], dtype)
+    sound, damaged = case.a_copy_of_the_cache(), case.a_copy_of_the_cache()
+    block = int(case.batch.block_tables[0, 1])
+    keys = damaged.block_rows.view(-1, 2, case.kv_heads, BLOCK, case.width)[block, 0]
+    keys[:, 3] = damage
+    want, got = case.by_kernel(sound), case.by_kernel(damaged)
+    assert not got[0].isfinite().any()
+    assert torch.equal(got[1], want[1])
