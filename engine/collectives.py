@@ -60,7 +60,7 @@ class PendingRows:
     """Rows on their way to this rank."""
 
     rows: Tensor
-    work: dist.Work
+    work: dist.Work | None  # None: they came from this rank itself
 
     def wait(self) -> Tensor:
         """The received rows, ordered by source rank.
@@ -68,60 +68,83 @@ class PendingRows:
         Raises:
             WorkerLost: a rank failed or did not answer in time; the exchange is dead.
         """
-        with losing("exchange of expert rows"):
-            self.work.wait()
+        if self.work is not None:
+            with losing("exchange of expert rows"):
+                self.work.wait()
         return self.rows
 
 
 class ExpertGroup:
     """One rank's seat among the ranks that share the experts.
 
-    One rank alone needs no process group. More ranks exchange rows only between ``connect`` and
-    ``disconnect``, and only in a step that ``begin_step`` has announced.
+    Ranks keep their numbers for life. ``members`` are those that are connected now, in ascending
+    order; who is absent takes part in nothing. One member alone needs no process group. More
+    exchange rows only between ``connect`` and ``disconnect``, and only in a step that
+    ``begin_step`` has announced.
     """
 
     def __init__(self, *, rank: int, world_size: int, device: torch.device) -> None:
         self.rank = rank
         self.world_size = world_size
         self.device = device
+        self.members = tuple(range(world_size))
         self._backend: Backend | None = None
-        self._tokens_of_rank: tuple[int, ...] = ()
+        self._connected = False
+        self._tokens_of_member: tuple[int, ...] = ()
 
     @classmethod
     def single(cls, device: torch.device) -> "ExpertGroup":
         return cls(rank=0, world_size=1, device=device)
 
-    def connect(self, backend: Backend) -> None:
+    @property
+    def place(self) -> int:
+        """Of this rank among the members."""
+        return self.members.index(self.rank)
+
+    @property
+    def num_members(self) -> int:
+        return len(self.members)
+
+    def connect(self, members: Sequence[int], backend: Backend | None) -> None:
+        """``backend`` has the members in order; it is None where this rank is the only one."""
+        assert self.rank in members
+        assert (backend is None) == (len(members) == 1)
+        self.members = tuple(members)
         self._backend = backend
+        self._connected = True
 
     def disconnect(self) -> None:
         self._backend = None
-        self._tokens_of_rank = ()
+        self._connected = False
+        self._tokens_of_member = ()
 
-    def begin_step(self, tokens_of_rank: Sequence[int]) -> None:
-        """Say how many tokens each rank brings to every MoE layer of the step that now starts.
+    def begin_step(self, tokens_of_member: Sequence[int]) -> None:
+        """Say how many tokens each member brings to every MoE layer of the step that now starts.
 
-        All ranks must say the same: it decides the shape of every exchange.
+        All members must say the same: it decides the shape of every exchange.
         """
-        assert len(tokens_of_rank) == self.world_size
-        self._tokens_of_rank = tuple(tokens_of_rank)
+        assert len(tokens_of_member) == self.num_members
+        self._tokens_of_member = tuple(tokens_of_member)
 
     @property
-    def tokens_of_rank(self) -> tuple[int, ...]:
-        return self._tokens_of_rank
+    def tokens_of_member(self) -> tuple[int, ...]:
+        return self._tokens_of_member
 
     def exchange_rows(
         self, rows_RW: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
     ) -> PendingRows:
-        """Send ``send_counts[n]`` consecutive rows to each rank n; returns at once.
+        """Send ``send_counts[n]`` consecutive rows to each member n; returns at once.
 
-        All ranks call it in the same order, and what one says it sends the other says it receives.
+        All members call it in the same order, and what one says it sends the other says it
+        receives.
 
         Raises:
             WorkerLost: the ranks are not connected.
         """
-        if self._backend is None:
+        if not self._connected:
             raise WorkerLost("the ranks of this decode worker are not connected", stage="decode")
+        if self._backend is None:
+            return PendingRows(rows=rows_RW, work=None)
         received = rows_RW.new_empty(sum(receive_counts), rows_RW.shape[1])
         with losing("exchange of expert rows"):
             work = self._backend.alltoall_base(
@@ -135,33 +158,42 @@ class ExpertGroup:
 
 
 class StepGroup:
-    """One connected life of the ranks of a decode worker.
+    """One connected life of the ranks of a decode worker, or of those that are left of them.
 
-    ``epoch`` is larger than that of every earlier life any of the ranks has seen. Calls come from
-    one thread, the engine thread.
+    ``epoch`` is larger than that of every earlier life any of the members has seen. Calls come
+    from one thread, the engine thread.
     """
 
     def __init__(
-        self, expert_group: ExpertGroup, *, epoch: int, connection: RankConnection | None
+        self,
+        expert_group: ExpertGroup,
+        *,
+        epoch: int,
+        members: Sequence[int],
+        connection: RankConnection | None,
     ) -> None:
-        """``connection`` is None for a rank that is alone."""
-        assert (connection is None) == (expert_group.world_size == 1)
+        """``connection`` is None for a rank that is the only member."""
         self.expert_group = expert_group
         self.epoch = epoch
+        self.members = tuple(members)
+        self._open = True
         self._connection = connection
-        if connection is not None:
-            expert_group.connect(connection.experts)
+        expert_group.connect(members, None if connection is None else connection.experts)
 
     @property
     def rank(self) -> int:
         return self.expert_group.rank
 
     @property
-    def world_size(self) -> int:
-        return self.expert_group.world_size
+    def place(self) -> int:
+        return self.expert_group.place
+
+    @property
+    def num_members(self) -> int:
+        return len(self.members)
 
     def exchange(self, row: Sequence[int]) -> list[tuple[int, ...]]:
-        """Every rank's row, by rank. Blocks until all ranks have called it.
+        """Every member's row, in the order of ``members``. Blocks until all have called it.
 
         Rows have the same width on all ranks. Gather and broadcast: on gloo an all-gather is a
         ring, ten times slower at 72 ranks.
@@ -170,18 +202,18 @@ class StepGroup:
             WorkerLost: a rank failed or did not come within the collective timeout. The group is
                 closed; form the next one.
         """
-        if self.world_size == 1:
-            return [tuple(row)]
-        if self._connection is None:
+        if not self._open:
             raise WorkerLost("the ranks of this decode worker are not connected", stage="decode")
+        if self._connection is None:
+            return [tuple(row)]
         mine = torch.tensor(row, dtype=torch.int64)
-        rows = mine.new_empty(self.world_size, len(row))
+        rows = mine.new_empty(self.num_members, len(row))
         gather, broadcast = dist.GatherOptions(), dist.BroadcastOptions()
         gather.rootRank = broadcast.rootRank = 0
         control = self._connection.control
         try:
             with losing(f"exchange of step rows in epoch {self.epoch}"):
-                outputs = [list(rows.unbind(0))] if self.rank == 0 else []
+                outputs = [list(rows.unbind(0))] if self.place == 0 else []
                 control.gather(outputs, [mine], gather).wait()
                 control.broadcast([rows], broadcast).wait()
         except WorkerLost:
@@ -194,8 +226,10 @@ class StepGroup:
 
         Call it after any ``WorkerLost``, also one from an expert layer. Calling it twice is fine.
         """
-        if self._connection is not None:
+        if self._open:
+            self._open = False
             self.expert_group.disconnect()
+        if self._connection is not None:
             self._connection.experts.abort()
             if self._connection.control is not self._connection.experts:
                 self._connection.control.abort()

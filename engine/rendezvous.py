@@ -1,196 +1,231 @@
 """How the ranks of a decode worker find one another, again after each loss.
 
-Rank 0 listens at a fixed address; any rank, rank 0 included, may be a new process. An attempt
-counts only when all ranks of the same attempt have exchanged a row; whatever else happens, every
-rank tries again until its deadline. Who starts the processes is unknown here.
+The lowest rank that answers leads. Rank 0's address is a setting; the others tell theirs with their
+tickets, so that the group can meet without rank 0. Each rank tries the ranks below it, waits where
+one answers, and leads where none does. The leader calls the roll when all are there that can be
+expected (``engine.meeting.roll_call``): after a loss that is whoever lives, if their slots hold
+every expert. Connections are made under the epoch and the roll's own random number, so nothing of
+an earlier life can join; and a group counts only when all of its members have exchanged a row.
 
-One attempt: each rank puts a ticket (a random number and the last epoch it saw) under its rank's
-name. When all tickets are there, rank 0 publishes the roll: the next epoch and the tickets. A rank
-whose ticket is not on the roll has been replaced or is late, and tries again. Connections are made
-under the epoch and the roll's own random number, so nothing of an earlier life can join.
+Two groups of the same ranks may come to be, where a network is cut. Each computes right results,
+for neither needs the other; the higher one's leader goes on looking for lower ranks, and they meet
+again when it finds one. Who starts the processes is unknown here.
 """
 
 import errno
-import secrets
 import socket
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
+from secrets import randbits
 from typing import Any
 
-import msgspec
-import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from engine.collectives import ExpertGroup, RankConnection, StepGroup
-from protocol.errors import ConfigError, DeadlineExceeded, WorkerLost
+from engine.meeting.doorman import Doorman
+from engine.meeting.gathering import Gathering
+from engine.meeting.lookout import Lookout
+from engine.meeting.roll_call import Quorum
+from engine.meeting.tickets import Roll, Ticket
+from engine.meeting.waiting import FormingProgress, Waiting
+from protocol.errors import ConfigError, WorkerLost
 
-_POLL_S = 0.02
 _RETRY_S = 0.1
-_CONNECT_S = 1.0
 _PORT_GRACE_S = 2.0  # the previous rank 0 may still be on its way out
-_ROLL_KEY = "roll"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FormingProgress:
-    """What a rank waits for while its group forms."""
+class Rendezvous:
+    """One rank's way into its group, from its first meeting to its last.
 
-    missing_ranks: tuple[int, ...]  # known to rank 0 only; empty elsewhere
-    last_failure: str
-    waited_s: float
-
-
-class _Ticket(msgspec.Struct, frozen=True, array_like=True):
-    number: int
-    last_epoch: int
-
-
-class _Roll(msgspec.Struct, frozen=True, array_like=True):
-    epoch: int
-    number: int
-    tickets: tuple[int, ...]
-
-
-def form_group(
-    rank: int,
-    world_size: int,
-    rendezvous: str,
-    *,
-    device: torch.device,
-    deadline_s: float,
-    last_epoch: int = 0,
-    collective_timeout_s: float = 10.0,
-    attempt_s: float = 10.0,
-    expert_group: ExpertGroup | None = None,
-    on_progress: Callable[[FormingProgress], None] = lambda _: None,
-) -> StepGroup:
-    """Meet the other ranks at ``rendezvous`` ("host:port" of rank 0) and connect.
-
-    ``last_epoch`` is that of this process's previous group, 0 if it had none. A rank that keeps
-    the others waiting for longer than ``collective_timeout_s`` counts as lost. ``attempt_s``
-    bounds one attempt once all ranks are known. ``expert_group`` is reconnected, where layers
-    already hold one; else it is made. ``on_progress`` is called about once a second.
-
-    Raises:
-        DeadlineExceeded: not all ranks came within ``deadline_s``; the message names who is known
-            to be missing, and the last failure.
-        ConfigError: ``rendezvous`` is not an address, or not one of this host on rank 0.
+    ``form`` is called again after every loss. In between, ``newcomers`` is read every step.
     """
-    group = expert_group or ExpertGroup(rank=rank, world_size=world_size, device=device)
-    assert (group.rank, group.world_size) == (rank, world_size)
-    if world_size == 1:
-        return StepGroup(group, epoch=last_epoch + 1, connection=None)
-    host, port = _parse(rendezvous)
-    waiting = _Waiting(deadline_s, on_progress)
-    while True:
-        attempt = _Attempt(
-            group=group,
-            host=host,
-            port=port,
-            ticket=_Ticket(secrets.randbits(62), last_epoch),
-            attempt_s=attempt_s,
-            collective_timeout_s=collective_timeout_s,
+
+    def __init__(
+        self,
+        expert_group: ExpertGroup,
+        address: str,
+        *,
+        first: int | None = None,
+        least: int | None = None,
+        collective_timeout_s: float = 10.0,
+        attempt_s: float = 10.0,
+        key: bytes = b"",
+    ) -> None:
+        """``address`` is "host:port" of rank 0. ``first`` ranks are enough for the first meeting
+        and ``least`` ever after; None: all. A rank that keeps the others waiting for longer than
+        ``collective_timeout_s`` counts as lost. ``attempt_s`` bounds the making of connections.
+
+        Raises:
+            ConfigError: ``address`` is not an address.
+        """
+        ranks = expert_group.world_size
+        self._group = expert_group
+        self._rank = expert_group.rank
+        self._quorum = Quorum(ranks=ranks, first=first or ranks, least=least or ranks)
+        self._host, self._port = _parse(address) if ranks > 1 else ("", 0)
+        self._addresses = {0: _joined(self._host, self._port)}
+        self._collective_timeout_s = collective_timeout_s
+        self._attempt_s = attempt_s
+        self._key = key
+        self._doorman: Doorman | None = None
+        self._own_host = ""
+        self._own_address = ""
+        self._last_epoch = 0
+        self._last_members: tuple[int, ...] = ()
+        self._lookout: Lookout | None = None
+
+    @property
+    def newcomers(self) -> bool:
+        """Somebody wants to join the group that this rank leads. Asking shows that it lives."""
+        if self._doorman is None:
+            return False
+        self._doorman.seen()
+        return bool(self._doorman.visitors) or (self._lookout is not None and self._lookout.found)
+
+    def form(
+        self,
+        *,
+        deadline_s: float,
+        leaving: Collection[int] = (),
+        on_progress: Callable[[FormingProgress], None] = lambda _: None,
+    ) -> StepGroup:
+        """Meet the other ranks and connect, without those that are ``leaving``.
+
+        ``on_progress`` is called about once a second; what it raises ends the meeting.
+
+        Raises:
+            DeadlineExceeded: too few ranks came within ``deadline_s``; the message names who is
+                known to be missing, and the last failure.
+            ConfigError: rank 0 cannot listen at the address.
+        """
+        if self._quorum.ranks == 1:
+            self._last_epoch += 1
+            return StepGroup(self._group, epoch=self._last_epoch, members=(0,), connection=None)
+        self._stop_looking()
+        waiting = Waiting(deadline_s, on_progress)
+        doorman = self._open(waiting)
+        while True:
+            try:
+                roll, store = self._gather(doorman, leaving, waiting)
+                group = self._connect(roll, store)
+            except WorkerLost as error:
+                self._group.disconnect()
+                waiting.last_failure = str(error)
+                doorman.seen()
+                waiting.pause(_RETRY_S)
+            else:
+                self._enter(roll, doorman)
+                return group
+
+    def close(self) -> None:
+        """Receive nobody any more."""
+        self._stop_looking()
+        if self._doorman is not None:
+            self._doorman.close()
+
+    def _gather(
+        self, doorman: Doorman, leaving: Collection[int], waiting: Waiting
+    ) -> tuple[Roll, Store | None]:
+        served: list[Store] = []
+
+        def open_store() -> str:
+            with _failing("serving"):
+                store, port = _serve(self._own_host, self._attempt_s)
+            served.append(store)
+            return _joined(self._own_host, port)
+
+        gathering = Gathering(
+            Ticket(
+                rank=self._rank,
+                number=randbits(62),
+                address=self._own_address,
+                last_epoch=self._last_epoch,
+                last_members=self._last_members,
+            ),
+            doorman=doorman,
+            addresses=self._addresses,
+            quorum=self._quorum,
+            leaving=leaving,
+            key=self._key,
+            late_s=self._collective_timeout_s,
             waiting=waiting,
         )
-        try:
-            return attempt.run()
-        except WorkerLost as error:
-            group.disconnect()
-            waiting.last_failure = str(error)
-            waiting.pause(_RETRY_S)
+        roll = gathering.roll(open_store)
+        return roll, served[0] if served else None
 
+    def _connect(self, roll: Roll, store: Store | None) -> StepGroup:
+        connection = None
+        if len(roll.members) > 1:
+            with _failing("connecting"):
+                connection = self._backends(roll, store or _reach(roll.store, self._attempt_s))
+        group = StepGroup(
+            self._group, epoch=roll.epoch, members=roll.members, connection=connection
+        )
+        rows = group.exchange([roll.epoch])
+        assert rows == [(roll.epoch,)] * len(roll.members)
+        return group
 
-class _Waiting:
-    """The deadline, and the reports on the way to it."""
+    def _backends(self, roll: Roll, store: Store) -> RankConnection:
+        """The lowest member's ``store`` tells each where the others are."""
+        life = PrefixStore(f"{roll.epoch}/{roll.number}", store)
+        place, size = roll.members.index(self._rank), len(roll.members)
+        gloo: Any = dist.ProcessGroupGloo  # its stubs lack the options that it needs
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname=self._own_host)]
+        options._timeout = timedelta(seconds=self._attempt_s)
+        options._threads = 2
+        control = gloo(PrefixStore("control", life), place, size, options)
+        control._set_default_timeout(timedelta(seconds=self._collective_timeout_s))
+        if self._group.device.type != "cuda":
+            return RankConnection(control=control, experts=control, store=store)
+        nccl: Any = dist.ProcessGroupNCCL
+        nccl_options = nccl.Options()
+        nccl_options._timeout = timedelta(seconds=self._collective_timeout_s)
+        experts = nccl(PrefixStore("experts", life), place, size, nccl_options)
+        return RankConnection(control=control, experts=experts, store=store)
 
-    def __init__(self, deadline_s: float, on_progress: Callable[[FormingProgress], None]) -> None:
-        self._start = time.monotonic()
-        self._deadline_s = deadline_s
-        self._on_progress = on_progress
-        self._reported_s = 0.0
-        self.missing_ranks: tuple[int, ...] = ()
-        self.last_failure = ""
+    def _enter(self, roll: Roll, doorman: Doorman) -> None:
+        self._last_epoch, self._last_members = roll.epoch, roll.members
+        self._addresses.update(zip(roll.members, roll.addresses, strict=True))
+        doorman.seen()
+        leader = roll.members[0]
+        if leader != self._rank:
+            doorman.send_on(leader, self._addresses[leader])
+            return
+        doorman.keep()
+        lower = [address for rank, address in self._addresses.items() if rank < leader]
+        self._lookout = Lookout(lower) if lower else None
 
-    def waited_s(self) -> float:
-        return time.monotonic() - self._start
+    def _stop_looking(self) -> None:
+        if self._lookout is not None:
+            self._lookout.stop()
+            self._lookout = None
 
-    def pause(self, seconds: float) -> None:
-        waited_s = self.waited_s()
-        if waited_s >= self._deadline_s:
-            missing = ", ".join(map(str, self.missing_ranks)) or "not known here"
-            raise DeadlineExceeded(
-                f"the decode ranks did not all meet within {self._deadline_s:g} s; missing ranks: "
-                f"{missing}; last failure: {self.last_failure or 'none'}",
-                stage="decode",
-            )
-        if waited_s - self._reported_s >= 1.0:
-            self._reported_s = waited_s
-            self._on_progress(
-                FormingProgress(
-                    missing_ranks=self.missing_ranks,
-                    last_failure=self.last_failure,
-                    waited_s=waited_s,
-                )
-            )
-        time.sleep(seconds)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Attempt:
-    group: ExpertGroup
-    host: str
-    port: int
-    ticket: _Ticket
-    attempt_s: float
-    collective_timeout_s: float
-    waiting: _Waiting
-
-    def run(self) -> StepGroup:
-        """
-        Raises:
-            WorkerLost: this attempt came to nothing.
-        """
-        rank = self.group.rank
-        with _failing("meeting"):
-            store = self._serve() if rank == 0 else self._connect()
-            store.set(f"ticket/{rank}", msgspec.json.encode(self.ticket).decode())
-            roll = self._call_roll(store) if rank == 0 else self._await_roll(store)
-        if roll.tickets[rank] != self.ticket.number:
-            raise WorkerLost("another process has taken this rank's place, or it came too late")
-        with _failing("connecting"):
-            connection = self._open(store, f"{roll.epoch}/{roll.number}")
-        step_group = StepGroup(self.group, epoch=roll.epoch, connection=connection)
-        rows = step_group.exchange([roll.epoch])
-        assert rows == [(roll.epoch,)] * self.group.world_size
-        return step_group
-
-    def _serve(self) -> Store:
-        # A socket of our own: the store by itself would listen on every interface.
-        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        with socket.socket(family, socket.SOCK_STREAM) as listener:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    def _open(self, waiting: Waiting) -> Doorman:
+        """Visitors come to rank 0 at the agreed address, to others where rank 0 reaches them."""
+        if self._doorman is not None:
+            return self._doorman
+        self._own_host = self._host if self._rank == 0 else _towards(self._host, self._port)
+        while True:
             try:
-                listener.bind((self.host, self.port))
+                listener = _bound(self._own_host, self._port if self._rank == 0 else 0)
+                break
             except OSError as error:
-                self._explain(error)
-                raise
-            return TCPStore(
-                self.host,
-                self.port,
-                is_master=True,
-                wait_for_workers=False,
-                timeout=timedelta(seconds=self.attempt_s),
-                master_listen_fd=listener.detach(),
-            )
+                self._explain(error, waiting)
+                waiting.last_failure = str(error)
+                waiting.pause(_RETRY_S)
+        self._own_address = _joined(self._own_host, listener.getsockname()[1])
+        self._doorman = Doorman(listener, key=self._key, stuck_s=self._collective_timeout_s)
+        return self._doorman
 
-    def _explain(self, error: OSError) -> None:
+    def _explain(self, error: OSError, waiting: Waiting) -> None:
         """Raise what only an operator can change; what may pass by itself is tried again."""
-        where = f"rank 0 cannot listen at {self.host}:{self.port} for the other decode ranks"
-        if error.errno == errno.EADDRINUSE and self.waiting.waited_s() > _PORT_GRACE_S:
+        where = (
+            f"rank {self._rank} cannot listen at {self._addresses[0]} for the other decode ranks"
+        )
+        if error.errno == errno.EADDRINUSE and waiting.waited_s() > _PORT_GRACE_S:
             raise ConfigError(
                 f"{where}: the port is in use; stop what listens there or choose another port"
             ) from error
@@ -199,63 +234,55 @@ class _Attempt:
                 f"{where}: {error.strerror}; choose an address of this host and a port above 1023"
             ) from error
 
-    def _connect(self) -> Store:
+
+def _bound(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+def _serve(host: str, timeout_s: float) -> tuple[Store, int]:
+    # A socket of our own: the store by itself would listen on every interface.
+    with _bound(host, 0) as listener:
+        port = int(listener.getsockname()[1])
         store = TCPStore(
-            self.host,
-            self.port,
-            is_master=False,
+            host,
+            port,
+            is_master=True,
             wait_for_workers=False,
-            timeout=timedelta(seconds=min(_CONNECT_S, self.attempt_s)),
+            timeout=timedelta(seconds=timeout_s),
+            master_listen_fd=listener.detach(),
         )
-        store.set_timeout(timedelta(seconds=self.attempt_s))
-        return store
+    return store, port
 
-    def _call_roll(self, store: Store) -> _Roll:
-        keys = [f"ticket/{rank}" for rank in range(self.group.world_size)]
-        while True:
-            missing = tuple(rank for rank, key in enumerate(keys) if not store.check([key]))
-            self.waiting.missing_ranks = missing
-            if not missing:
-                break
-            self.waiting.pause(_POLL_S)
-        tickets = [msgspec.json.decode(store.get(key), type=_Ticket) for key in keys]
-        roll = _Roll(
-            epoch=max(ticket.last_epoch for ticket in tickets) + 1,
-            number=secrets.randbits(62),
-            tickets=tuple(ticket.number for ticket in tickets),
-        )
-        store.set(_ROLL_KEY, msgspec.json.encode(roll).decode())
-        return roll
 
-    def _await_roll(self, store: Store) -> _Roll:
-        while not store.check([_ROLL_KEY]):
-            self.waiting.pause(_POLL_S)
-        return msgspec.json.decode(store.get(_ROLL_KEY), type=_Roll)
+def _reach(address: str, timeout_s: float) -> Store:
+    host, _, port = address.rpartition(":")
+    return TCPStore(
+        host.strip("[]"),
+        int(port),
+        is_master=False,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=timeout_s),
+    )
 
-    def _open(self, store: Store, prefix: str) -> RankConnection:
-        store_of_life = PrefixStore(prefix, store)
-        rank, world_size = self.group.rank, self.group.world_size
-        gloo: Any = dist.ProcessGroupGloo  # its stubs lack the options that it needs
-        options = gloo._Options()
-        options._devices = [gloo.create_device(hostname=self._own_address())]
-        options._timeout = timedelta(seconds=self.attempt_s)
-        options._threads = 2
-        control = gloo(PrefixStore("control", store_of_life), rank, world_size, options)
-        control._set_default_timeout(timedelta(seconds=self.collective_timeout_s))
-        if self.group.device.type != "cuda":
-            return RankConnection(control=control, experts=control, store=store)
-        nccl: Any = dist.ProcessGroupNCCL
-        nccl_options = nccl.Options()
-        nccl_options._timeout = timedelta(seconds=self.collective_timeout_s)
-        experts = nccl(PrefixStore("experts", store_of_life), rank, world_size, nccl_options)
-        return RankConnection(control=control, experts=experts, store=store)
 
-    def _own_address(self) -> str:
-        """The address of the interface that reaches rank 0; peers connect to it."""
-        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((self.host, self.port))  # sends nothing
-            return str(probe.getsockname()[0])
+def _towards(host: str, port: int) -> str:
+    """The address of the interface that reaches ``host``; peers connect to it."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, port))  # sends nothing
+        return str(probe.getsockname()[0])
+
+
+def _joined(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _parse(rendezvous: str) -> tuple[str, int]:

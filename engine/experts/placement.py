@@ -128,6 +128,13 @@ def place_evenly(num_experts: int, num_ranks: int, redundant: int = 0) -> Expert
     )
 
 
+def with_slots(placement: ExpertPlacement, per_rank: int) -> ExpertPlacement:
+    """``placement`` with at least ``per_rank`` slots on each rank; those that come are empty."""
+    coming = (EMPTY,) * (per_rank - placement.slots_per_rank)
+    slots = tuple(held + coming for held in placement.slots)
+    return ExpertPlacement(placement.num_experts, slots)
+
+
 def slots_per_rank(num_experts: int, num_ranks: int, redundant: int = 0) -> int:
     """``ceil((num_experts + redundant) / num_ranks)``, equal on every rank.
 

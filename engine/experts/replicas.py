@@ -5,10 +5,11 @@ not of the batch, the rank or the time, so load is reproducible and survives mig
 hold equal bytes, so it never changes a result. Tables keep their addresses when the placement
 changes. What an expert costs, and where its replicas should be, is unknown here.
 
-Shape suffixes: T tokens   K chosen experts   E experts   P physical slots
+Shape suffixes: T tokens   K chosen experts   E experts   P slots
 """
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -54,17 +55,27 @@ class ReplicaTable:
         self._chooses = movable or placement.has_replicas
         self.load(placement)
 
-    def load(self, placement: ExpertPlacement) -> None:
-        """Take another placement of the same experts on the same slots, in place."""
+    def load(self, placement: ExpertPlacement, members: Sequence[int] | None = None) -> None:
+        """Take another placement of the same experts on the same slots, in place.
+
+        ``members`` are the ranks that take part, in order, and only they hold experts; None: all.
+        """
+        per_rank = placement.slots_per_rank
+        place = {rank: place for place, rank in enumerate(members or range(placement.num_ranks))}
         replicas = placement.replicas()
-        slots = [slot for held in replicas for slot in held]
+        slots = [
+            place[slot // per_rank] * per_rank + slot % per_rank
+            for held in replicas
+            for slot in held
+        ]
         counts = torch.tensor([len(held) for held in replicas])
         self._count_E.copy_(counts)
         self._first_E.copy_(counts.cumsum(dim=0) - counts)
         self._slot_P[: len(slots)].copy_(torch.tensor(slots))
 
     def __call__(self, ids_TK: Tensor, key_T: Tensor | None) -> Tensor:
-        """(T, K): the physical slot of each id, and -1 where the id is -1.
+        """(T, K): the slot of each id as ``place * slots per rank + local slot``, where the place
+        is that of its rank among the members; -1 where the id is -1.
 
         ``key_T`` is from ``token_keys``; it is needed where experts have replicas.
         """
