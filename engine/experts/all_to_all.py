@@ -88,6 +88,7 @@ class _AllToAllDispatch:
         packed = (*payloads, slot_TK.to(torch.int32))
         self._columns = _columns(packed)
         num_ranks = group.world_size
+        self.sent_bytes = 0
         self._rank_TK = torch.where(slot_TK < 0, num_ranks, slot_TK // slots_per_rank)
         self._goes_TN: Tensor | None = None  # None: every token goes to every rank
         if sends_padded(
@@ -102,12 +103,12 @@ class _AllToAllDispatch:
             self._goes_TN = destinations(self._rank_TK, num_ranks)
             counts_N = self._goes_TN.sum(dim=0)
             ones = [1] * num_ranks
-            counts = group.exchange_rows(counts_N.unsqueeze(1), ones, ones)
+            counts = self._exchange(counts_N.unsqueeze(1), ones, ones)
             self._sent = counts_N.tolist()  # host sync
             self._received = counts.wait().flatten().tolist()  # host sync
             token_R = self._goes_TN.t().nonzero()[:, 1]
             rows_RW = _pack(packed, self._columns, copies=1).index_select(0, token_R)
-        self._on_the_way = group.exchange_rows(rows_RW, self._sent, self._received)
+        self._on_the_way = self._exchange(rows_RW, self._sent, self._received)
         self._present_BK: Tensor | None = None
         self._place_TJ = self._rank_TK
         self._present_TJ: Tensor | None = None
@@ -141,7 +142,14 @@ class _AllToAllDispatch:
     def _return(self, rows_RW: Tensor, back: Sequence[int], home: Sequence[int]) -> None:
         self._dtype = rows_RW.dtype
         rows_bytes = rows_RW.view(torch.uint8)
-        self._on_the_way = self._group.exchange_rows(rows_bytes, back, home)
+        self._on_the_way = self._exchange(rows_bytes, back, home)
+
+    def _exchange(
+        self, rows_RW: Tensor, sent: Sequence[int], received: Sequence[int]
+    ) -> RowsOnTheWay:
+        rows = sum(sent) - sent[self._group.rank]
+        self.sent_bytes += rows * rows_RW.shape[1] * rows_RW.element_size()
+        return self._group.exchange_rows(rows_RW, sent, received)
 
     def collect(self) -> Returned:
         return Returned(
