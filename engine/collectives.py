@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import Store
+from torch._C._distributed_c10d import AllgatherOptions, Store
 
 from protocol.errors import WorkerLost
 
@@ -29,6 +29,14 @@ class Backend(Protocol):
         output_split_sizes: list[int],
         input_split_sizes: list[int],
         opts: dist.AllToAllOptions,
+    ) -> dist.Work: ...
+
+    def _allgather_base(
+        self, output: Tensor, input: Tensor, opts: AllgatherOptions
+    ) -> dist.Work: ...
+
+    def _reduce_scatter_base(
+        self, output: Tensor, input: Tensor, opts: dist.ReduceScatterOptions
     ) -> dist.Work: ...
 
     def gather(
@@ -86,6 +94,7 @@ class ExpertGroup:
         self.device = device
         self._backend: Backend | None = None
         self._tokens_of_rank: tuple[int, ...] = ()
+        self.lives = 0  # how often the ranks have been connected
 
     @classmethod
     def single(cls, device: torch.device) -> "ExpertGroup":
@@ -93,6 +102,7 @@ class ExpertGroup:
 
     def connect(self, backend: Backend) -> None:
         self._backend = backend
+        self.lives += 1
 
     def disconnect(self) -> None:
         self._backend = None
@@ -111,20 +121,26 @@ class ExpertGroup:
         return self._tokens_of_rank
 
     def exchange_rows(
-        self, rows_RW: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
+        self,
+        rows_RW: Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        into_RW: Tensor | None = None,
     ) -> PendingRows:
         """Send ``send_counts[n]`` consecutive rows to each rank n; returns at once.
 
         All ranks call it in the same order, and what one says it sends the other says it receives.
+        ``into_RW`` is where rows arrive; None takes new memory.
 
         Raises:
             WorkerLost: the ranks are not connected.
         """
-        if self._backend is None:
-            raise WorkerLost("the ranks of this decode worker are not connected", stage="decode")
-        received = rows_RW.new_empty(sum(receive_counts), rows_RW.shape[1])
+        backend = self._connected()
+        received = into_RW
+        if received is None:
+            received = rows_RW.new_empty(sum(receive_counts), rows_RW.shape[1])
         with losing("exchange of expert rows"):
-            work = self._backend.alltoall_base(
+            work = backend.alltoall_base(
                 received,
                 rows_RW.contiguous(),
                 list(receive_counts),
@@ -132,6 +148,30 @@ class ExpertGroup:
                 dist.AllToAllOptions(),
             )
         return PendingRows(rows=received, work=work)
+
+    def gather_rows(self, rows_BW: Tensor, into_RW: Tensor) -> PendingRows:
+        """Give ``rows_BW`` to all ranks, which have equally many; as ``exchange_rows``."""
+        backend = self._connected()
+        with losing("gathering of expert rows"):
+            work = backend._allgather_base(into_RW, rows_BW.contiguous(), AllgatherOptions())
+        return PendingRows(rows=into_RW, work=work)
+
+    def sum_rows(self, rows_RW: Tensor, into_BW: Tensor) -> PendingRows:
+        """Add all ranks' ``rows_RW`` up; this rank gets the part of its rank, in ``into_BW``.
+
+        The backend may add in any order. As ``exchange_rows``.
+        """
+        backend = self._connected()
+        with losing("sum of expert rows"):
+            work = backend._reduce_scatter_base(
+                into_BW, rows_RW.contiguous(), dist.ReduceScatterOptions()
+            )
+        return PendingRows(rows=into_BW, work=work)
+
+    def _connected(self) -> Backend:
+        if self._backend is None:
+            raise WorkerLost("the ranks of this decode worker are not connected", stage="decode")
+        return self._backend
 
 
 class StepGroup:
