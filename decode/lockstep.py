@@ -13,7 +13,7 @@ from typing import Literal
 
 from protocol.errors import ProtocolError
 
-ROW_VERSION = 2
+ROW_VERSION = 3
 EXPECTING_PACE_S = 0.005
 IDLE_PACE_S = 0.05
 
@@ -63,6 +63,7 @@ class StepRow:
     rebalancing: Rebalancing = Rebalancing.OFF
     placement: int = 0
     started_with: int = 0
+    waited_us: int = 0  # in its last exchange of rows: the last rank to come waits least
     version: int = ROW_VERSION
 
     def to_ints(self) -> tuple[int, ...]:
@@ -79,7 +80,8 @@ class StepRow:
                 f"a rank sent a step row of another version: {tuple(row)}; all ranks of a decode "
                 f"worker must run the same release (row version {ROW_VERSION})"
             )
-        epoch, state, tokens, expecting, free_blocks, rebalancing, placement, started_with, _ = row
+        epoch, state, tokens, expecting, free_blocks, rebalancing, placement, *rest = row
+        started_with, waited_us, _ = rest
         return cls(
             epoch=epoch,
             state=RankState(state),
@@ -89,6 +91,7 @@ class StepRow:
             rebalancing=Rebalancing(rebalancing),
             placement=placement,
             started_with=started_with,
+            waited_us=waited_us,
         )
 
 
@@ -115,6 +118,7 @@ class StepPlan:
     pace_s: float
     draining: bool  # some rank takes no new requests
     free_blocks_of_rank: tuple[int, ...]
+    skew_us: int  # between the first and the last rank that came to the last exchange of rows
     experts: ExpertStep
 
 
@@ -148,6 +152,7 @@ def decide(rows: Sequence[StepRow]) -> StepPlan:
         pace_s=pace_s,
         draining=any(row.state is not RankState.SERVING for row in rows),
         free_blocks_of_rank=tuple(row.free_blocks for row in rows),
+        skew_us=max(row.waited_us for row in rows) - min(row.waited_us for row in rows),
         experts="keep" if kind in ("stop", "restore") else _with_experts(rows),
     )
 

@@ -20,6 +20,7 @@ from decode.rebalance import ExpertMoves
 from decode.scheduler import DecodeScheduler, DecodeStep
 from decode.swap import SwapSpace
 from engine.collectives import StepGroup
+from engine.experts.meter import ExchangeMeter
 from engine.experts.replicas import request_key
 from engine.model_runner import ModelRunner, SequenceStep, batch_from
 from engine.sampling.sampler import Sampled, Sampler
@@ -73,6 +74,7 @@ class DecodeLoop:
         runner: ModelRunner,
         sampler: Sampler,
         experts: ExpertMoves,
+        meter: ExchangeMeter,
         form_group: Callable[[int, Callable[[], bool]], StepGroup],
         outbox: Outbox[ToPeer],
         on_membership: Callable[[], object],
@@ -90,6 +92,8 @@ class DecodeLoop:
         self._runner = runner
         self._sampler = sampler
         self._experts = experts
+        self._meter = meter
+        self._waited_s = 0.0  # in the last exchange of rows
         self._form_group = form_group
         self._outbox = outbox
         self._on_membership = on_membership
@@ -145,6 +149,7 @@ class DecodeLoop:
             try:
                 self._enter(group.epoch)
                 self._experts.enter_group()
+                self._meter.add_group()
                 while self._turn(group):
                     pass
                 return
@@ -174,8 +179,11 @@ class DecodeLoop:
             self._swap.put(swap.ref, swap.blocks)
         for swap in step.swap_in:
             self._swap.take(swap.ref, swap.blocks)
+        came = time.perf_counter()
         rows = group.exchange(self._row(step, group.epoch).to_ints())
+        self._waited_s = time.perf_counter() - came
         plan = decide([StepRow.from_ints(row) for row in rows])
+        self._meter.add_row_exchange(self._waited_s, plan.skew_us)
         self._experts.follow(plan.experts, group)
         if plan.kind == "decode":
             group.expert_group.begin_step(plan.tokens_of_rank)
@@ -344,6 +352,7 @@ class DecodeLoop:
             rebalancing=rebalancing,
             placement=placement,
             started_with=started_with,
+            waited_us=round(self._waited_s * 1e6),
         )
 
     def _note_step(self, seconds: float) -> None:
@@ -365,4 +374,5 @@ class DecodeLoop:
             step_seconds=self._step_seconds,
             tokens_per_second=books.running_requests / max(self._step_seconds, 1e-6),
             generated_tokens=self._generated_tokens,
+            traffic=self._meter.traffic(),
         )

@@ -203,6 +203,7 @@ def _make_engine(  # noqa: PLR0917  partially applied
             loaded.config.vocab_size, group.device, read_grammars(Path(settings.model.path))
         ),
         experts=experts,
+        meter=loaded.meter,
         form_group=functools.partial(_form_group, settings, group),
         outbox=outbox,
         land=land,

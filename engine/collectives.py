@@ -14,9 +14,13 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import Store
+from torch._C._distributed_c10d import AllgatherOptions, Store
 
 from protocol.errors import WorkerLost
+
+
+class Awaited(Protocol):
+    def wait(self) -> bool: ...
 
 
 class Backend(Protocol):
@@ -29,30 +33,87 @@ class Backend(Protocol):
         output_split_sizes: list[int],
         input_split_sizes: list[int],
         opts: dist.AllToAllOptions,
-    ) -> dist.Work: ...
+    ) -> Awaited: ...
+
+    def _allgather_base(
+        self, output: Tensor, input: Tensor, opts: AllgatherOptions
+    ) -> Awaited: ...
+
+    def _reduce_scatter_base(
+        self, output: Tensor, input: Tensor, opts: dist.ReduceScatterOptions
+    ) -> Awaited: ...
 
     def gather(
         self,
         output_tensors: list[list[Tensor]],
         input_tensors: list[Tensor],
         opts: dist.GatherOptions,
-    ) -> dist.Work: ...
+    ) -> Awaited: ...
 
-    def broadcast(self, tensors: list[Tensor], opts: dist.BroadcastOptions) -> dist.Work: ...
+    def broadcast(self, tensors: list[Tensor], opts: dist.BroadcastOptions) -> Awaited: ...
 
     def abort(self) -> None: ...
+
+
+class _Done:
+    def wait(self) -> bool:
+        return True
+
+
+class Alone:
+    """The backend of a rank that is the only member: what it sends, it receives."""
+
+    def alltoall_base(
+        self,
+        output: Tensor,
+        input: Tensor,  # noqa: A002  as torch calls it
+        output_split_sizes: list[int],  # noqa: ARG002
+        input_split_sizes: list[int],  # noqa: ARG002
+        opts: dist.AllToAllOptions,  # noqa: ARG002
+    ) -> Awaited:
+        output.copy_(input)
+        return _Done()
+
+    def _allgather_base(self, output: Tensor, input: Tensor, _: AllgatherOptions) -> Awaited:  # noqa: A002
+        output.copy_(input)
+        return _Done()
+
+    def _reduce_scatter_base(
+        self,
+        output: Tensor,
+        input: Tensor,  # noqa: A002
+        _: dist.ReduceScatterOptions,
+    ) -> Awaited:
+        output.copy_(input)
+        return _Done()
+
+    def gather(
+        self,
+        output_tensors: list[list[Tensor]],
+        input_tensors: list[Tensor],
+        opts: dist.GatherOptions,  # noqa: ARG002
+    ) -> Awaited:
+        output_tensors[0][0].copy_(input_tensors[0])
+        return _Done()
+
+    def broadcast(self, tensors: list[Tensor], opts: dist.BroadcastOptions) -> Awaited:  # noqa: ARG002
+        return _Done()
+
+    def abort(self) -> None:
+        pass
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankConnection:
     """``control`` carries step rows in host memory, ``experts`` carries rows of the device.
 
-    They are one and the same on CPU. ``store`` is held because on rank 0 it serves the others.
+    They are one and the same on CPU. ``store`` is held because on rank 0 it serves the others; None
+    for a rank alone.
     """
 
     control: Backend
     experts: Backend
-    store: Store
+    store: Store | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +121,7 @@ class PendingRows:
     """Rows on their way to this rank."""
 
     rows: Tensor
-    work: dist.Work | None  # None: they came from this rank itself
+    work: Awaited
 
     def wait(self) -> Tensor:
         """The received rows, ordered by source rank.
@@ -68,86 +129,82 @@ class PendingRows:
         Raises:
             WorkerLost: a rank failed or did not answer in time; the exchange is dead.
         """
-        if self.work is not None:
-            with losing("exchange of expert rows"):
-                self.work.wait()
+        with losing("exchange of expert rows"):
+            self.work.wait()
         return self.rows
 
 
 class ExpertGroup:
-    """One rank's seat among the ranks that share the experts.
+    """One process's seat among those that share the experts.
 
-    Ranks keep their numbers for life. ``members`` are those that are connected now, in ascending
-    order; who is absent takes part in nothing. One member alone needs no process group. More
-    exchange rows only between ``connect`` and ``disconnect``, and only in a step that
+    A seat is for life. Who is there takes part; ``rank`` is this one's place among ``members``, the
+    seats that are taken, and ``world_size`` is their number. A seat alone needs no process group.
+    More exchange rows only between ``connect`` and ``disconnect``, and only in a step that
     ``begin_step`` has announced.
     """
 
-    def __init__(self, *, rank: int, world_size: int, device: torch.device) -> None:
-        self.rank = rank
-        self.world_size = world_size
+    def __init__(self, *, seat: int, num_seats: int, device: torch.device) -> None:
+        self.seat = seat
+        self.num_seats = num_seats
         self.device = device
-        self.members = tuple(range(world_size))
+        self.members = tuple(range(num_seats))
+        self.rank = seat
         self._backend: Backend | None = None
-        self._connected = False
-        self._tokens_of_member: tuple[int, ...] = ()
+        self._tokens_of_rank: tuple[int, ...] = ()
+        self.lives = 0  # how often the ranks have been connected
 
     @classmethod
     def single(cls, device: torch.device) -> "ExpertGroup":
-        return cls(rank=0, world_size=1, device=device)
+        return cls(seat=0, num_seats=1, device=device)
 
     @property
-    def place(self) -> int:
-        """Of this rank among the members."""
-        return self.members.index(self.rank)
-
-    @property
-    def num_members(self) -> int:
+    def world_size(self) -> int:
         return len(self.members)
 
-    def connect(self, members: Sequence[int], backend: Backend | None) -> None:
-        """``backend`` has the members in order; it is None where this rank is the only one."""
-        assert self.rank in members
-        assert (backend is None) == (len(members) == 1)
+    def connect(self, members: Sequence[int], backend: Backend) -> None:
+        """``members`` are the seats that are taken, ascending; ``backend`` has them in order."""
         self.members = tuple(members)
+        self.rank = self.members.index(self.seat)
         self._backend = backend
-        self._connected = True
+        self.lives += 1
 
     def disconnect(self) -> None:
         self._backend = None
-        self._connected = False
-        self._tokens_of_member = ()
+        self._tokens_of_rank = ()
 
-    def begin_step(self, tokens_of_member: Sequence[int]) -> None:
-        """Say how many tokens each member brings to every MoE layer of the step that now starts.
+    def begin_step(self, tokens_of_rank: Sequence[int]) -> None:
+        """Say how many tokens each rank brings to every MoE layer of the step that now starts.
 
-        All members must say the same: it decides the shape of every exchange.
+        All ranks must say the same: it decides the shape of every exchange.
         """
-        assert len(tokens_of_member) == self.num_members
-        self._tokens_of_member = tuple(tokens_of_member)
+        assert len(tokens_of_rank) == self.world_size
+        self._tokens_of_rank = tuple(tokens_of_rank)
 
     @property
-    def tokens_of_member(self) -> tuple[int, ...]:
-        return self._tokens_of_member
+    def tokens_of_rank(self) -> tuple[int, ...]:
+        return self._tokens_of_rank
 
     def exchange_rows(
-        self, rows_RW: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
+        self,
+        rows_RW: Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        into_RW: Tensor | None = None,
     ) -> PendingRows:
-        """Send ``send_counts[n]`` consecutive rows to each member n; returns at once.
+        """Send ``send_counts[n]`` consecutive rows to each rank n; returns at once.
 
-        All members call it in the same order, and what one says it sends the other says it
-        receives.
+        All ranks call it in the same order, and what one says it sends the other says it receives.
+        ``into_RW`` is where rows arrive; None takes new memory.
 
         Raises:
             WorkerLost: the ranks are not connected.
         """
-        if not self._connected:
-            raise WorkerLost("the ranks of this decode worker are not connected", stage="decode")
-        if self._backend is None:
-            return PendingRows(rows=rows_RW, work=None)
-        received = rows_RW.new_empty(sum(receive_counts), rows_RW.shape[1])
+        backend = self._connected()
+        received = into_RW
+        if received is None:
+            received = rows_RW.new_empty(sum(receive_counts), rows_RW.shape[1])
         with losing("exchange of expert rows"):
-            work = self._backend.alltoall_base(
+            work = backend.alltoall_base(
                 received,
                 rows_RW.contiguous(),
                 list(receive_counts),
@@ -156,9 +213,33 @@ class ExpertGroup:
             )
         return PendingRows(rows=received, work=work)
 
+    def gather_rows(self, rows_BW: Tensor, into_RW: Tensor) -> PendingRows:
+        """Give ``rows_BW`` to all ranks, which have equally many; as ``exchange_rows``."""
+        backend = self._connected()
+        with losing("gathering of expert rows"):
+            work = backend._allgather_base(into_RW, rows_BW.contiguous(), AllgatherOptions())
+        return PendingRows(rows=into_RW, work=work)
+
+    def sum_rows(self, rows_RW: Tensor, into_BW: Tensor) -> PendingRows:
+        """Add all ranks' ``rows_RW`` up; this rank gets the part of its rank, in ``into_BW``.
+
+        The backend may add in any order. As ``exchange_rows``.
+        """
+        backend = self._connected()
+        with losing("sum of expert rows"):
+            work = backend._reduce_scatter_base(
+                into_BW, rows_RW.contiguous(), dist.ReduceScatterOptions()
+            )
+        return PendingRows(rows=into_BW, work=work)
+
+    def _connected(self) -> Backend:
+        if self._backend is None:
+            raise WorkerLost("the ranks of this decode worker are not connected", stage="decode")
+        return self._backend
+
 
 class StepGroup:
-    """One connected life of the ranks of a decode worker, or of those that are left of them.
+    """One connected life of the seats of a decode worker, or of those that are taken.
 
     ``epoch`` is larger than that of every earlier life any of the members has seen. Calls come
     from one thread, the engine thread.
@@ -170,30 +251,24 @@ class StepGroup:
         *,
         epoch: int,
         members: Sequence[int],
-        connection: RankConnection | None,
+        connection: RankConnection,
     ) -> None:
-        """``connection`` is None for a rank that is the only member."""
         self.expert_group = expert_group
         self.epoch = epoch
         self.members = tuple(members)
-        self._open = True
-        self._connection = connection
-        expert_group.connect(members, None if connection is None else connection.experts)
+        self._connection: RankConnection | None = connection
+        expert_group.connect(self.members, connection.experts)
 
     @property
     def rank(self) -> int:
         return self.expert_group.rank
 
     @property
-    def place(self) -> int:
-        return self.expert_group.place
-
-    @property
-    def num_members(self) -> int:
+    def world_size(self) -> int:
         return len(self.members)
 
     def exchange(self, row: Sequence[int]) -> list[tuple[int, ...]]:
-        """Every member's row, in the order of ``members``. Blocks until all have called it.
+        """Every member's row, by rank. Blocks until all of them have called it.
 
         Rows have the same width on all ranks. Gather and broadcast: on gloo an all-gather is a
         ring, ten times slower at 72 ranks.
@@ -202,18 +277,16 @@ class StepGroup:
             WorkerLost: a rank failed or did not come within the collective timeout. The group is
                 closed; form the next one.
         """
-        if not self._open:
-            raise WorkerLost("the ranks of this decode worker are not connected", stage="decode")
         if self._connection is None:
-            return [tuple(row)]
+            raise WorkerLost("the ranks of this decode worker are not connected", stage="decode")
         mine = torch.tensor(row, dtype=torch.int64)
-        rows = mine.new_empty(self.num_members, len(row))
+        rows = mine.new_empty(self.world_size, len(row))
         gather, broadcast = dist.GatherOptions(), dist.BroadcastOptions()
         gather.rootRank = broadcast.rootRank = 0
         control = self._connection.control
         try:
             with losing(f"exchange of step rows in epoch {self.epoch}"):
-                outputs = [list(rows.unbind(0))] if self.place == 0 else []
+                outputs = [list(rows.unbind(0))] if self.rank == 0 else []
                 control.gather(outputs, [mine], gather).wait()
                 control.broadcast([rows], broadcast).wait()
         except WorkerLost:
@@ -226,10 +299,8 @@ class StepGroup:
 
         Call it after any ``WorkerLost``, also one from an expert layer. Calling it twice is fine.
         """
-        if self._open:
-            self._open = False
-            self.expert_group.disconnect()
         if self._connection is not None:
+            self.expert_group.disconnect()
             self._connection.experts.abort()
             if self._connection.control is not self._connection.experts:
                 self._connection.control.abort()

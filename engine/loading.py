@@ -17,6 +17,7 @@ from engine.config import ModelConfig, split_dense
 from engine.config_files import config_from_folder, config_from_gguf
 from engine.cpu.prepare import compile_kernels
 from engine.experts.counting import ExpertCounts
+from engine.experts.meter import ExchangeMeter
 from engine.experts.placement import ExpertPlacement
 from engine.experts.spread import EVENLY, ExpertSpread
 from engine.layers.linear import Numerics
@@ -46,6 +47,7 @@ class LoadedModel:
     fingerprint: Mapping[str, str]  # as ``protocol.workers.WorkerInfo`` describes it
     placements: tuple[ExpertPlacement, ...]  # by layer; empty without experts
     counts: ExpertCounts | None
+    meter: ExchangeMeter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +98,7 @@ def load(
                 if config.experts and spread.counted
                 else None
             ),
+            meter=ExchangeMeter(device),
         )
         chosen = resolve_dtype(dtype, device)
         if device.type == "cpu":
@@ -123,6 +126,7 @@ def load(
         fingerprint=fingerprint,
         placements=tuple(setting.placements),
         counts=setting.counts,
+        meter=setting.meter,
     )
 
 

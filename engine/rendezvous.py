@@ -23,7 +23,7 @@ from typing import Any
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
-from engine.collectives import ExpertGroup, RankConnection, StepGroup
+from engine.collectives import Alone, ExpertGroup, RankConnection, StepGroup
 from engine.meeting.doorman import Doorman
 from engine.meeting.gathering import Gathering
 from engine.meeting.lookout import Lookout
@@ -60,9 +60,9 @@ class Rendezvous:
         Raises:
             ConfigError: ``address`` is not an address.
         """
-        ranks = expert_group.world_size
+        ranks = expert_group.num_seats
         self._group = expert_group
-        self._rank = expert_group.rank
+        self._rank = expert_group.seat
         self._quorum = Quorum(ranks=ranks, first=first or ranks, least=least or ranks)
         self._host, self._port = _parse(address) if ranks > 1 else ("", 0)
         self._addresses = {0: _joined(self._host, self._port)}
@@ -102,7 +102,7 @@ class Rendezvous:
         """
         if self._quorum.ranks == 1:
             self._last_epoch += 1
-            return StepGroup(self._group, epoch=self._last_epoch, members=(0,), connection=None)
+            return _alone(self._group, self._last_epoch)
         self._stop_looking()
         waiting = Waiting(deadline_s, on_progress)
         doorman = self._open(waiting)
@@ -156,10 +156,10 @@ class Rendezvous:
         return roll, served[0] if served else None
 
     def _connect(self, roll: Roll, store: Store | None) -> StepGroup:
-        connection = None
-        if len(roll.members) > 1:
-            with _failing("connecting"):
-                connection = self._backends(roll, store or _reach(roll.store, self._attempt_s))
+        if len(roll.members) == 1:
+            return _alone(self._group, roll.epoch)
+        with _failing("connecting"):
+            connection = self._backends(roll, store or _reach(roll.store, self._attempt_s))
         group = StepGroup(
             self._group, epoch=roll.epoch, members=roll.members, connection=connection
         )
@@ -233,6 +233,12 @@ class Rendezvous:
             raise ConfigError(
                 f"{where}: {error.strerror}; choose an address of this host and a port above 1023"
             ) from error
+
+
+def _alone(group: ExpertGroup, epoch: int) -> StepGroup:
+    backend = Alone()
+    connection = RankConnection(control=backend, experts=backend, store=None)
+    return StepGroup(group, epoch=epoch, members=(group.seat,), connection=connection)
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -35,6 +35,28 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     host: str
 
 
+class ExpertTraffic(msgspec.Struct, frozen=True, kw_only=True):
+    """What one decode rank's exchanges with the others have cost since its process started.
+
+    Dispatch and combine include waiting for other ranks, ``row_exchange_s`` too: the rank that
+    waits least is the one that the others wait for. ``skew_s`` adds up how far apart the first and
+    the last rank came to each exchange of rows; it is the same on all ranks.
+    """
+
+    transport: str
+    buffer_bytes: int  # of the exchange, at most
+    layer_calls: int = 0
+    dispatch_s: float = 0.0
+    compute_s: float = 0.0
+    combine_s: float = 0.0
+    dispatch_bytes: int = 0  # to other ranks, like the next
+    combine_bytes: int = 0
+    row_exchanges: int = 0
+    row_exchange_s: float = 0.0
+    skew_s: float = 0.0
+    groups_formed: int = 0  # how often the ranks have met, the first time included
+
+
 class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     """A worker's own account, a moment ago. A hint: the worker still decides what it admits."""
 
@@ -56,6 +78,7 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     pushes: int = 0  # prefill: whole KV transfers, cumulative like the next two
     push_hidden_s: float = 0.0  # while the prompt was still being computed
     push_exposed_s: float = 0.0  # after that, until decode had committed
+    traffic: ExpertTraffic | None = None  # decode
 
 
 class ExpertReport(msgspec.Struct, frozen=True, kw_only=True):

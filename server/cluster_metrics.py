@@ -23,7 +23,7 @@ from prometheus_client.registry import Collector
 
 from protocol.workers import WorkerLoad
 from server.cluster import Cluster
-from server.expert_metrics import expert_metrics
+from server.expert_metrics import expert_metrics, traffic_metrics
 
 _WORKER = ("worker", "role")
 
@@ -59,6 +59,7 @@ class ClusterMetrics(Collector):
         )
         yield from self._workers()
         yield from expert_metrics(cluster.members, cluster.expert_reports)
+        yield from traffic_metrics(cluster.members)
 
     def _workers(self) -> Iterable[Metric]:
         up = GaugeMetricFamily("headrace_worker_up", "The gateway has a link to it", labels=_WORKER)

@@ -6,8 +6,16 @@ headrace_expert_slots{group,layer}                 slots on all ranks, empty one
 headrace_expert_balancedness{group,layer}          mean / max of ranks' tokens in the last window
 headrace_expert_placement_epoch{group}             how often a layer has got another placement
 headrace_expert_migrations_total{group}            experts that have come to ranks that had them not
+headrace_expert_exchange_seconds_total{group,rank,part}  dispatch, compute, combine; rows, skew
+headrace_expert_exchange_bytes_total{group,rank,part}    to other ranks: dispatch, combine
+headrace_expert_layer_calls_total{group,rank}      MoE layers that the rank has passed
+headrace_expert_row_exchanges_total{group,rank}    turns that the rank has agreed on with the others
+headrace_expert_groups_formed_total{group,rank}    how often the ranks have met
+headrace_expert_group_epoch{group}                 of the group that is in place
+headrace_expert_buffer_bytes{group,rank,transport} of the exchange, at most
 
-A group is shown when all its ranks have reported a window. Ranks report windows of the same steps,
+The last seven are by each rank's own account, as of its last heartbeat. Of the others a group is
+shown when all its ranks have reported a window. Ranks report windows of the same steps,
 so the sums are of one window but for the moment in which the reports arrive.
 """
 
@@ -18,7 +26,7 @@ from dataclasses import dataclass
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from protocol.ids import WorkerRef
-from protocol.workers import ExpertReport, WorkerState
+from protocol.workers import ExpertReport, ExpertTraffic, WorkerState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +103,64 @@ def expert_metrics(
                 tokens.add_metric([group, str(layer), str(expert)], count)
                 replicas.add_metric([group, str(layer), str(expert)], copies)
     return tokens, replicas, slots, balancedness, epoch, migrations
+
+
+def traffic_metrics(members: Iterable[WorkerState]) -> Iterable[Metric]:
+    """What the ranks' exchanges cost: the last seven families above."""
+    of_rank = ("group", "rank")
+    seconds = CounterMetricFamily(
+        "headrace_expert_exchange_seconds",
+        "Time in dispatch, compute and combine, and waiting for step rows",
+        labels=(*of_rank, "part"),
+    )
+    sent = CounterMetricFamily(
+        "headrace_expert_exchange_bytes", "Sent to other ranks", labels=(*of_rank, "part")
+    )
+    calls = CounterMetricFamily(
+        "headrace_expert_layer_calls", "MoE layers that the rank has passed", labels=of_rank
+    )
+    rows = CounterMetricFamily(
+        "headrace_expert_row_exchanges", "Turns that the ranks have agreed on", labels=of_rank
+    )
+    formed = CounterMetricFamily(
+        "headrace_expert_groups_formed", "How often the ranks have met", labels=of_rank
+    )
+    epoch = GaugeMetricFamily(
+        "headrace_expert_group_epoch", "Epoch of the group of ranks", labels=("group",)
+    )
+    buffers = GaugeMetricFamily(
+        "headrace_expert_buffer_bytes",
+        "Buffers of the exchange, at most",
+        labels=(*of_rank, "transport"),
+    )
+    epochs: dict[str, int] = {}
+    for state in members:
+        info, traffic = state.info, state.load.traffic
+        if traffic is None:
+            continue
+        epochs[info.group_id] = max(info.epoch, epochs.get(info.group_id, 0))
+        labels = [info.group_id, str(info.rank)]
+        for part, value in _seconds_of(traffic).items():
+            seconds.add_metric([*labels, part], value)
+        sent.add_metric([*labels, "dispatch"], traffic.dispatch_bytes)
+        sent.add_metric([*labels, "combine"], traffic.combine_bytes)
+        calls.add_metric(labels, traffic.layer_calls)
+        rows.add_metric(labels, traffic.row_exchanges)
+        formed.add_metric(labels, traffic.groups_formed)
+        buffers.add_metric([*labels, traffic.transport], traffic.buffer_bytes)
+    for group, number in epochs.items():
+        epoch.add_metric([group], number)
+    return seconds, sent, calls, rows, formed, epoch, buffers
+
+
+def _seconds_of(traffic: ExpertTraffic) -> dict[str, float]:
+    return {
+        "dispatch": traffic.dispatch_s,
+        "compute": traffic.compute_s,
+        "combine": traffic.combine_s,
+        "rows": traffic.row_exchange_s,
+        "skew": traffic.skew_s,
+    }
 
 
 def _group(reports: Sequence[ExpertReport]) -> GroupExperts:

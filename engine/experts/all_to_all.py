@@ -4,9 +4,7 @@ Small exchanges pad every (source, destination) pair to the source's tokens, who
 know, so one collective carries everything. Larger ones exchange counts first. Which, is a pure
 function of what all ranks know, so they agree.
 
-Ranks here are the members of the group as it is now, in order: who is absent holds no expert.
-
-Shape suffixes: T tokens of this rank   K chosen experts   N members   B rows that arrived
+Shape suffixes: T tokens of this rank   K chosen experts   N ranks   B rows that arrived
 R rows in an exchange   W width of a row
 """
 
@@ -40,13 +38,13 @@ class RowGroup(Protocol):
     """What is needed of ``engine.collectives.ExpertGroup``, which says what each part means."""
 
     @property
-    def place(self) -> int: ...
+    def rank(self) -> int: ...
 
     @property
-    def num_members(self) -> int: ...
+    def world_size(self) -> int: ...
 
     @property
-    def tokens_of_member(self) -> tuple[int, ...]: ...
+    def tokens_of_rank(self) -> tuple[int, ...]: ...
 
     def exchange_rows(
         self, rows_RW: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
@@ -62,14 +60,14 @@ class AllToAllTransport:
         return _AllToAllDispatch(self._group, self._slots_per_rank, payloads, slot_TK)
 
 
-def sends_padded(tokens_of_member: Sequence[int], *, num_chosen: int, row_bytes: int) -> bool:
+def sends_padded(tokens_of_rank: Sequence[int], *, num_chosen: int, row_bytes: int) -> bool:
     """Whether padding costs less than a collective that exchanges counts.
 
     It does when the rows are few, and when nearly every token goes to nearly every rank anyway.
     """
-    num_members = len(tokens_of_member)
-    reached = 1 - (1 - 1 / num_members) ** num_chosen  # share of members that a token goes to
-    few = max(tokens_of_member) * num_members * row_bytes <= _PADDED_BYTES
+    num_ranks = len(tokens_of_rank)
+    reached = 1 - (1 - 1 / num_ranks) ** num_chosen  # share of ranks that a token goes to
+    few = max(tokens_of_rank) * num_ranks * row_bytes <= _PADDED_BYTES
     return few or reached * _MOST_PADDING >= 1
 
 
@@ -83,33 +81,34 @@ class _AllToAllDispatch:
         payloads: Sequence[Tensor],
         slot_TK: Tensor,
     ) -> None:
-        assert group.tokens_of_member[group.place] == len(slot_TK), "begin_step announced otherwise"
+        assert group.tokens_of_rank[group.rank] == len(slot_TK), "begin_step announced otherwise"
         self._group = group
-        self._first_slot = group.place * slots_per_rank
+        self._first_slot = group.rank * slots_per_rank
         self._end_slot = self._first_slot + slots_per_rank
         packed = (*payloads, slot_TK.to(torch.int32))
         self._columns = _columns(packed)
-        num_members = group.num_members
-        self._rank_TK = torch.where(slot_TK < 0, num_members, slot_TK // slots_per_rank)
+        num_ranks = group.world_size
+        self.sent_bytes = 0
+        self._rank_TK = torch.where(slot_TK < 0, num_ranks, slot_TK // slots_per_rank)
         self._goes_TN: Tensor | None = None  # None: every token goes to every rank
         if sends_padded(
-            group.tokens_of_member,
+            group.tokens_of_rank,
             num_chosen=slot_TK.shape[1],
             row_bytes=_row_bytes(self._columns),
         ):
-            self._sent = [len(slot_TK)] * num_members
-            self._received = list(group.tokens_of_member)
-            rows_RW = _pack(packed, self._columns, copies=num_members)
+            self._sent = [len(slot_TK)] * num_ranks
+            self._received = list(group.tokens_of_rank)
+            rows_RW = _pack(packed, self._columns, copies=num_ranks)
         else:
-            self._goes_TN = destinations(self._rank_TK, num_members)
+            self._goes_TN = destinations(self._rank_TK, num_ranks)
             counts_N = self._goes_TN.sum(dim=0)
-            ones = [1] * num_members
-            counts = group.exchange_rows(counts_N.unsqueeze(1), ones, ones)
+            ones = [1] * num_ranks
+            counts = self._exchange(counts_N.unsqueeze(1), ones, ones)
             self._sent = counts_N.tolist()  # host sync
             self._received = counts.wait().flatten().tolist()  # host sync
             token_R = self._goes_TN.t().nonzero()[:, 1]
             rows_RW = _pack(packed, self._columns, copies=1).index_select(0, token_R)
-        self._on_the_way = group.exchange_rows(rows_RW, self._sent, self._received)
+        self._on_the_way = self._exchange(rows_RW, self._sent, self._received)
         self._present_BK: Tensor | None = None
         self._place_TJ = self._rank_TK
         self._present_TJ: Tensor | None = None
@@ -128,11 +127,11 @@ class _AllToAllDispatch:
     def return_each(self, rows_RW: Tensor, place_BK: Tensor) -> None:
         assert self._present_BK is not None
         back = _sums_of_runs(self._present_BK.sum(dim=1), self._received)  # host sync
-        num_members = self._group.num_members
+        num_ranks = self._group.world_size
         rank_R = self._rank_TK.flatten()
-        *home, unrouted = torch.bincount(rank_R, minlength=num_members + 1).tolist()  # host sync
+        *home, unrouted = torch.bincount(rank_R, minlength=num_ranks + 1).tolist()  # host sync
         self._place_TJ = positions_by_rank(self._rank_TK)
-        self._present_TJ = self._rank_TK < num_members if unrouted else None
+        self._present_TJ = self._rank_TK < num_ranks if unrouted else None
         self._return(rows_RW.index_select(0, place_BK[self._present_BK]), back, home)
 
     def return_sums(self, rows_BW: Tensor) -> None:
@@ -143,7 +142,14 @@ class _AllToAllDispatch:
     def _return(self, rows_RW: Tensor, back: Sequence[int], home: Sequence[int]) -> None:
         self._dtype = rows_RW.dtype
         rows_bytes = rows_RW.view(torch.uint8)
-        self._on_the_way = self._group.exchange_rows(rows_bytes, back, home)
+        self._on_the_way = self._exchange(rows_bytes, back, home)
+
+    def _exchange(
+        self, rows_RW: Tensor, sent: Sequence[int], received: Sequence[int]
+    ) -> RowsOnTheWay:
+        rows = sum(sent) - sent[self._group.rank]
+        self.sent_bytes += rows * rows_RW.shape[1] * rows_RW.element_size()
+        return self._group.exchange_rows(rows_RW, sent, received)
 
     def collect(self) -> Returned:
         return Returned(
@@ -153,10 +159,10 @@ class _AllToAllDispatch:
         )
 
 
-def destinations(rank_TK: Tensor, num_members: int) -> Tensor:
-    """(T, N) bool: whether token t goes to rank n; ``num_members`` in ``rank_TK`` is nowhere."""
-    goes = torch.zeros(len(rank_TK), num_members + 1, dtype=torch.bool, device=rank_TK.device)
-    return goes.scatter_(1, rank_TK, value=True)[:, :num_members]
+def destinations(rank_TK: Tensor, num_ranks: int) -> Tensor:
+    """(T, N) bool: whether token t goes to rank n. Rank ``num_ranks`` in ``rank_TK`` is nowhere."""
+    goes = torch.zeros(len(rank_TK), num_ranks + 1, dtype=torch.bool, device=rank_TK.device)
+    return goes.scatter_(1, rank_TK, value=True)[:, :num_ranks]
 
 
 def positions_by_rank(rank_TK: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn import functional
 from engine.collectives import ExpertGroup
 from engine.experts.all_to_all import AllToAllTransport
 from engine.experts.grouped_gemm import ExpertWeights, GroupedExperts
+from engine.experts.meter import ExchangeMeter, Lap
 from engine.experts.placement import ExpertPlacement
 from engine.experts.replicas import ReplicaTable
 from engine.experts.transport import Dispatch, ExpertTransport, LocalTransport
@@ -32,7 +33,7 @@ class PendingExperts:
 
     dispatch: Dispatch
     weights_TK: Tensor
-    dtype: torch.dtype
+    lap: Lap
 
 
 class ExpertLayer:
@@ -49,17 +50,20 @@ class ExpertLayer:
         group: ExpertGroup,
         numerics: Numerics,
         *,
+        meter: ExchangeMeter | None = None,
         layer: int = 0,
         movable: bool = False,
     ) -> None:
         """``weights`` are those of this rank's slots, in the order of ``placement.slots_of``.
 
-        ``movable``: experts may change their slots while the layer is in use.
+        ``meter`` is shared by a model's layers. ``movable``: experts may change their slots while
+        the layer is in use.
         """
         assert placement.num_ranks == group.world_size
         assert placement.slots_per_rank == weights.num_slots
         self._experts = GroupedExperts(weights, exact=numerics == "exact")
         self._numerics = numerics
+        self._meter = meter or ExchangeMeter(group.device)
         self._replicas = ReplicaTable(placement, layer=layer, device=group.device, movable=movable)
         self._transport: ExpertTransport = (
             LocalTransport()
@@ -101,30 +105,46 @@ class ExpertLayer:
         token_keys_T: Tensor | None = None,
     ) -> PendingExperts:
         """Send the tokens off and return at once."""
+        lap = self._meter.begin()
         slot_TK = self._replicas(topk_ids_TK, token_keys_T)
         weights_TK = topk_weights_TK.float()
         payloads = (x_TD,) if self._numerics == "exact" else (x_TD, weights_TK)
-        return PendingExperts(
-            dispatch=self._transport.send(payloads, slot_TK),
-            weights_TK=weights_TK,
-            dtype=x_TD.dtype,
-        )
+        dispatch = self._transport.send(payloads, slot_TK)
+        lap.end("dispatch")
+        self._meter.add_bytes("dispatch", dispatch.sent_bytes)
+        return PendingExperts(dispatch=dispatch, weights_TK=weights_TK, lap=lap)
 
     def combine(self, pending: PendingExperts) -> Tensor:
         """Compute what has arrived here, and wait for this rank's own tokens."""
-        dispatch = pending.dispatch
+        self.compute(pending)
+        return self.collect(pending)
+
+    def compute(self, pending: PendingExperts) -> None:
+        """The first half of ``combine``: results are on their way home when it returns."""
+        dispatch, lap = pending.dispatch, pending.lap
+        lap.resume()
         arrived = dispatch.receive()
+        lap.end("dispatch")
         results = self._experts(arrived.payloads[0], arrived.slot_BK)
+        lap.end("compute")
+        sent_bytes = dispatch.sent_bytes
         if self._numerics == "exact":
             dispatch.return_each(results.y_PD, results.place_BK)
-            weights_TK: Tensor | None = pending.weights_TK
         else:
             dispatch.return_sums(
                 _sum_rows(results.y_PD, results.place_BK, arrived.present_BK, arrived.payloads[1])
             )
-            weights_TK = None
-        home = dispatch.collect()
-        return _sum_rows(home.rows_RW, home.place_TJ, home.present_TJ, weights_TK)
+        lap.end("combine")
+        self._meter.add_bytes("combine", dispatch.sent_bytes - sent_bytes)
+
+    def collect(self, pending: PendingExperts) -> Tensor:
+        """The second half of ``combine``."""
+        pending.lap.resume()
+        home = pending.dispatch.collect()
+        weights_TK = pending.weights_TK if self._numerics == "exact" else None
+        y_TD = _sum_rows(home.rows_RW, home.place_TJ, home.present_TJ, weights_TK)
+        pending.lap.end("combine")
+        return y_TD
 
 
 def _sum_rows(

@@ -51,6 +51,11 @@ class Dispatch(Protocol):
     is then dead on every rank.
     """
 
+    @property
+    def sent_bytes(self) -> int:
+        """To other ranks, up to now."""
+        ...
+
     def receive(self) -> Arrived: ...
 
     def return_each(self, rows_RW: Tensor, place_BK: Tensor) -> None:
@@ -81,6 +86,8 @@ class LocalTransport:
 
 
 class _LocalDispatch:
+    sent_bytes = 0
+
     def __init__(self, payloads: Sequence[Tensor], slot_TK: Tensor) -> None:
         present_TK = slot_TK >= 0
         self._arrived = Arrived(

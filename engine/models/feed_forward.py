@@ -220,6 +220,7 @@ def _expert_layer(
         setting.placement,
         setting.group,
         setting.numerics,
+        meter=setting.meter,
         layer=setting.layer,
         movable=setting.movable and setting.chooses_replicas,
     )

@@ -301,6 +301,7 @@ def _decode(
             mode="global",
             rule=RebalanceRule(window=100, interval=100, above=1.0),
         ),
+        meter=model.meter,
         form_group=lambda last_epoch, _given_up: alone(last_epoch),
         outbox=gateway,  # type: ignore[arg-type]
         on_membership=lambda: None,

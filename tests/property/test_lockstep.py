@@ -171,3 +171,9 @@ def test_ranks_that_started_differently_are_refused_by_name() -> None:
 def test_a_row_of_another_release_is_refused(ints: tuple[int, ...]) -> None:
     with pytest.raises(ProtocolError, match="same release"):
         StepRow.from_ints(ints)
+
+
+def test_the_skew_is_between_who_waited_longest_and_who_came_last() -> None:
+    rows = [replace(row(), waited_us=waited) for waited in (120, 30, 500)]
+    assert decide(rows).skew_us == 470
+    assert StepRow.from_ints(rows[0].to_ints()) == rows[0]

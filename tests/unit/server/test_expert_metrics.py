@@ -14,16 +14,30 @@ from engine.experts.recorded_load import parse_load
 from protocol.errors import ConfigError
 from protocol.ids import GatewayId
 from protocol.messages import Announce, ExpertUpdate, Heartbeat, Message, WatchCluster, Withdraw
-from protocol.workers import ExpertReport, WorkerLoad, WorkerState
+from protocol.workers import ExpertReport, ExpertTraffic, WorkerLoad, WorkerState
 from runtime.clock import MonotonicClock
-from server.expert_metrics import expert_metrics, groups_of
+from server.expert_metrics import expert_metrics, groups_of, traffic_metrics
 from server.scheduler import Scheduler
 from tests.support.arithmetic import a_worker_info
 
+TRAFFIC = ExpertTraffic(
+    transport="all_to_all",
+    buffer_bytes=3_500_000,
+    layer_calls=10,
+    dispatch_s=0.5,
+    compute_s=0.25,
+    combine_s=0.75,
+    dispatch_bytes=40_000,
+    combine_bytes=10_000,
+    row_exchanges=5,
+    row_exchange_s=0.03,
+    skew_s=0.01,
+    groups_formed=2,
+)
 RANKS = [
     WorkerState(
         info=a_worker_info(f"d/{rank}", "decode", group_id="d", rank=rank, world_size=2),
-        load=WorkerLoad(),
+        load=WorkerLoad(traffic=TRAFFIC),
     )
     for rank in range(2)
 ]
@@ -47,7 +61,7 @@ OF_RANK = {state.info.ref: of for state, of in zip(RANKS, REPORTS, strict=True)}
 
 class Metrics(Collector):
     def collect(self) -> list[Metric]:
-        return list(expert_metrics(RANKS, OF_RANK))
+        return [*expert_metrics(RANKS, OF_RANK), *traffic_metrics(RANKS)]
 
 
 def scraped() -> str:
@@ -66,6 +80,32 @@ def test_a_group_is_the_sum_of_its_ranks() -> None:
     assert (group.placement_epoch, group.migrations) == (4, 4)
 
 
+def test_the_command_shows_what_each_ranks_exchanges_cost() -> None:
+    (group,) = groups_in(scraped()).values()
+    assert group.group_epoch == RANKS[0].info.epoch
+    assert group.ranks[1].seconds["combine"] == 0.75
+    assert group.ranks[1].sent_bytes == {"dispatch": 40_000, "combine": 10_000}
+    lines = lines_of_experts({"d": group})
+    assert "ranks come 2.000 ms apart" in lines[-4]
+    shown = lines[-1].split()
+    assert shown[0] == "1"
+    assert shown[1:9:2] == ["50.000", "25.000", "75.000", "6.000"]
+    assert shown[9:] == ["5.0", "kB", "2", "all_to_all", "3.5", "MB"]
+
+
+def test_the_command_shows_ranks_before_the_first_window_is_over() -> None:
+    registry = CollectorRegistry()
+
+    class Early(Collector):
+        def collect(self) -> list[Metric]:
+            return list(traffic_metrics(RANKS))
+
+    registry.register(Early())
+    lines = lines_of_experts(groups_in(generate_latest(registry).decode()))
+    assert "rebalance_window" in lines[2]
+    assert lines[-1].split()[0] == "1"
+
+
 def test_a_group_is_not_shown_in_part() -> None:
     assert groups_of(RANKS, {RANKS[0].info.ref: REPORTS[0]}) == {}
 
@@ -80,12 +120,12 @@ def test_the_command_reads_what_the_gateway_shows() -> None:
     assert groups["d"].layers[3].tokens == {0: 60, 1: 10, 2: 50}
     assert groups["d"].placement_epoch == 4
     lines = lines_of_experts(groups)
-    assert lines[1] == "d: placement epoch 4, 4 experts moved"
+    assert lines[1] == "d: group epoch 1, placement epoch 4, 4 experts moved"
     assert lines[3].split() == ["3", "3", "6", "120", "0.750", "0", "50.0%", "2"]
 
 
-def test_before_the_first_window_the_command_says_when_there_will_be_something() -> None:
-    assert "rebalance_window" in lines_of_experts(groups_in(""))[0]
+def test_without_decode_workers_the_command_says_so() -> None:
+    assert lines_of_experts(groups_in("")) == ["no decode worker has reported yet"]
 
 
 def test_the_recorded_load_can_be_placed_by(tmp_path: Path) -> None:

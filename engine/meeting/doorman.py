@@ -1,0 +1,135 @@
+"""Receives the ranks that come to this one, on threads of its own.
+
+A visitor waits here until the engine thread calls the roll or follows a lower rank. In a group that
+serves, whoever waits at its leader wants to join. A rank whose engine thread has not been seen for
+long receives nobody, so that nobody waits at a rank that will never call.
+"""
+
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+
+from engine.meeting.tickets import Follow, Roll, Sealed, Ticket, Wait
+from engine.meeting.visit import SILENT_S
+from protocol.errors import WorkerLost
+from runtime.log import get_log
+
+log = get_log(__name__)
+
+BEAT_S = 0.2
+BACKLOG = 128
+
+
+@dataclass(slots=True, eq=False)
+class _Visitor:
+    ticket: Ticket
+    answer: Follow | Roll | None = None
+
+
+class Doorman:
+    def __init__(self, listener: socket.socket, *, key: bytes, stuck_s: float) -> None:
+        """``listener`` is bound. After ``stuck_s`` without ``seen`` nobody is received."""
+        listener.listen(BACKLOG)
+        self._listener = listener
+        self._key = key
+        self._stuck_s = stuck_s
+        self._changed = threading.Condition()
+        self._visitors: dict[int, _Visitor] = {}
+        self._follow: Follow | None = None
+        self._closed = False
+        self._seen_at = time.monotonic()
+        threading.Thread(target=self._receive_all, name="doorman", daemon=True).start()
+
+    # On the engine thread ------------------------------------------------------------------------
+
+    def seen(self) -> None:
+        """The engine thread is at work."""
+        self._seen_at = time.monotonic()
+
+    @property
+    def visitors(self) -> Mapping[int, Ticket]:
+        """Who waits here now, by rank."""
+        with self._changed:
+            return {rank: visitor.ticket for rank, visitor in self._visitors.items()}
+
+    def keep(self) -> None:
+        """From now on visitors wait here."""
+        with self._changed:
+            self._follow = None
+
+    def send_on(self, rank: int, address: str) -> None:
+        """From now on visitors are sent to ``rank``, and those who wait here too."""
+        with self._changed:
+            if self._follow is None or self._follow.rank != rank:
+                self._follow = Follow(rank, address)
+                for visitor in self._visitors.values():
+                    visitor.answer = self._follow
+                self._changed.notify_all()
+
+    def call(self, roll: Roll) -> None:
+        """Tell the roll to those who are on it. Others go on waiting."""
+        with self._changed:
+            for visitor in self._visitors.values():
+                if visitor.ticket.number in roll.tickets:
+                    visitor.answer = roll
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Receive nobody any more; who waits here finds the connection ended."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        with suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # wakes the thread that accepts
+        self._listener.close()
+
+    # On threads of its own -----------------------------------------------------------------------
+
+    def _receive_all(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except OSError:
+                return  # closed
+            threading.Thread(
+                target=self._receive, args=(connection,), name="visitor", daemon=True
+            ).start()
+
+    def _receive(self, connection: socket.socket) -> None:
+        with connection:
+            connection.settimeout(SILENT_S)
+            if not self._receives():
+                return
+            try:
+                sealed = Sealed(connection, key=self._key, host=True)
+                sealed.greet()
+                self._host(sealed, _Visitor(sealed.ticket()))
+            except WorkerLost as error:
+                log.debug("a visitor has gone", reason=str(error))
+
+    def _host(self, sealed: Sealed, visitor: _Visitor) -> None:
+        rank = visitor.ticket.rank
+        with self._changed:
+            visitor.answer = self._follow
+            self._visitors[rank] = visitor  # in place of an earlier life of that rank
+        try:
+            while self._receives():
+                with self._changed:
+                    self._changed.wait_for(
+                        lambda: self._closed or visitor.answer is not None, timeout=BEAT_S
+                    )
+                    answer = visitor.answer
+                sealed.send(Wait() if answer is None else answer)
+                if answer is not None:
+                    return
+                sealed.ticket()
+        finally:
+            with self._changed:
+                if self._visitors.get(rank) is visitor:
+                    del self._visitors[rank]
+
+    def _receives(self) -> bool:
+        return not self._closed and time.monotonic() - self._seen_at < self._stuck_s

@@ -1,0 +1,144 @@
+"""One attempt of a rank to come by a roll: from a lower rank, or by calling it."""
+
+import secrets
+import time
+from collections.abc import Callable, Collection, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+from engine.meeting.doorman import Doorman
+from engine.meeting.roll_call import Quorum, call, expected
+from engine.meeting.tickets import Follow, Roll, Ticket
+from engine.meeting.visit import answers, visit
+from engine.meeting.waiting import Waiting
+from protocol.errors import WorkerLost
+
+_POLL_S = 0.02
+_LEAD_S = 0.5  # then lower ranks are looked for again
+_PROBES = 16
+
+
+class Gathering:
+    """Used once. ``addresses`` are of all ranks that are known, and more are learnt."""
+
+    def __init__(
+        self,
+        ticket: Ticket,
+        *,
+        doorman: Doorman,
+        addresses: dict[int, str],
+        quorum: Quorum,
+        leaving: Collection[int],
+        key: bytes,
+        late_s: float,
+        waiting: Waiting,
+    ) -> None:
+        """A rank that lives but does not come within ``late_s`` is gone for this group."""
+        self._ticket = ticket
+        self._doorman = doorman
+        self._addresses = addresses
+        self._quorum = quorum
+        self._leaving = leaving
+        self._key = key
+        self._late_s = late_s
+        self._waiting = waiting
+        self._gone: set[int] = set()
+
+    def roll(self, open_store: Callable[[], str]) -> Roll:
+        """Called, or heard, and then this rank is on it. ``open_store`` is called by who leads.
+
+        Raises:
+            WorkerLost: another attempt is needed.
+            DeadlineExceeded: from ``Waiting``.
+        """
+        self._doorman.keep()
+        while True:
+            heard = self._look_below()
+            if heard is not None:
+                return self._mine(heard)
+            members = self._lead()
+            if members is not None:
+                return self._call(members, open_store)
+
+    def _look_below(self) -> Roll | None:
+        """The roll of a lower rank; None where none answers."""
+        for rank in sorted(self._addresses):
+            if rank >= self._ticket.rank:
+                break
+            if rank in self._gone or rank in self._leaving:
+                continue
+            answer = self._visit(rank)
+            if isinstance(answer, Follow):
+                if answer.rank in self._gone:
+                    raise WorkerLost(f"rank {rank} still follows rank {answer.rank}, who is gone")
+                self._addresses[answer.rank] = answer.address
+                answer = self._visit(answer.rank)
+            if isinstance(answer, Roll):
+                return answer
+        self._doorman.keep()
+        self._gone -= {0}  # a new process may be there at any moment, where all find it
+        return None
+
+    def _visit(self, rank: int) -> Roll | Follow | None:
+        def wait() -> None:
+            self._doorman.seen()
+            self._doorman.send_on(rank, self._addresses[rank])
+            self._waiting.check()
+
+        try:
+            return visit(self._addresses[rank], self._ticket, key=self._key, on_wait=wait)
+        except WorkerLost as error:
+            self._waiting.last_failure = f"rank {rank}: {error}"
+            self._gone.add(rank)
+            self._doorman.keep()
+            return None
+
+    def _lead(self) -> tuple[int, ...] | None:
+        """The members of the next group; None when it is time to look for lower ranks again."""
+        if self._ticket.rank != 0 and not self._ticket.last_epoch:
+            self._waiting.pause(_LEAD_S / 5)  # it knows nobody: the others will not look for it
+            return None
+        end = time.monotonic() + _LEAD_S
+        while time.monotonic() < end:
+            self._doorman.seen()
+            present = {**self._doorman.visitors, self._ticket.rank: self._ticket}
+            members = call(present, quorum=self._quorum, gone=self._gone, leaving=self._leaving)
+            if members is not None:
+                return members
+            awaited = expected(present) or frozenset(range(self._quorum.ranks))
+            missing = awaited - present.keys() - set(self._leaving)
+            self._waiting.missing_ranks = tuple(sorted(missing))
+            self._note_gone(missing)
+            self._waiting.pause(_POLL_S)
+        return None
+
+    def _note_gone(self, missing: Iterable[int]) -> None:
+        known = [rank for rank in missing if rank in self._addresses and rank not in self._gone]
+        if self._waiting.waited_s() > self._late_s:
+            self._gone.update(known)
+        elif known:
+            with ThreadPoolExecutor(min(_PROBES, len(known))) as threads:
+                living = threads.map(lambda rank: answers(self._addresses[rank]), known)
+                self._gone.update(
+                    rank for rank, lives in zip(known, living, strict=True) if not lives
+                )
+
+    def _call(self, members: tuple[int, ...], open_store: Callable[[], str]) -> Roll:
+        present = {**self._doorman.visitors, self._ticket.rank: self._ticket}
+        if not present.keys() >= set(members):
+            raise WorkerLost("a rank left while the roll was called")
+        tickets = [present[rank] for rank in members]
+        roll = Roll(
+            epoch=max(ticket.last_epoch for ticket in tickets) + 1,
+            number=secrets.randbits(62),
+            members=members,
+            tickets=tuple(ticket.number for ticket in tickets),
+            addresses=tuple(ticket.address for ticket in tickets),
+            store=open_store() if len(members) > 1 else "",
+        )
+        self._doorman.call(roll)
+        return roll
+
+    def _mine(self, roll: Roll) -> Roll:
+        if self._ticket.number not in roll.tickets:
+            raise WorkerLost("another process has taken this rank's place")
+        return roll
