@@ -166,7 +166,7 @@ class Rank:
         ).tolist()
         self._done = [0] * work.batch
         self._moves = _moves(loaded, self._group, work.rule or COUNTING_ONLY)
-        self._moves.enter_group()
+        self._moves.enter_group(step_group.members)
         self._loaded = loaded
 
     def run(self, steps: int) -> Outcome:
@@ -195,6 +195,7 @@ class Rank:
         tokens = sum(len(text) for text in self._texts) - sum(self._done)
         rebalancing, placement, started_with = self._moves.row()
         row = StepRow(
+            seat=self._step_group.expert_group.seat,
             epoch=self._step_group.epoch,
             state=RankState.SERVING,
             tokens=tokens,
@@ -207,7 +208,9 @@ class Rank:
         arrived = time.perf_counter()
         rows = self._step_group.exchange(row.to_ints())
         left = time.perf_counter()
-        plan = decide([StepRow.from_ints(ints) for ints in rows])
+        plan = decide(
+            [StepRow.from_ints(ints) for ints in rows], least_ranks=self._step_group.world_size
+        )
         self._moves.follow(plan.experts, self._step_group)
         self._group.begin_step(plan.tokens_of_rank)
         self._compute()
@@ -261,8 +264,8 @@ def _moves(loaded: LoadedModel, group: ExpertGroup, rule: RebalanceRule) -> Expe
         exchanges=loaded.model.slot_exchanges,
         placements=dict(enumerate(loaded.placements)),
         counts=loaded.counts,
-        rank=group.rank,
-        topology=ExpertSpread().topology(group.world_size),
+        seat=group.seat,
+        topology=ExpertSpread().topology(group.num_seats),
         mode="global",
         rule=rule,
     )

@@ -13,7 +13,7 @@ from typing import Literal
 
 from protocol.errors import ProtocolError
 
-ROW_VERSION = 3
+ROW_VERSION = 4
 EXPECTING_PACE_S = 0.005
 IDLE_PACE_S = 0.05
 
@@ -55,6 +55,7 @@ class StepRow:
     ``started_with`` for the placement and the settings that it started with.
     """
 
+    seat: int
     epoch: int
     state: RankState
     tokens: int  # that it brings to this step; 0 when it has none to decode
@@ -63,6 +64,7 @@ class StepRow:
     rebalancing: Rebalancing = Rebalancing.OFF
     placement: int = 0
     started_with: int = 0
+    newcomers: bool = False  # somebody waits to join the group
     waited_us: int = 0  # in its last exchange of rows: the last rank to come waits least
     version: int = ROW_VERSION
 
@@ -80,9 +82,10 @@ class StepRow:
                 f"a rank sent a step row of another version: {tuple(row)}; all ranks of a decode "
                 f"worker must run the same release (row version {ROW_VERSION})"
             )
-        epoch, state, tokens, expecting, free_blocks, rebalancing, placement, *rest = row
-        started_with, waited_us, _ = rest
+        seat, epoch, state, tokens, expecting, free_blocks, rebalancing, *rest = row
+        placement, started_with, newcomers, waited_us, _ = rest
         return cls(
+            seat=seat,
             epoch=epoch,
             state=RankState(state),
             tokens=tokens,
@@ -91,6 +94,7 @@ class StepRow:
             rebalancing=Rebalancing(rebalancing),
             placement=placement,
             started_with=started_with,
+            newcomers=bool(newcomers),
             waited_us=waited_us,
         )
 
@@ -107,23 +111,27 @@ class StepPlan:
     ``pace_s``, or sooner if work comes. ``stop``: all ranks have left; exchange nothing any more.
     ``restore``: ranks have different placements, because one of them has started again; every rank
     goes back to the placement that it started with, and then rows are exchanged again.
+    ``regroup``: the group ends here, and all meet again: with newcomers, and without the seats
+    that are ``leaving``, because those who stay have slots for every expert.
 
     ``experts`` comes before that. ``gather``: all ranks exchange what they counted for the next
     layer, and one of them plans. ``share``: that one tells all ranks its plan, and they begin to
     stage. ``commit``: what is staged takes effect. ``abandon``: it is dropped.
     """
 
-    kind: Literal["decode", "idle", "stop", "restore"]
+    kind: Literal["decode", "idle", "stop", "restore", "regroup"]
     tokens_of_rank: tuple[int, ...]
     pace_s: float
     draining: bool  # some rank takes no new requests
     free_blocks_of_rank: tuple[int, ...]
     skew_us: int  # between the first and the last rank that came to the last exchange of rows
+    leaving: tuple[int, ...]
     experts: ExpertStep
 
 
-def decide(rows: Sequence[StepRow]) -> StepPlan:
-    """The plan that follows from the rows, the same on every rank. ``rows`` are in rank order.
+def decide(rows: Sequence[StepRow], *, least_ranks: int) -> StepPlan:
+    """The plan that follows from the rows, the same on every rank. ``rows`` are in rank order;
+    ``least_ranks`` have slots for every expert.
 
     Raises:
         ProtocolError: the ranks are not of one epoch or did not start alike, or a row contradicts
@@ -132,12 +140,15 @@ def decide(rows: Sequence[StepRow]) -> StepPlan:
     epochs = sorted({row.epoch for row in rows})
     if len(epochs) != 1:
         raise ProtocolError(f"ranks of different epochs met: {epochs}")
-    for rank, row in enumerate(rows):
+    for row in rows:
         if row.tokens < 0 or (row.tokens and row.state is RankState.LEAVING):
-            raise ProtocolError(f"rank {rank} is {row.state.name} with {row.tokens} tokens")
+            raise ProtocolError(f"seat {row.seat} is {row.state.name} with {row.tokens} tokens")
     _check_start(rows)
-    kind: Literal["decode", "idle", "stop", "restore"]
-    if len({row.placement for row in rows}) != 1:
+    leaving = _who_may_leave(rows, least_ranks)
+    kind: Literal["decode", "idle", "stop", "restore", "regroup"]
+    if leaving or any(row.newcomers for row in rows):
+        kind, pace_s = "regroup", 0.0
+    elif len({row.placement for row in rows}) != 1:
         kind, pace_s = "restore", 0.0
     elif any(row.tokens for row in rows):
         kind, pace_s = "decode", 0.0
@@ -153,8 +164,17 @@ def decide(rows: Sequence[StepRow]) -> StepPlan:
         draining=any(row.state is not RankState.SERVING for row in rows),
         free_blocks_of_rank=tuple(row.free_blocks for row in rows),
         skew_us=max(row.waited_us for row in rows) - min(row.waited_us for row in rows),
-        experts="keep" if kind in ("stop", "restore") else _with_experts(rows),
+        leaving=leaving,
+        experts="keep" if kind in ("stop", "restore", "regroup") else _with_experts(rows),
     )
+
+
+def _who_may_leave(rows: Sequence[StepRow], least_ranks: int) -> tuple[int, ...]:
+    """Seats that have nothing left to do, where those that serve are enough without them."""
+    staying = sum(row.state is RankState.SERVING for row in rows)
+    if staying < least_ranks:
+        return ()
+    return tuple(row.seat for row in rows if row.state is RankState.LEAVING)
 
 
 def _with_experts(rows: Sequence[StepRow]) -> ExpertStep:
@@ -172,9 +192,9 @@ def _with_experts(rows: Sequence[StepRow]) -> ExpertStep:
 
 def _check_start(rows: Sequence[StepRow]) -> None:
     starts = [row.started_with for row in rows]
-    odd = [rank for rank, start in enumerate(starts) if start != starts[0]]
+    odd = [row.seat for row in rows if row.started_with != starts[0]]
     if odd:
         raise ProtocolError(
-            f"ranks {odd} started with another expert placement than rank 0: decode.experts and "
-            "the recorded load must be the same on all ranks"
+            f"ranks {odd} started with another expert placement than rank {rows[0].seat}: "
+            "decode.experts and the recorded load must be the same on all ranks"
         )

@@ -2,9 +2,12 @@
 
 A turn is: take what was posted, plan this rank's step, exchange rows with the other ranks, and
 compute if any of them has work. No turn skips the exchange, and what a rank does after it follows
-from the rows alone (``decode.lockstep``). When a rank is lost, all requests here end with
-``WorkerLost``, and the ranks form a new group. Everything here belongs to one thread; other
-threads only post work to its inbox.
+from the rows alone (``decode.lockstep``).
+
+When a rank is lost, the others meet again and go on where they were: a step that came to nothing
+is computed anew, and writes the same KV to the same places. Only where too few are left to hold
+every expert do the requests here end with ``WorkerLost``. Everything here belongs to one thread;
+other threads only post work to its inbox.
 """
 
 import threading
@@ -15,7 +18,9 @@ from dataclasses import dataclass
 import torch
 
 from decode.intake import Arrived, Intake, Lost
-from decode.lockstep import RankState, StepRow, decide
+from decode.load import LoadAccount
+from decode.lockstep import RankState, StepPlan, StepRow, decide
+from decode.meeting import Meeting
 from decode.rebalance import ExpertMoves
 from decode.scheduler import DecodeScheduler, DecodeStep
 from decode.swap import SwapSpace
@@ -51,7 +56,6 @@ log = get_log(__name__)
 
 IDLE_WAIT_S = 0.5
 SWEEP_S = 1.0
-STEP_SMOOTHING = 0.1
 
 
 @dataclass(slots=True, kw_only=True)
@@ -68,6 +72,7 @@ class DecodeLoop:
         self,
         *,
         worker: WorkerRef,
+        seat: int,
         scheduler: DecodeScheduler,
         intake: Intake,
         swap: SwapSpace,
@@ -75,17 +80,19 @@ class DecodeLoop:
         sampler: Sampler,
         experts: ExpertMoves,
         meter: ExchangeMeter,
-        form_group: Callable[[int, Callable[[], bool]], StepGroup],
+        meeting: Meeting,
+        least_ranks: int,
         outbox: Outbox[ToPeer],
         on_membership: Callable[[], object],
         land: Callable[[Sequence[BlockId]], None],
         device: torch.device,
     ) -> None:
-        """``form_group(last_epoch, given_up)`` blocks until all ranks have met, and raises a
-        ``ServingError`` when they do not. ``on_membership`` is called when ``epoch`` has changed.
-        ``land`` brings arrived blocks from where the transports wrote to where the engine reads.
+        """``least_ranks`` have slots for every expert. ``on_membership`` is called when ``epoch``
+        has changed. ``land`` brings arrived blocks from where the transports wrote to where the
+        engine reads.
         """
         self._worker = worker
+        self._seat = seat
         self._scheduler = scheduler
         self._intake = intake
         self._swap = swap
@@ -94,7 +101,8 @@ class DecodeLoop:
         self._experts = experts
         self._meter = meter
         self._waited_s = 0.0  # in the last exchange of rows
-        self._form_group = form_group
+        self._meeting = meeting
+        self._least_ranks = least_ranks
         self._outbox = outbox
         self._on_membership = on_membership
         self._land = land
@@ -105,10 +113,13 @@ class DecodeLoop:
         self._stopped = threading.Event()
         self._sweep = Beat(SWEEP_S)
         self._step = 0
-        self._step_seconds = 0.0
-        self._generated_tokens = 0
-        self.epoch: int | None = None  # of the group; None while there is none
-        self.load = WorkerLoad()
+        self._account = LoadAccount(scheduler, meter)
+        self.epoch: int | None = None  # of the group; None while this rank cannot serve
+        self.members: tuple[int, ...] = ()  # the group's seats that are taken
+
+    @property
+    def load(self) -> WorkerLoad:
+        return self._account.load
 
     # From any thread -----------------------------------------------------------------------------
 
@@ -134,41 +145,73 @@ class DecodeLoop:
         try:
             self._serve()
         finally:
+            self._meeting.close()
             self._intake.close()
 
     def _serve(self) -> None:
         """Form groups, one after another, until the ranks leave together or this one is stopped."""
-        last_epoch = 0
+        leaving: tuple[int, ...] = ()
         while not self._stopped.is_set():
             try:
-                group = self._form_group(last_epoch, self._stopped.is_set)
+                group = self._meeting.form(self._stopped.is_set, leaving, briefly=self._holds())
             except (WorkerLost, DeadlineExceeded, Cancelled) as error:
                 log.warning("the group is not complete", reason=str(error))
+                self._leave(error)
                 continue
-            last_epoch = group.epoch
             try:
-                self._enter(group.epoch)
-                self._experts.enter_group()
-                self._meter.add_group()
-                while self._turn(group):
-                    pass
-                return
+                self._experts.enter_group(group.members)
+                self._enter(group)
+                plan = self._step_together(group)
             except WorkerLost as error:
+                leaving = ()
                 log.warning("the group has broken", reason=str(error), epoch=group.epoch)
-                self._enter(None)
-                self._abandon(error)
+                if len(group.members) <= self._least_ranks:
+                    self._leave(error)
+                continue
             finally:
                 group.close()
-                self._enter(None)
+            if plan is None or plan.kind == "stop" or self._seat in plan.leaving:
+                break
+            leaving = plan.leaving
+        self._forget_group()
 
-    def _enter(self, epoch: int | None) -> None:
-        self.epoch = epoch
+    def _step_together(self, group: StepGroup) -> StepPlan | None:
+        """Until the group ends as planned; None where this rank is stopped."""
+        while not self._stopped.is_set():
+            plan = self._turn(group)
+            if plan.kind in ("stop", "regroup"):
+                return plan
+        return None
+
+    def _holds(self) -> bool:
+        """Whether somebody waits for what this rank has begun."""
+        return bool(self._running or len(self._intake))
+
+    def _enter(self, group: StepGroup) -> None:
+        self.epoch, self.members = group.epoch, group.members
+        self._meter.add_group()
+        log.info("ranks serve together", epoch=group.epoch, members=group.members)
         self._on_membership()
 
-    def _turn(self, group: StepGroup) -> bool:
-        """One step of the group; False when it was the last."""
-        if self._stopped.is_set():
-            return False
+    def _leave(self, error: ServingError) -> None:
+        """There is no group to go on in: every request here ends, and its client is told."""
+        self._forget_group()
+        for ref in list(self._running):
+            self._fail(ref, error)
+        for ref in self._intake.abort_all():
+            self._tell_failed(ref, error)
+
+    def _forget_group(self) -> None:
+        self.epoch, self.members = None, ()
+        self._on_membership()
+
+    def _turn(self, group: StepGroup) -> StepPlan:
+        """One step of the group, and what was done in it.
+
+        Raises:
+            WorkerLost: the group has broken. Nothing that was promised is lost: the step is planned
+                again in the next group.
+        """
         for work in self._inbox.drain():
             work()
         now = time.monotonic()
@@ -182,21 +225,22 @@ class DecodeLoop:
         came = time.perf_counter()
         rows = group.exchange(self._row(step, group.epoch).to_ints())
         self._waited_s = time.perf_counter() - came
-        plan = decide([StepRow.from_ints(row) for row in rows])
+        plan = decide([StepRow.from_ints(row) for row in rows], least_ranks=self._least_ranks)
         self._meter.add_row_exchange(self._waited_s, plan.skew_us)
         self._experts.follow(plan.experts, group)
         if plan.kind == "decode":
             group.expert_group.begin_step(plan.tokens_of_rank)
             self._compute(step)
             self._experts.after_step()
-            self._note_step(time.monotonic() - now)
+            seconds = time.monotonic() - now
+            self._account.stepped(seconds, len(step.refs), draining=self._intake.draining)
         elif plan.kind == "restore":
             self._experts.restore()
         elif plan.kind == "idle":
-            self._account()
+            self._account.look(draining=self._intake.draining)
             # Alone there is nobody to keep pace with.
             self._inbox.wait(plan.pace_s if group.world_size > 1 else IDLE_WAIT_S)
-        return plan.kind != "stop"
+        return plan
 
     def _compute(self, step: DecodeStep) -> None:
         try:
@@ -223,8 +267,12 @@ class DecodeLoop:
             raise
         except Exception as error:
             # The other ranks may wait for this one inside a collective: only a new group helps.
+            # What failed once would fail again, so these requests end here.
             log.exception("decode step failed", requests=len(step.refs))
-            raise WorkerLost(f"a decode step failed: {type(error).__name__}") from error
+            lost = WorkerLost(f"a decode step failed: {type(error).__name__}", stage="decode")
+            for ref in list(step.refs):
+                self._fail(ref, lost)
+            raise lost from error
         self._scheduler.advance(step, sampled.token_ids)
         self._emit(step, sampled)
 
@@ -247,7 +295,6 @@ class DecodeLoop:
                 deltas.setdefault(peer, []).append(delta)
             if reason is not None:
                 self._end(ref)
-        self._generated_tokens += len(step.refs)
         self._outbox.put(
             (peer, StepTokens(worker=self._worker, step=self._step, deltas=tuple(mine)))
             for peer, mine in deltas.items()
@@ -322,13 +369,6 @@ class DecodeLoop:
             self._outbox.put([(peer, failed)])
         self._clients.disown(ref)
 
-    def _abandon(self, error: ServingError) -> None:
-        """The group has broken: every request here ends, and its client is told."""
-        for ref in list(self._running):
-            self._fail(ref, error)
-        for ref in self._intake.abort_all():
-            self._tell_failed(ref, error)
-
     def _let_go(self, now: float) -> None:
         for ref in self._clients.remove_silent(now):
             self._cancel(ref)
@@ -344,6 +384,7 @@ class DecodeLoop:
             state = RankState.DRAINING if busy else RankState.LEAVING
         rebalancing, placement, started_with = self._experts.row()
         return StepRow(
+            seat=self._seat,
             epoch=epoch,
             state=state,
             tokens=len(step.refs),
@@ -352,27 +393,6 @@ class DecodeLoop:
             rebalancing=rebalancing,
             placement=placement,
             started_with=started_with,
+            newcomers=self._meeting.newcomers,
             waited_us=round(self._waited_s * 1e6),
-        )
-
-    def _note_step(self, seconds: float) -> None:
-        self._step_seconds += STEP_SMOOTHING * (seconds - self._step_seconds)
-        self._account()
-
-    def _account(self) -> None:
-        books = self._scheduler.books()
-        self.load = WorkerLoad(
-            draining=self._intake.draining,
-            queued_requests=books.granted_requests + books.waiting_requests,
-            running_requests=books.running_requests + books.swapped_requests,
-            free_blocks=books.reservable,
-            total_blocks=books.total,
-            cached_blocks=books.cached,
-            granted_blocks=books.granted,
-            active_blocks=books.active,
-            quarantined_blocks=books.quarantined,
-            step_seconds=self._step_seconds,
-            tokens_per_second=books.running_requests / max(self._step_seconds, 1e-6),
-            generated_tokens=self._generated_tokens,
-            traffic=self._meter.traffic(),
         )

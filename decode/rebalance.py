@@ -1,4 +1,4 @@
-"""Moves experts between the ranks' slots while they decode: one rank's part in it.
+"""Moves experts between the seats' slots while they decode: one seat's part in it.
 
 A window of steps is counted; then, a layer at a time, ranks add up what they counted, one of them
 finds a better placement, and each reads what that brings to its slots, all beside their steps.
@@ -6,12 +6,16 @@ When all have it, they commit between the same two steps. Every step of this is 
 (``decode.lockstep``), so no rank is ever ahead, and a step waits at most for one layer's copy.
 Whatever fails, the old placement stays whole. Replicas hold equal bytes: no token changes.
 
+When seats are lost, those that are left take over their experts before the next step
+(``engine.experts.cover``); when a seat is taken again, all go back to where they started. While one
+is empty, experts move for no other reason.
+
 Everything is called on the engine thread; only planning and reading are beside it.
 """
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Generic, TypeVar
@@ -20,6 +24,7 @@ from decode.lockstep import ExpertStep, Rebalancing
 from engine.collectives import StepGroup
 from engine.experts.balancer import Mode, balance_of, rebalance
 from engine.experts.counting import ExpertCounts
+from engine.experts.cover import cover
 from engine.experts.placement import ExpertPlacement, Topology, moves
 from engine.experts.slot_exchange import SlotExchange, StagedSlots
 from engine.experts.spread import digest
@@ -42,6 +47,7 @@ class RebalanceRule:
     window: int
     interval: int
     above: float  # a layer whose busiest rank has no more than this times the mean stays
+    moves: bool = True  # False: windows are only counted and reported
 
 
 class _Beside(Generic[T]):
@@ -67,7 +73,7 @@ class _Beside(Generic[T]):
 
 
 class ExpertMoves:
-    """``exchanges`` is empty where experts stay: then windows are only counted and reported."""
+    """``exchanges`` is empty where experts stay for ever."""
 
     def __init__(
         self,
@@ -75,21 +81,23 @@ class ExpertMoves:
         exchanges: Mapping[int, SlotExchange],
         placements: Mapping[int, ExpertPlacement],
         counts: ExpertCounts | None,
-        rank: int,
+        seat: int,
         topology: Topology,
         mode: Mode,
         rule: RebalanceRule,
     ) -> None:
         """``placements`` are those at the start, by layer. ``counts`` is None without routing."""
-        self._exchanges = exchanges if counts is not None else {}
+        self._exchanges = exchanges
         self._initial = dict(placements)
         self._counts = counts
-        self._rank = rank
+        self._seat = seat
+        self._members = tuple(range(topology.num_ranks))
         self._topology = topology
         self._mode: Mode = mode
         self._rule = rule
-        self._started_with = digest(self._initial, topology, rule, bool(self._exchanges))
-        self._placement = self._started_with
+        self._moves = rule.moves and counts is not None and bool(exchanges)
+        self._started_with = digest(self._initial, topology, rule, self._moves, bool(exchanges))
+        self._placement = digest(self.placements)
         self._steps = 0  # since the last window ended
         self._counted: int | None = None  # steps of the window so far; None between windows
         self._window: Mapping[int, tuple[int, ...]] = {}
@@ -107,6 +115,11 @@ class ExpertMoves:
     def placements(self) -> Mapping[int, ExpertPlacement]:
         moved = {layer: exchange.placement for layer, exchange in self._exchanges.items()}
         return {**self._initial, **moved}
+
+    @property
+    def started_with(self) -> int:
+        """Stands for the first placement and the rule."""
+        return self._started_with
 
     def row(self) -> tuple[Rebalancing, int, int]:
         """``rebalancing``, ``placement`` and ``started_with`` of this rank's next row."""
@@ -136,29 +149,50 @@ class ExpertMoves:
             if self._counted == self._rule.window:
                 self._window = self._take()
                 self._steps, self._counted = 0, None
-                self._pending = list(self._exchanges)
+                if self._moves and len(self._members) == self._topology.num_ranks:
+                    self._pending = list(self._exchanges)
                 self._publish()
         self._begin_window()
 
-    def enter_group(self) -> None:
-        """The ranks have met anew: whatever was under way with others is dropped."""
-        self._abandon()
-
-    def restore(self) -> None:
-        """Go back to the placement of the start; takes as long as reading what has moved.
+    def enter_group(self, members: Sequence[int]) -> None:
+        """The ranks have met anew: whatever was under way with others is dropped, and ``members``
+        take over what absent seats held. Takes as long as reading that.
 
         Raises:
             ConfigError: an expert cannot be read any more.
         """
         self._abandon()
-        for layer, exchange in self._exchanges.items():
-            if exchange.placement != self._initial[layer]:
-                exchange.commit(exchange.stage(self._initial[layer]))
-        self._placement = self._started_with
+        self._members = tuple(members)
+        self._take_over(self.placements)
+
+    def restore(self) -> None:
+        """Go back to the placement of the start, as far as all seats are taken; takes as long as
+        reading what has moved.
+
+        Raises:
+            ConfigError: an expert cannot be read any more.
+        """
+        self._abandon()
+        self._take_over(self._initial)
         log.info("experts are back where they started")
 
+    def _take_over(self, placements: Mapping[int, ExpertPlacement]) -> None:
+        """Hold what follows from ``placements`` for the members that are there."""
+        began, read = time.monotonic(), 0
+        for layer, exchange in self._exchanges.items():
+            staged = exchange.stage(cover(placements[layer], self._members))
+            exchange.commit(staged)
+            read += len(staged.slots)
+        self._placement = digest(self.placements)
+        if read:
+            self._epoch += 1
+            self._migrations += read
+            self._publish()
+            seconds = round(time.monotonic() - began, 3)
+            log.info("experts were taken over", experts=read, members=self._members, s=seconds)
+
     def _stage(self) -> Rebalancing:
-        if not self._exchanges:
+        if not self._moves:
             return Rebalancing.OFF
         if self._staging is not None:
             return _stage_of(self._staging, Rebalancing.STAGING, Rebalancing.STAGED)
@@ -172,7 +206,7 @@ class ExpertMoves:
         layer = self._pending[0]
         counts = group.exchange(self._window[layer])
         self._waiting_for_plan = True
-        if self._rank == self._planner(layer):
+        if group.rank == self._planner(layer):
             load = [float(sum(tokens)) for tokens in zip(*counts, strict=True)]
             current = self._exchanges[layer].placement
             self._planning = _Beside(lambda: self._plan(load, current))
@@ -246,7 +280,7 @@ class ExpertMoves:
             layers=tuple(self._totals),
             tokens=tuple(map(tuple, self._totals.values())),
             window_tokens=tuple(self._window[layer] for layer in self._totals),
-            held=tuple(placements[layer].slots_of(self._rank) for layer in self._totals),
+            held=tuple(placements[layer].slots_of(self._seat) for layer in self._totals),
             placement_epoch=self._epoch,
             migrations=self._migrations,
         )

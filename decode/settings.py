@@ -16,6 +16,8 @@ from runtime.settings import (
     WorkerAddress,
 )
 
+SPARE_FROM = 4  # ranks; below, room for another one's experts costs more than half as much again
+
 
 class GroupSettings(Settings):
     """The ranks that share one model replica and step together."""
@@ -31,6 +33,13 @@ class GroupSettings(Settings):
 
     node: NonNegativeInt = 0
     """Which of the nodes this is, from 0; its own ranks are started when `rank` is empty."""
+
+    first_ranks: PositiveInt | None = None
+    """Ranks that are enough to begin with; the others join when they come. Empty: all of them."""
+
+    least_ranks: PositiveInt | None = None
+    """Ranks that go on together when the others are lost; each gets expert slots for that. Empty:
+    one fewer than all from four ranks on, and all of them below."""
 
     rendezvous: HostPort = "127.0.0.1:8200"
     """host:port where the ranks meet, at the start and after each loss; rank 0 listens there."""
@@ -54,6 +63,19 @@ class GroupSettings(Settings):
         if self.node >= self.nodes:
             raise ValueError(f"node {self.node} is not one of 0..{self.nodes - 1}: raise nodes")
         return self
+
+    @model_validator(mode="after")
+    def _parts_of_the_group(self) -> "GroupSettings":
+        for name, number in (("first_ranks", self.first_ranks), ("least_ranks", self.least_ranks)):
+            if number is not None and number > self.ranks:
+                raise ValueError(f"{name} {number} is more than ranks {self.ranks}: lower it")
+        return self
+
+    @property
+    def least(self) -> int:
+        if self.least_ranks is not None:
+            return self.least_ranks
+        return self.ranks - 1 if self.ranks >= SPARE_FROM else self.ranks
 
     @property
     def ranks_of_node(self) -> range:

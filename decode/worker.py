@@ -11,12 +11,14 @@ import anyio
 import torch
 
 from decode.intake import Intake
+from decode.lockstep import ROW_VERSION
 from decode.loop import DecodeLoop
+from decode.meeting import RankMeeting
 from decode.rebalance import ExpertMoves, RebalanceRule
 from decode.scheduler import DecodeScheduler
-from decode.settings import DecodeSettings, ExpertSettings
+from decode.settings import DecodeSettings
 from decode.swap import SwapSpace
-from engine.collectives import ExpertGroup, StepGroup
+from engine.collectives import ExpertGroup
 from engine.experts.recorded_load import RecordedLoad, parse_load
 from engine.experts.spread import ExpertSpread
 from engine.kvcache.block_pool import BlockPool
@@ -24,13 +26,13 @@ from engine.kvcache.mirror import HostMirror
 from engine.kvcache.storage import KVStorage
 from engine.loading import LoadedModel, load, resolve_numerics
 from engine.model_runner import ModelRunner
-from engine.rendezvous import FormingProgress, form_group
+from engine.rendezvous import Rendezvous
 from engine.sampling.sampler import Sampler
 from engine.vocabulary import read_grammars
 from kvtransfer.memory import allocate_shared, buffer
 from kvtransfer.sink import TRANSPORTS, make_sink
 from protocol.codec import Decoder
-from protocol.errors import Cancelled, ConfigError
+from protocol.errors import ConfigError
 from protocol.ids import BlockId, WorkerId, WorkerRef, new_incarnation
 from protocol.messages import ToDecode
 from protocol.workers import WorkerInfo
@@ -44,8 +46,6 @@ from runtime.worker_process import ToPeer, WorkerProcess
 
 log = get_log(__name__)
 
-QUIET_S = 5.0  # ranks start at different speeds; only a longer wait is worth a line
-
 
 def run(settings: DecodeSettings) -> int:
     """Serve one rank until drained or stopped; 0 is the exit code.
@@ -56,7 +56,7 @@ def run(settings: DecodeSettings) -> int:
     key = load_key(settings.bus.cluster_key_file)
     device = torch.device(settings.device)
     group = ExpertGroup(
-        rank=settings.group.rank or 0, world_size=settings.group.ranks, device=device
+        seat=settings.group.rank or 0, num_seats=settings.group.ranks, device=device
     )
     if settings.process.threads is not None:
         torch.set_num_threads(settings.process.threads)
@@ -67,7 +67,7 @@ def run(settings: DecodeSettings) -> int:
         numerics=resolve_numerics(settings.model.numerics, device),
         group=group,
         split_dense_experts=settings.model.split_dense_experts,
-        spread=_spread(settings.experts, group.world_size),
+        spread=_spread(settings),
         block_tokens=settings.kv.block_tokens,
         progress=weights_progress(),
     )
@@ -82,12 +82,14 @@ def run(settings: DecodeSettings) -> int:
     return 0
 
 
-def _spread(settings: ExpertSettings, num_ranks: int) -> ExpertSpread:
+def _spread(settings: DecodeSettings) -> ExpertSpread:
+    experts, group = settings.experts, settings.group
     return ExpertSpread(
-        redundant=settings.redundant,
-        ranks_per_tray=settings.ranks_per_tray,
-        load=None if settings.load_file is None else _read_load(settings.load_file),
-        movable=settings.rebalance and num_ranks > 1,
+        redundant=experts.redundant,
+        least_ranks=group.least,
+        ranks_per_tray=experts.ranks_per_tray,
+        load=None if experts.load_file is None else _read_load(experts.load_file),
+        movable=experts.rebalance and group.ranks > 1,
         counted=True,
     )
 
@@ -100,9 +102,9 @@ def _read_load(file: Path) -> RecordedLoad:
     return parse_load(document, str(file))
 
 
-def _expert_moves(settings: ExpertSettings, loaded: LoadedModel, group: ExpertGroup) -> ExpertMoves:
-    spread = _spread(settings, group.world_size)
-    if settings.rebalance and loaded.counts is None:
+def _expert_moves(settings: DecodeSettings, loaded: LoadedModel, group: ExpertGroup) -> ExpertMoves:
+    spread, experts = _spread(settings), settings.experts
+    if experts.rebalance and loaded.counts is None:
         log.warning("experts stay where they are: no token chooses among them")
     layers = loaded.config.sparse_layers
     return ExpertMoves(
@@ -111,13 +113,14 @@ def _expert_moves(settings: ExpertSettings, loaded: LoadedModel, group: ExpertGr
             layer: placement for layer, placement in enumerate(loaded.placements) if layers[layer]
         },
         counts=loaded.counts,
-        rank=group.rank,
-        topology=spread.topology(group.world_size),
+        seat=group.seat,
+        topology=spread.topology(group.num_seats),
         mode=spread.mode,
         rule=RebalanceRule(
-            window=settings.rebalance_window,
-            interval=settings.rebalance_interval if spread.movable else settings.rebalance_window,
-            above=settings.rebalance_above,
+            window=experts.rebalance_window,
+            interval=experts.rebalance_interval if spread.movable else experts.rebalance_window,
+            above=experts.rebalance_above,
+            moves=spread.movable,
         ),
     )
 
@@ -126,27 +129,27 @@ def _landed_already(_block_ids: Sequence[BlockId]) -> None:
     """On a CPU the transports write into the engine's own blocks."""
 
 
-def _form_group(
-    settings: DecodeSettings, group: ExpertGroup, last_epoch: int, given_up: Callable[[], bool]
-) -> StepGroup:
-    def progress(forming: FormingProgress) -> None:
-        if given_up():
-            raise Cancelled("the rank was told to stop")
-        if forming.waited_s > QUIET_S:
-            missing = ",".join(map(str, forming.missing_ranks))
-            log.info("waiting for the other ranks", missing=missing, waited_s=forming.waited_s)
-
-    return form_group(
-        group.rank,
-        group.world_size,
+def _meeting(
+    settings: DecodeSettings,
+    loaded: LoadedModel,
+    group: ExpertGroup,
+    experts: ExpertMoves,
+    key: ClusterKey | None,
+) -> RankMeeting:
+    rendezvous = Rendezvous(
+        group,
         settings.group.rendezvous.removeprefix("tcp://"),
-        device=group.device,
-        deadline_s=settings.group.rendezvous_timeout_s,
+        first=settings.group.first_ranks,
+        least=loaded.least_ranks,
         collective_timeout_s=settings.group.step_timeout_s,
-        last_epoch=last_epoch,
-        expert_group=group,
-        on_progress=progress,
+        terms={
+            **loaded.fingerprint,
+            "rows": str(ROW_VERSION),
+            "placement": f"{experts.started_with:x}",
+        },
+        key=b"" if key is None else key.derive("ranks"),
     )
+    return RankMeeting(rendezvous, patience_s=settings.group.rendezvous_timeout_s)
 
 
 def _make_engine(  # noqa: PLR0917  partially applied
@@ -157,8 +160,8 @@ def _make_engine(  # noqa: PLR0917  partially applied
     address: str,
     outbox: Outbox[ToPeer],
 ) -> tuple[DecodeLoop, Registration]:
-    rank = group.rank
-    worker = WorkerRef(WorkerId(f"{settings.worker_id}/{rank}"), new_incarnation())
+    seat = group.seat
+    worker = WorkerRef(WorkerId(f"{settings.worker_id}/{seat}"), new_incarnation())
     layout = loaded.layout
     num_blocks = settings.num_blocks or max(1, settings.kv_cache_bytes // layout.block_bytes)
     memory = allocate_shared(layout, num_blocks)
@@ -185,9 +188,10 @@ def _make_engine(  # noqa: PLR0917  partially applied
         cluster_key=None if key is None else key.derive("kv"),
     )
     events = asyncio.get_running_loop()
-    experts = _expert_moves(settings.experts, loaded, group)
+    experts = _expert_moves(settings, loaded, group)
     loop = DecodeLoop(
         worker=worker,
+        seat=seat,
         scheduler=scheduler,
         intake=Intake(
             worker=worker,
@@ -204,7 +208,8 @@ def _make_engine(  # noqa: PLR0917  partially applied
         ),
         experts=experts,
         meter=loaded.meter,
-        form_group=functools.partial(_form_group, settings, group),
+        meeting=_meeting(settings, loaded, group, experts, key),
+        least_ranks=loaded.least_ranks,
         outbox=outbox,
         land=land,
         on_membership=lambda: events.call_soon_threadsafe(registration.changed),
@@ -218,8 +223,10 @@ def _make_engine(  # noqa: PLR0917  partially applied
             ref=worker,
             role="decode",
             group_id=settings.worker_id,
-            rank=rank,
-            world_size=group.world_size,
+            rank=seat,
+            world_size=group.num_seats,
+            absent=tuple(sorted(set(range(group.num_seats)) - set(loop.members))),
+            spare_ranks=group.num_seats - loaded.least_ranks,
             epoch=loop.epoch,
             address=address,
             model=settings.model.name,

@@ -35,9 +35,7 @@ class Backend(Protocol):
         opts: dist.AllToAllOptions,
     ) -> Awaited: ...
 
-    def _allgather_base(
-        self, output: Tensor, input: Tensor, opts: AllgatherOptions
-    ) -> Awaited: ...
+    def _allgather_base(self, output: Tensor, input: Tensor, opts: AllgatherOptions) -> Awaited: ...
 
     def _reduce_scatter_base(
         self, output: Tensor, input: Tensor, opts: dist.ReduceScatterOptions
@@ -66,22 +64,22 @@ class Alone:
     def alltoall_base(
         self,
         output: Tensor,
-        input: Tensor,  # noqa: A002  as torch calls it
-        output_split_sizes: list[int],  # noqa: ARG002
-        input_split_sizes: list[int],  # noqa: ARG002
-        opts: dist.AllToAllOptions,  # noqa: ARG002
+        input: Tensor,
+        output_split_sizes: list[int],
+        input_split_sizes: list[int],
+        opts: dist.AllToAllOptions,
     ) -> Awaited:
         output.copy_(input)
         return _Done()
 
-    def _allgather_base(self, output: Tensor, input: Tensor, _: AllgatherOptions) -> Awaited:  # noqa: A002
+    def _allgather_base(self, output: Tensor, input: Tensor, _: AllgatherOptions) -> Awaited:
         output.copy_(input)
         return _Done()
 
     def _reduce_scatter_base(
         self,
         output: Tensor,
-        input: Tensor,  # noqa: A002
+        input: Tensor,
         _: dist.ReduceScatterOptions,
     ) -> Awaited:
         output.copy_(input)
@@ -91,12 +89,12 @@ class Alone:
         self,
         output_tensors: list[list[Tensor]],
         input_tensors: list[Tensor],
-        opts: dist.GatherOptions,  # noqa: ARG002
+        opts: dist.GatherOptions,
     ) -> Awaited:
         output_tensors[0][0].copy_(input_tensors[0])
         return _Done()
 
-    def broadcast(self, tensors: list[Tensor], opts: dist.BroadcastOptions) -> Awaited:  # noqa: ARG002
+    def broadcast(self, tensors: list[Tensor], opts: dist.BroadcastOptions) -> Awaited:
         return _Done()
 
     def abort(self) -> None:

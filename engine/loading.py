@@ -17,6 +17,7 @@ from engine.config import ModelConfig, split_dense
 from engine.config_files import config_from_folder, config_from_gguf
 from engine.cpu.prepare import compile_kernels
 from engine.experts.counting import ExpertCounts
+from engine.experts.cover import least_ranks
 from engine.experts.meter import ExchangeMeter
 from engine.experts.placement import ExpertPlacement
 from engine.experts.spread import EVENLY, ExpertSpread
@@ -46,6 +47,7 @@ class LoadedModel:
     dtype: torch.dtype
     fingerprint: Mapping[str, str]  # as ``protocol.workers.WorkerInfo`` describes it
     placements: tuple[ExpertPlacement, ...]  # by layer; empty without experts
+    least_ranks: int  # fewer have not enough slots for every expert
     counts: ExpertCounts | None
     meter: ExchangeMeter
 
@@ -77,22 +79,24 @@ def load(
             is not supported; nothing was allocated on the device.
     """
     opened = _open(path)
+    movable = False
     try:
         config = opened.config
         if split_dense_experts:
             config = split_dense(config, split_dense_experts)
         experts = config.num_routed_experts
         sparse = [layer for layer, has_experts in enumerate(config.sparse_layers) if has_experts]
+        placements = (
+            spread.placements(experts, config.sparse_layers, group.num_seats) if experts else ()
+        )
+        least = max(map(least_ranks, placements), default=1)
+        movable = spread.movable or least < group.num_seats
         setting = Setting(
             config=config,
             numerics=numerics,
             group=group,
-            placements=(
-                spread.placements(experts, config.sparse_layers, group.world_size)
-                if experts
-                else ()
-            ),
-            movable=spread.movable,
+            placements=placements,
+            movable=movable,
             counts=(
                 ExpertCounts(sparse, experts, device=device)
                 if config.experts and spread.counted
@@ -107,7 +111,7 @@ def load(
         weights = describe_decoder(reader, setting, DESCRIBE_LAYER[config.architecture])
         model = Decoder(weights, reader, setting)
     finally:
-        if not spread.movable:
+        if not movable:
             opened.source.close()
     layout = config.layout(dtype=chosen, block_tokens=block_tokens)
     fingerprint = {
@@ -124,7 +128,8 @@ def load(
         layout=layout,
         dtype=DTYPES[chosen],
         fingerprint=fingerprint,
-        placements=tuple(setting.placements),
+        placements=placements,
+        least_ranks=least,
         counts=setting.counts,
         meter=setting.meter,
     )

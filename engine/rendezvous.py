@@ -14,7 +14,7 @@ again when it finds one. Who starts the processes is unknown here.
 
 import errno
 import socket
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from secrets import randbits
@@ -51,11 +51,13 @@ class Rendezvous:
         least: int | None = None,
         collective_timeout_s: float = 10.0,
         attempt_s: float = 10.0,
+        terms: Mapping[str, str] | None = None,
         key: bytes = b"",
     ) -> None:
         """``address`` is "host:port" of rank 0. ``first`` ranks are enough for the first meeting
         and ``least`` ever after; None: all. A rank that keeps the others waiting for longer than
         ``collective_timeout_s`` counts as lost. ``attempt_s`` bounds the making of connections.
+        ``terms`` must be equal on all ranks, by name.
 
         Raises:
             ConfigError: ``address`` is not an address.
@@ -68,6 +70,7 @@ class Rendezvous:
         self._addresses = {0: _joined(self._host, self._port)}
         self._collective_timeout_s = collective_timeout_s
         self._attempt_s = attempt_s
+        self._terms = dict(terms or {})
         self._key = key
         self._doorman: Doorman | None = None
         self._own_host = ""
@@ -98,7 +101,8 @@ class Rendezvous:
         Raises:
             DeadlineExceeded: too few ranks came within ``deadline_s``; the message names who is
                 known to be missing, and the last failure.
-            ConfigError: rank 0 cannot listen at the address.
+            ConfigError: rank 0 cannot listen at the address, or this rank's terms are not the
+                others'.
         """
         if self._quorum.ranks == 1:
             self._last_epoch += 1
@@ -143,6 +147,7 @@ class Rendezvous:
                 address=self._own_address,
                 last_epoch=self._last_epoch,
                 last_members=self._last_members,
+                terms=self._terms,
             ),
             doorman=doorman,
             addresses=self._addresses,
@@ -217,7 +222,13 @@ class Rendezvous:
                 waiting.last_failure = str(error)
                 waiting.pause(_RETRY_S)
         self._own_address = _joined(self._own_host, listener.getsockname()[1])
-        self._doorman = Doorman(listener, key=self._key, stuck_s=self._collective_timeout_s)
+        self._doorman = Doorman(
+            listener,
+            rank=self._rank,
+            terms=self._terms,
+            key=self._key,
+            stuck_s=self._collective_timeout_s,
+        )
         return self._doorman
 
     def _explain(self, error: OSError, waiting: Waiting) -> None:

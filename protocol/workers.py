@@ -25,6 +25,8 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     rank: int
     world_size: int
     epoch: int  # the group's: ranks that report different epochs are not one group
+    absent: tuple[int, ...] = ()  # ranks of the group that are not in it now
+    spare_ranks: int = 0  # so many may be absent, and the group still serves
     address: str  # of the worker's bus listener
     model: str
     max_model_len: int  # tokens, prompt and output together

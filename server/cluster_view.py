@@ -2,7 +2,7 @@
 
 Pure, and a hint: whoever acts on a view that is out of date is corrected by the worker itself. A
 decode group counts only when all of its ranks are members and agree on the epoch, because a
-rank cannot step alone.
+rank cannot step alone. Ranks that the group itself goes on without are not waited for.
 """
 
 from collections.abc import Iterable
@@ -19,16 +19,32 @@ class DecodeGroup:
     group_id: str
     epoch: int
     world_size: int
+    absent: tuple[int, ...]
+    spare_ranks: int
     ranks: tuple[WorkerState, ...]
 
     @property
     def complete(self) -> bool:
-        return [state.info.rank for state in self.ranks] == list(range(self.world_size))
+        return not self.missing
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """Ranks that the group needs and that are not members."""
+        there = {state.info.rank for state in self.ranks}
+        return tuple(sorted(set(range(self.world_size)) - set(self.absent) - there))
+
+    @property
+    def taking(self) -> tuple[WorkerState, ...]:
+        """Ranks that take requests; none where too few will be left of the group."""
+        staying = tuple(state for state in self.ranks if not state.load.draining)
+        least = self.world_size - self.spare_ranks
+        whole = len(staying) == len(self.ranks)
+        return staying if self.complete and (whole or len(staying) >= least) else ()
 
     @property
     def serving(self) -> bool:
-        """Complete, and none of its ranks is on its way out."""
-        return self.complete and not any(state.load.draining for state in self.ranks)
+        """Complete, and not on its way out."""
+        return bool(self.taking)
 
     @property
     def refs(self) -> tuple[WorkerRef, ...]:
@@ -81,7 +97,7 @@ class ClusterView:
         if any(group.complete for group in groups):
             return "no decode worker: draining"
         nearest = max(groups, key=lambda group: len(group.ranks) / group.world_size)
-        missing = nearest.world_size - len(nearest.ranks)
+        missing = len(nearest.missing)
         return (
             f"no decode worker: waiting for {missing} of {nearest.world_size} ranks"
             f" of {nearest.group_id}"
@@ -89,29 +105,34 @@ class ClusterView:
 
 
 def view_of(workers: Iterable[WorkerState]) -> ClusterView:
-    """The view of a membership. Ranks of one group at different epochs are different groups."""
+    """The view of a membership. Of ranks of one group only those of the latest epoch are in it."""
     prefill: list[WorkerState] = []
-    ranks: dict[tuple[str, int, int], list[WorkerState]] = {}
+    ranks: dict[str, list[WorkerState]] = {}
     for state in workers:
         info = state.info
         if info.role == "prefill":
             if not state.load.draining:
                 prefill.append(state)
         else:
-            ranks.setdefault((info.group_id, info.epoch, info.world_size), []).append(state)
-    groups = tuple(
-        DecodeGroup(
-            group_id=group_id,
-            epoch=epoch,
-            world_size=world_size,
-            ranks=tuple(sorted(members, key=lambda state: state.info.rank)),
-        )
-        for (group_id, epoch, world_size), members in sorted(ranks.items())
-    )
+            ranks.setdefault(info.group_id, []).append(state)
+    groups = tuple(_group(group_id, members) for group_id, members in sorted(ranks.items()))
     return ClusterView(
         prefill=tuple(prefill),
-        decode=tuple(rank for group in groups if group.serving for rank in group.ranks),
+        decode=tuple(rank for group in groups for rank in group.taking),
         groups=groups,
+    )
+
+
+def _group(group_id: str, members: Iterable[WorkerState]) -> DecodeGroup:
+    ranks = sorted(members, key=lambda state: (-state.info.epoch, state.info.rank))
+    latest = ranks[0].info
+    return DecodeGroup(
+        group_id=group_id,
+        epoch=latest.epoch,
+        world_size=latest.world_size,
+        absent=latest.absent,
+        spare_ranks=latest.spare_ranks,
+        ranks=tuple(state for state in ranks if state.info.epoch == latest.epoch),
     )
 
 

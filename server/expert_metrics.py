@@ -19,7 +19,7 @@ shown when all its ranks have reported a window. Ranks report windows of the sam
 so the sums are of one window but for the moment in which the reports arrive.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -27,6 +27,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 
 from protocol.ids import WorkerRef
 from protocol.workers import ExpertReport, ExpertTraffic, WorkerState
+from server.cluster_view import view_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,17 +59,12 @@ def whole_reports(
     members: Iterable[WorkerState], reports: Mapping[WorkerRef, ExpertReport]
 ) -> dict[str, list[ExpertReport]]:
     """By group id, a report from each rank in rank order; groups that lack one are left out."""
-    ranks: dict[str, list[WorkerState]] = defaultdict(list)
-    for state in members:
-        if state.info.role == "decode":
-            ranks[state.info.group_id].append(state)
     found = {}
-    for group, states in ranks.items():
-        states.sort(key=lambda state: state.info.rank)
-        of_group = [reports[s.info.ref] for s in states if s.info.ref in reports]
-        whole = len(of_group) == states[0].info.world_size
+    for group in view_of(members).groups:
+        of_group = [reports[ref] for ref in group.refs if ref in reports]
+        whole = group.complete and len(of_group) == len(group.ranks)
         if whole and len({report.layers for report in of_group}) == 1:
-            found[group] = of_group
+            found[group.group_id] = of_group
     return found
 
 

@@ -63,6 +63,19 @@ class Membership:
         del self._members[worker.worker_id]
         return True
 
+    def leave_behind(self, info: WorkerInfo) -> list[WorkerRef]:
+        """Remove and return the ranks that the group of ``info`` has gone on without."""
+        gone = [
+            member.info.ref
+            for member in self._members.values()
+            if member.info.group_id == info.group_id
+            and member.info.rank in info.absent
+            and member.info.epoch < info.epoch
+        ]
+        for ref in gone:
+            del self._members[ref.worker_id]
+        return gone
+
     def expire(self, now: float) -> list[WorkerRef]:
         """Remove and return the members whose lease has run out."""
         gone = [m.info.ref for m in self._members.values() if m.lease_ends <= now]

@@ -123,8 +123,11 @@ class Scheduler:
             await self._send(peer, Refused(reason=reason, differences=differences))
             return
         log.info("worker joined", worker=info.ref.worker_id, role=info.role, epoch=info.epoch)
+        left_behind = self._membership.leave_behind(info)
+        for worker in left_behind:
+            log.warning("its group goes on without a rank", worker=worker.worker_id)
         await self._send(peer, self._welcome)
-        await self._membership_changed(replaced)
+        await self._membership_changed([*replaced, *left_behind])
 
     async def _heartbeat(self, peer: bytes, message: Heartbeat) -> None:
         beat = self._membership.heartbeat(message.worker, message.load, self._clock.now())

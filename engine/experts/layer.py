@@ -59,15 +59,16 @@ class ExpertLayer:
         ``meter`` is shared by a model's layers. ``movable``: experts may change their slots while
         the layer is in use.
         """
-        assert placement.num_ranks == group.world_size
+        assert placement.num_ranks == group.num_seats
         assert placement.slots_per_rank == weights.num_slots
+        self._group = group
         self._experts = GroupedExperts(weights, exact=numerics == "exact")
         self._numerics = numerics
         self._meter = meter or ExchangeMeter(group.device)
         self._replicas = ReplicaTable(placement, layer=layer, device=group.device, movable=movable)
         self._transport: ExpertTransport = (
             LocalTransport()
-            if group.world_size == 1
+            if group.num_seats == 1
             else AllToAllTransport(group, slots_per_rank=placement.slots_per_rank)
         )
 
@@ -77,8 +78,10 @@ class ExpertLayer:
         return self._experts.weights
 
     def place(self, placement: ExpertPlacement) -> None:
-        """From now on tokens go where ``placement`` says. On all ranks between the same steps."""
-        self._replicas.load(placement)
+        """From now on tokens go where ``placement`` says, which is to the group's members as they
+        are now. On all ranks between the same steps.
+        """
+        self._replicas.load(placement, self._group.members)
 
     def __call__(
         self,

@@ -58,13 +58,13 @@ class ReplicaTable:
     def load(self, placement: ExpertPlacement, members: Sequence[int] | None = None) -> None:
         """Take another placement of the same experts on the same slots, in place.
 
-        ``members`` are the ranks that take part, in order, and only they hold experts; None: all.
+        ``members`` are the seats that are taken, and only they hold experts; None: all.
         """
         per_rank = placement.slots_per_rank
-        place = {rank: place for place, rank in enumerate(members or range(placement.num_ranks))}
+        rank_of = {seat: rank for rank, seat in enumerate(members or range(placement.num_ranks))}
         replicas = placement.replicas()
         slots = [
-            place[slot // per_rank] * per_rank + slot % per_rank
+            rank_of[slot // per_rank] * per_rank + slot % per_rank
             for held in replicas
             for slot in held
         ]
@@ -74,8 +74,8 @@ class ReplicaTable:
         self._slot_P[: len(slots)].copy_(torch.tensor(slots))
 
     def __call__(self, ids_TK: Tensor, key_T: Tensor | None) -> Tensor:
-        """(T, K): the slot of each id as ``place * slots per rank + local slot``, where the place
-        is that of its rank among the members; -1 where the id is -1.
+        """(T, K): the slot of each id, ``rank * slots per rank + local slot`` by the rank among the
+        members; -1 where the id is -1.
 
         ``key_T`` is from ``token_keys``; it is needed where experts have replicas.
         """

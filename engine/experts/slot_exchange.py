@@ -35,11 +35,11 @@ class SlotExchange:
     """One layer's slots on this rank."""
 
     def __init__(
-        self, layer: ExpertLayer, placement: ExpertPlacement, *, rank: int, read: ReadExpert
+        self, layer: ExpertLayer, placement: ExpertPlacement, *, seat: int, read: ReadExpert
     ) -> None:
         """``read`` gives any expert of the layer, on any device; it may take its time."""
         self._layer = layer
-        self._rank = rank
+        self._seat = seat
         self.read = read
         self.placement = placement
 
@@ -55,7 +55,7 @@ class SlotExchange:
         Raises:
             ConfigError: an expert cannot be read any more; nothing has changed.
         """
-        held, wanted = self.placement.slots_of(self._rank), placement.slots_of(self._rank)
+        held, wanted = self.placement.slots_of(self._seat), placement.slots_of(self._seat)
         slots = tuple(
             slot
             for slot, (old, new) in enumerate(zip(held, wanted, strict=True))

@@ -8,7 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from engine.experts.balancer import Mode, balance
-from engine.experts.placement import ExpertPlacement, Topology, place_evenly, slots_per_rank
+from engine.experts.placement import (
+    ExpertPlacement,
+    Topology,
+    place_evenly,
+    slots_per_rank,
+    with_slots,
+)
 from engine.experts.recorded_load import RecordedLoad
 from protocol.errors import ConfigError
 
@@ -17,11 +23,13 @@ from protocol.errors import ConfigError
 class ExpertSpread:
     """``redundant`` slots beyond one for each expert; ``load`` says whom they are given to.
 
+    ``least_ranks`` of the ranks have slots for every expert; None: as it comes.
     ``movable``: experts may change their slots while the model is in use, and their source is kept
     open. ``counted``: the tokens of each expert are counted.
     """
 
     redundant: int = 0
+    least_ranks: int | None = None
     ranks_per_tray: int = 1
     load: RecordedLoad | None = None
     movable: bool = False
@@ -42,11 +50,14 @@ class ExpertSpread:
         Raises:
             ConfigError: a count is out of range, or the load is of another model.
         """
-        even = place_evenly(num_experts, num_ranks, self.redundant)
+        per_rank = max(
+            slots_per_rank(num_experts, num_ranks, self.redundant),
+            slots_per_rank(num_experts, self.least_ranks or num_ranks),
+        )
+        even = with_slots(place_evenly(num_experts, num_ranks, self.redundant), per_rank)
         if self.load is None:
             return (even,) * len(sparse_layers)
         self._check_load(num_experts, sparse_layers)
-        per_rank = slots_per_rank(num_experts, num_ranks, self.redundant)
         topology = self.topology(num_ranks)
         return tuple(
             balance(self.load.layers[layer], topology, per_rank, mode=self.mode) if sparse else even

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from engine.meeting.tickets import Follow, Roll, Sealed, Ticket, Wait
+from engine.meeting.tickets import Follow, Refusal, Roll, Sealed, Ticket, Wait
 from engine.meeting.visit import SILENT_S
 from protocol.errors import WorkerLost
 from runtime.log import get_log
@@ -30,10 +30,22 @@ class _Visitor:
 
 
 class Doorman:
-    def __init__(self, listener: socket.socket, *, key: bytes, stuck_s: float) -> None:
-        """``listener`` is bound. After ``stuck_s`` without ``seen`` nobody is received."""
+    def __init__(
+        self,
+        listener: socket.socket,
+        *,
+        rank: int,
+        terms: Mapping[str, str],
+        key: bytes,
+        stuck_s: float,
+    ) -> None:
+        """``listener`` is bound. Visitors whose ``terms`` differ are refused. After ``stuck_s``
+        without ``seen`` nobody is received.
+        """
         listener.listen(BACKLOG)
         self._listener = listener
+        self._rank = rank
+        self._terms = dict(terms)
         self._key = key
         self._stuck_s = stuck_s
         self._changed = threading.Condition()
@@ -106,7 +118,11 @@ class Doorman:
             try:
                 sealed = Sealed(connection, key=self._key, host=True)
                 sealed.greet()
-                self._host(sealed, _Visitor(sealed.ticket()))
+                ticket = sealed.ticket()
+                if ticket.terms == self._terms:
+                    self._host(sealed, _Visitor(ticket))
+                else:
+                    sealed.send(Refusal(self._differences(ticket)))
             except WorkerLost as error:
                 log.debug("a visitor has gone", reason=str(error))
 
@@ -130,6 +146,19 @@ class Doorman:
             with self._changed:
                 if self._visitors.get(rank) is visitor:
                     del self._visitors[rank]
+
+    def _differences(self, ticket: Ticket) -> str:
+        ours, theirs = self._terms, ticket.terms
+        parts = "; ".join(
+            f"{name} is {theirs.get(name, 'absent')} on rank {ticket.rank}, "
+            f"{ours.get(name, 'absent')} on rank {self._rank}"
+            for name in sorted(ours.keys() | theirs.keys())
+            if ours.get(name) != theirs.get(name)
+        )
+        return (
+            f"rank {ticket.rank} cannot join the decode ranks: {parts}; all ranks must be started "
+            "with the same model, release and settings"
+        )
 
     def _receives(self) -> bool:
         return not self._closed and time.monotonic() - self._seen_at < self._stuck_s

@@ -61,6 +61,7 @@ class Gathering:
 
     def _look_below(self) -> Roll | None:
         """The roll of a lower rank; None where none answers."""
+        self._gone.discard(0)  # a new process may be there at any moment, where all find it
         for rank in sorted(self._addresses):
             if rank >= self._ticket.rank:
                 break
@@ -75,7 +76,6 @@ class Gathering:
             if isinstance(answer, Roll):
                 return answer
         self._doorman.keep()
-        self._gone -= {0}  # a new process may be there at any moment, where all find it
         return None
 
     def _visit(self, rank: int) -> Roll | Follow | None:

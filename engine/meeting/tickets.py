@@ -31,6 +31,7 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True, tag="ticket"):
     address: str  # where this rank receives visitors, host:port
     last_epoch: int  # of the group that it was in before; 0: in none
     last_members: tuple[int, ...]
+    terms: dict[str, str]  # what must be equal on all ranks of a group
 
 
 class Wait(msgspec.Struct, frozen=True, array_like=True, tag="wait"):
@@ -44,6 +45,12 @@ class Follow(msgspec.Struct, frozen=True, array_like=True, tag="follow"):
     address: str
 
 
+class Refusal(msgspec.Struct, frozen=True, array_like=True, tag="refusal"):
+    """The visitor cannot be in a group with the host."""
+
+    reason: str
+
+
 class Roll(msgspec.Struct, frozen=True, array_like=True, tag="roll"):
     """Who is in the group of ``epoch``. The sequences are in ascending order of the ranks."""
 
@@ -55,7 +62,7 @@ class Roll(msgspec.Struct, frozen=True, array_like=True, tag="roll"):
     store: str  # where members find one another's connections, host:port
 
 
-Answer = Wait | Follow | Roll
+Answer = Wait | Follow | Refusal | Roll
 
 
 class Sealed:

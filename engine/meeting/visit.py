@@ -3,8 +3,8 @@
 import socket
 from collections.abc import Callable
 
-from engine.meeting.tickets import Follow, Roll, Sealed, Ticket, Wait
-from protocol.errors import WorkerLost
+from engine.meeting.tickets import Follow, Refusal, Roll, Sealed, Ticket, Wait
+from protocol.errors import ConfigError, WorkerLost
 
 SILENT_S = 1.0  # who says nothing for so long is frozen, or as good as that
 
@@ -17,6 +17,7 @@ def visit(
 
     Raises:
         WorkerLost: nobody is there, or the host has gone or fallen silent.
+        ConfigError: this rank cannot be in a group with the host.
     """
     with _connected(address) as connection:
         sealed = Sealed(connection, key=key, host=False)
@@ -24,6 +25,8 @@ def visit(
         while True:
             sealed.send(ticket)
             answer = sealed.answer()
+            if isinstance(answer, Refusal):
+                raise ConfigError(answer.reason)
             if not isinstance(answer, Wait):
                 return answer
             on_wait()

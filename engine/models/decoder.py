@@ -53,7 +53,7 @@ class Decoder:
             dtype=reader.dtype,
         )
         # Ranks agree on how many tokens pass a layer, so only a rank alone may let rows go early.
-        self._may_drop_rows = setting.group.world_size == 1
+        self._may_drop_rows = setting.group.num_seats == 1
         self._chooses_replicas = setting.chooses_replicas
         self._layers = tuple(
             _build(layer, setting.of_layer(index)) for index, layer in enumerate(weights.layers)

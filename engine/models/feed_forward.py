@@ -206,7 +206,7 @@ def _describe_slots(
         width=width,
         slots=tuple(
             None if expert == EMPTY else describe(weights, expert)
-            for expert in setting.placement.slots_of(setting.group.rank)
+            for expert in setting.placement.slots_of(setting.group.seat)
         ),
         describe=describe,
     )
@@ -226,5 +226,5 @@ def _expert_layer(
     )
     if not setting.movable:
         return layer, None
-    rank = setting.group.rank
-    return layer, SlotExchange(layer, setting.placement, rank=rank, read=experts.read_expert)
+    seat = setting.group.seat
+    return layer, SlotExchange(layer, setting.placement, seat=seat, read=experts.read_expert)

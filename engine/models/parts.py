@@ -47,7 +47,7 @@ class Setting:
 
     @property
     def chooses_replicas(self) -> bool:
-        if self.group.world_size == 1:
+        if self.group.num_seats == 1:
             return False
         return self.movable or any(placement.has_replicas for placement in self.placements)
 

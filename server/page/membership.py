@@ -57,7 +57,7 @@ def changes(before: Seen, after: Seen) -> Iterator[tuple[Severity, str]]:
         drained = before.conditions[worker] == "draining"
         yield ("info" if drained else "warning"), f"{worker} has left"
     for group, (serves, words) in after.groups.items():
-        if before.groups.get(group, (False, ""))[0] != serves:
+        if before.groups.get(group, (False, "")) != (serves, words):
             yield ("info" if serves else "warning"), f"{group} {words}"
     for group in before.groups.keys() - after.groups.keys():
         if before.groups[group][0]:
@@ -66,6 +66,8 @@ def changes(before: Seen, after: Seen) -> Iterator[tuple[Severity, str]]:
 
 def _standing(group: DecodeGroup) -> tuple[bool, str]:
     if group.serving:
-        return True, f"serves with {group.world_size} ranks, epoch {group.epoch}"
-    missing = group.world_size - len(group.ranks)
+        there = len(group.ranks)
+        of_all = f"{there} of {group.world_size}" if group.absent else f"{there}"
+        return True, f"serves with {of_all} ranks, epoch {group.epoch}"
+    missing = len(group.missing)
     return False, f"does not serve: {missing} of {group.world_size} ranks missing"

@@ -13,10 +13,11 @@ import torch
 
 from decode.intake import Intake
 from decode.loop import DecodeLoop
+from decode.meeting import RankMeeting
 from decode.rebalance import ExpertMoves, RebalanceRule
 from decode.scheduler import DecodeScheduler
 from decode.swap import SwapSpace
-from engine.collectives import ExpertGroup, StepGroup
+from engine.collectives import ExpertGroup
 from engine.experts.placement import Topology
 from engine.kvcache.block_pool import BlockPool
 from engine.kvcache.mirror import HostMirror
@@ -24,7 +25,7 @@ from engine.kvcache.prefix_index import PrefixIndex
 from engine.kvcache.storage import KVStorage
 from engine.loading import LoadedModel, load
 from engine.model_runner import ModelRunner
-from engine.rendezvous import form_group
+from engine.rendezvous import Rendezvous
 from engine.sampling.sampler import Sampler
 from kvtransfer.memory import allocate_shared, buffer, wrap
 from kvtransfer.sink import make_sink
@@ -259,17 +260,6 @@ def _prefill(
     return loop, scheduler
 
 
-def alone(last_epoch: int) -> StepGroup:
-    return form_group(
-        0,
-        1,
-        "127.0.0.1:0",
-        device=torch.device("cpu"),
-        deadline_s=WAIT_S,
-        last_epoch=last_epoch,
-    )
-
-
 def _decode(
     model: LoadedModel, gateway: Gateway, num_blocks: int, *, mirrored: bool
 ) -> tuple[DecodeLoop, DecodeScheduler]:
@@ -280,6 +270,7 @@ def _decode(
     sink = make_sink(memory, worker, lambda event: loop.post_transfer(event))  # noqa: PLW0108
     loop = DecodeLoop(
         worker=worker,
+        seat=0,
         scheduler=scheduler,
         intake=Intake(
             worker=worker,
@@ -296,13 +287,16 @@ def _decode(
             exchanges={},
             placements={},
             counts=None,
-            rank=0,
+            seat=0,
             topology=Topology(1),
             mode="global",
             rule=RebalanceRule(window=100, interval=100, above=1.0),
         ),
         meter=model.meter,
-        form_group=lambda last_epoch, _given_up: alone(last_epoch),
+        meeting=RankMeeting(
+            Rendezvous(ExpertGroup.single(torch.device("cpu")), "unused"), patience_s=WAIT_S
+        ),
+        least_ranks=1,
         outbox=gateway,  # type: ignore[arg-type]
         on_membership=lambda: None,
         land=HostMirror(storage, buffer(memory)).load if mirrored else lambda _blocks: None,

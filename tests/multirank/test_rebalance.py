@@ -62,8 +62,8 @@ def moves_of(loaded: LoadedModel, group: ExpertGroup, rule: RebalanceRule) -> Ex
         exchanges=loaded.model.slot_exchanges,
         placements=dict(enumerate(loaded.placements)),
         counts=loaded.counts,
-        rank=group.rank,
-        topology=ExpertSpread().topology(group.world_size),
+        seat=group.seat,
+        topology=ExpertSpread().topology(group.num_seats),
         mode="global",
         rule=rule,
     )
@@ -78,13 +78,14 @@ class Rank:
         self.runner = ModelRunner(loaded.model, KVStorage(loaded.layout, 8, device=CPU))
         self.exchanges = loaded.model.slot_exchanges
         self.experts = moves_of(loaded, step_group.expert_group, EVERY_3_STEPS)
-        self.experts.enter_group()
+        self.experts.enter_group(step_group.members)
         self.texts = prompts_of(step_group.rank)
         self.done = [0] * len(self.texts)
 
     def turn(self, new_tokens: int) -> StepPlan:
         rebalancing, placement, started_with = self.experts.row()
         row = StepRow(
+            seat=self.group.expert_group.seat,
             epoch=self.group.epoch,
             state=RankState.SERVING,
             tokens=new_tokens,
@@ -94,7 +95,8 @@ class Rank:
             placement=placement,
             started_with=started_with,
         )
-        plan = decide([StepRow.from_ints(ints) for ints in self.group.exchange(row.to_ints())])
+        rows = [StepRow.from_ints(ints) for ints in self.group.exchange(row.to_ints())]
+        plan = decide(rows, least_ranks=self.group.world_size)
         self.experts.follow(plan.experts, self.group)
         if plan.kind == "decode":
             self.group.expert_group.begin_step(plan.tokens_of_rank)
@@ -223,7 +225,7 @@ def break_and_restore(step_group: StepGroup, folder: Path) -> tuple[str, list[bo
         rank.turn(rank.new_tokens if room else 0)
     if step_group.rank == 1:
         rank = Rank(step_group, folder)
-    rank.experts.enter_group()
+    rank.experts.enter_group(step_group.members)
     kind = rank.turn(0).kind
     return kind, [rank.placements() == initial, rank.slots_are_right(), rank.turn(0).kind == "idle"]
 

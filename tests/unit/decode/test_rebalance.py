@@ -53,18 +53,18 @@ class Rank:
             exchanges=self.exchanges,
             placements=dict.fromkeys(LAYERS, EVEN),
             counts=self.counts,
-            rank=0,
+            seat=0,
             topology=Topology(2),
             mode="global",
             rule=self.rule,
         )
-        self.moves.enter_group()
+        self.moves.enter_group(range(2))
 
     def _exchange(self) -> SlotExchange:
         weights = ExpertWeights(gate_up=torch.zeros(3, 4, 2), down=torch.zeros(3, 2, 2))
-        group = ExpertGroup(rank=0, world_size=2, device=CPU)
+        group = ExpertGroup(seat=0, num_seats=2, device=CPU)
         layer = ExpertLayer(weights, EVEN, group, "exact", movable=True)
-        return SlotExchange(layer, EVEN, rank=0, read=self._read)
+        return SlotExchange(layer, EVEN, seat=0, read=self._read)
 
     def _read(self, expert: int) -> tuple[Tensor, Tensor]:
         self.go.wait(10)
@@ -175,7 +175,7 @@ def test_what_was_under_way_is_dropped_when_the_ranks_meet_anew() -> None:
     rank.ended()
     rank.go.clear()
     rank.follow("share")
-    rank.moves.enter_group()
+    rank.moves.enter_group(range(2))
     rank.go.set()
     assert rank.stage() is Rebalancing.COUNTING
     assert all(exchange.placement == EVEN for exchange in rank.exchanges.values())

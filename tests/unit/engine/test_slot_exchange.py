@@ -55,7 +55,7 @@ def answer(layer: ExpertLayer) -> Tensor:
 
 def test_only_slots_that_change_are_read_and_results_stay() -> None:
     layer, library = a_layer(), Library()
-    exchange = SlotExchange(layer, BEFORE, rank=0, read=library)
+    exchange = SlotExchange(layer, BEFORE, seat=0, read=library)
     wanted = answer(layer)
     addresses = layer.weights.gate_up.data_ptr(), layer.weights.down.data_ptr()
 
@@ -73,14 +73,14 @@ def test_only_slots_that_change_are_read_and_results_stay() -> None:
 def test_a_slot_that_empties_is_not_read() -> None:
     fuller = ExpertPlacement(EXPERTS, ((0, 1, 2, 3, EMPTY),))
     library = Library()
-    exchange = SlotExchange(a_layer(), fuller, rank=0, read=library)
+    exchange = SlotExchange(a_layer(), fuller, seat=0, read=library)
     assert exchange.stage(fuller).slots == ()
     assert library.read == []
 
 
 def test_a_read_that_fails_leaves_the_layer_as_it_was() -> None:
     layer, library = a_layer(), Library(broken=0)
-    exchange = SlotExchange(layer, BEFORE, rank=0, read=library)
+    exchange = SlotExchange(layer, BEFORE, seat=0, read=library)
     wanted = answer(layer)
     with pytest.raises(ConfigError, match="expert 0 is gone"):
         exchange.stage(AFTER)

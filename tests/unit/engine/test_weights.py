@@ -208,7 +208,7 @@ def test_a_rank_reads_its_own_experts_only(tiny_checkpoint: Callable[[str], Path
             device=CPU,
             dtype="float32",
             numerics="fast",
-            group=ExpertGroup(rank=1, world_size=world_size, device=CPU),
+            group=ExpertGroup(seat=1, num_seats=world_size, device=CPU),
             progress=lambda _, total: totals.append(total),
         )
         return totals[-1]
