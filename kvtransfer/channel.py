@@ -26,6 +26,7 @@ from kvtransfer.frames import (
     control,
     decode,
 )
+from kvtransfer.interface import Fence
 from kvtransfer.limits import TransferLimits
 from kvtransfer.outlet import Outlet, send_all
 from kvtransfer.plan import Chunk, chunks, joined
@@ -35,6 +36,7 @@ from protocol.ids import BlockId, Generation
 from protocol.kv import Grant, KVLayout
 
 _LISTEN_BYTES = 4 * 1024 * 1024  # how much is sent before a look at what the peer has said
+_NO_GRANT = Generation(0)
 OnFinished = Callable[[TransferError | None], None]
 
 
@@ -44,6 +46,7 @@ class Line:
 
     sock: socket.socket
     outlet: Outlet
+    fence: Fence
     incoming: Seal
     outgoing: Seal
 
@@ -152,20 +155,28 @@ class Channel:
 
     def _run(self) -> None:
         error = TransferError("the KV channel has failed")
-        sock: socket.socket | None = None
+        line: Line | None = None
         try:
             line = self._dial()
-            sock = line.sock
-            sock.setblocking(False)
+            line.sock.setblocking(False)
             error = self._work(line)
         except TransferError as problem:
             error = problem
         except (OSError, ProtocolError) as problem:
             error = TransferError(f"the KV connection was lost: {problem}")
         finally:
-            if sock is not None:
-                sock.close()  # nothing is written from here on
+            if line is not None:
+                self._hang_up(line)
             self._end(error)
+
+    @staticmethod
+    def _hang_up(line: Line) -> None:
+        """Nothing is written from here on, and where the peer cannot see that, it is told."""
+        line.outlet.close()
+        if line.fence == "one_sided":
+            with contextlib.suppress(OSError):
+                line.sock.send(control(Kind.STOPPED, _NO_GRANT, line.outgoing))
+        line.sock.close()
 
     def _end(self, error: TransferError) -> None:
         with self._lock:

@@ -1,7 +1,8 @@
 """Frames of a KV connection after its handshake: a fixed header, then ``length`` bytes or none.
 
-    prefill -> decode   OPEN, CHUNK, FINISH, ABORT, DRAINED
+    prefill -> decode   OPEN, CHUNK, FINISH, ABORT, DRAINED, STOPPED
     decode -> prefill   OPENED, REFUSED, COMMITTED, CANCEL
+    before all others   TERMS, at most one each way, where a transport needs it
 
 With a cluster key every header, its place in the sequence and every control payload are
 authenticated; the payload of a CHUNK is covered by its CRC only.
@@ -19,7 +20,7 @@ from protocol.errors import ProtocolError
 from protocol.ids import Generation
 
 MAGIC = b"HRKV"
-VERSION = 1
+VERSION = 2
 _FIELDS = struct.Struct("<4sBBxxQHHIIII")  # magic ... crc
 _SEQUENCE = struct.Struct("<Q")
 _TAG_BYTES = 16
@@ -34,13 +35,17 @@ class Kind(IntEnum):
     FINISH = 3  # payload: the role's; all chunks went before it
     ABORT = 4  # payload: an error report; the source has stopped writing
     DRAINED = 5  # answer to CANCEL: nothing is being written for the grant, or ever will be
+    STOPPED = 6  # nothing is being written over this connection, or ever will be; its last frame
     OPENED = 16
     REFUSED = 17  # payload: an error report
     COMMITTED = 18
     CANCEL = 19  # payload: an error report; the source must stop and answer DRAINED
+    TERMS = 32  # payload: what one end of a transport must know of the other
 
 
-FROM_SOURCE = frozenset({Kind.OPEN, Kind.CHUNK, Kind.FINISH, Kind.ABORT, Kind.DRAINED})
+FROM_SOURCE = frozenset(
+    {Kind.OPEN, Kind.CHUNK, Kind.FINISH, Kind.ABORT, Kind.DRAINED, Kind.STOPPED}
+)
 FROM_SINK = frozenset({Kind.OPENED, Kind.REFUSED, Kind.COMMITTED, Kind.CANCEL})
 
 

@@ -39,6 +39,10 @@ class Outlet(Protocol):
         """Announce all that has been written; due before any control frame. Raises as ``write``."""
         ...
 
+    def close(self) -> None:
+        """Nothing is being written, or ever will be, when this returns."""
+        ...
+
 
 def send_all(sock: socket.socket, buffers: Sequence[bytes | memoryview], stall_s: float) -> None:
     """Send every byte, straight from where it lies. ``sock`` is non-blocking.

@@ -13,11 +13,12 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Literal
 
 from kvtransfer import shm, tcp
+from kvtransfer.carrier import Carrier, Transport
+from kvtransfer.carriers import make_carriers
 from kvtransfer.checksum import ChecksumChoice
 from kvtransfer.inbound import Inbound
 from kvtransfer.interface import KVMemory, OnSinkEvent
@@ -29,7 +30,6 @@ from protocol.ids import BlockId, Generation, WorkerRef
 from protocol.kv import Grant, KVEndpoint
 from runtime.log import get_log
 
-Transport = Literal["shm", "tcp"]
 TRANSPORTS: tuple[Transport, ...] = ("shm", "tcp")
 
 _log = get_log(__name__)
@@ -59,27 +59,39 @@ def make_sink(
         ConfigError: the address cannot be bound, or would be open to strangers.
     """
     limits = limits or TransferLimits()
-    if "tcp" in transports and cluster_key is None and not _is_loopback(host):
+    carriers = make_carriers()
+    over_tcp = any(carriers[name].control == "tcp" for name in transports)
+    if over_tcp and cluster_key is None and not _is_loopback(host):
         raise ConfigError(
             f"KV host is {host!r}: only loopback is open without a cluster key; set the key"
         )
-    if "tcp" in transports and advertise_host is None and _is_any(host):
+    if over_tcp and advertise_host is None and _is_any(host):
         raise ConfigError(f"KV host is {host!r}: set the host that prefill workers can reach")
     listeners: dict[Transport, socket.socket] = {}
     addresses: dict[str, str] = {}
-    if "shm" in transports and memory.share is not None:
-        listeners["shm"], addresses["shm"] = shm.listen()
-    if "tcp" in transports:
+    for name in transports:
+        problem = carriers[name].problem(memory)
+        if problem is None and name == "shm" and memory.share is None:
+            continue
+        if problem is not None:
+            raise ConfigError(f"no KV by {name}: {problem}")
+        if carriers[name].control == "unix":
+            listeners[name], addresses[name] = shm.listen()
+            continue
+        at = port if name == "tcp" else 0
         try:
-            listeners["tcp"] = tcp.listen(host, port, limits.socket_buffer_bytes)
+            listeners[name] = tcp.listen(host, at, limits.socket_buffer_bytes)
         except OSError as error:
-            raise ConfigError(f"cannot listen for KV on {host}:{port}: {error}") from error
-        addresses["tcp"] = tcp.address_of(listeners["tcp"], advertise_host or host)
+            for listener in listeners.values():
+                listener.close()
+            raise ConfigError(f"cannot listen for KV on {host}:{at}: {error}") from error
+        addresses[name] = tcp.address_of(listeners[name], advertise_host or host)
     endpoint = KVEndpoint(host_id=shm.host_id(), num_blocks=memory.num_blocks, addresses=addresses)
     return Sink(
         memory=memory,
         worker=worker,
         on_event=on_event,
+        carriers=carriers,
         listeners=listeners,
         endpoint=endpoint,
         cluster_key=cluster_key,
@@ -97,6 +109,7 @@ class Sink:
         memory: KVMemory,
         worker: WorkerRef,
         on_event: OnSinkEvent,
+        carriers: Mapping[Transport, Carrier],
         listeners: dict[Transport, socket.socket],
         endpoint: KVEndpoint,
         cluster_key: bytes | None,
@@ -119,6 +132,7 @@ class Sink:
         self._closing = False
         self._refused_connections = 0
         self._last_logged_s = float("-inf")
+        self._carriers = carriers
         self._listeners = listeners
         self._wake, self._woken = socket.socketpair()
         self._acceptor = threading.Thread(target=self._accept, name="kv-accept", daemon=True)
@@ -230,7 +244,13 @@ class Sink:
             )
             if not full:
                 number = ConnectionId(next(self._ids))
-                connection = Inbound(self, number, one_sided=transport == "shm", sock=sock)
+                connection = Inbound(
+                    self,
+                    number,
+                    carrier=self._carriers[transport],
+                    memory=self.memory,
+                    sock=sock,
+                )
                 self._connections[number] = connection
         if full:
             sock.close()

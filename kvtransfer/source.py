@@ -6,18 +6,17 @@ with ``auto``, TCP also takes over where shared memory turns out not to work.
 """
 
 import contextlib
-import socket
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
 
 from kvtransfer import shm, tcp
+from kvtransfer.carrier import Sending, Transport, TransportChoice
+from kvtransfer.carriers import TRANSPORTS, make_carriers
 from kvtransfer.channel import Abort, Channel, Finish, Line, Pushing, Send
-from kvtransfer.handshake import Connected, connect
+from kvtransfer.handshake import connect
 from kvtransfer.interface import KVMemory
 from kvtransfer.limits import MAX_CONTROL_BYTES, TransferLimits
-from kvtransfer.outlet import Outlet
 from kvtransfer.plan import Chunk, check_blocks, check_layers
 from protocol.errors import LayoutMismatch, ServingError, TransferError
 from protocol.ids import BlockId, WorkerRef
@@ -25,7 +24,6 @@ from protocol.kv import Grant, KVEndpoint
 from runtime.log import get_log
 
 _log = get_log(__name__)
-TransportChoice = Literal["auto", "shm", "tcp"]
 
 
 def make_source(
@@ -65,6 +63,7 @@ class Source:
         self._limits = limits
         self._digest = memory.layout.digest()
         self._host_id = shm.host_id()
+        self._carriers = make_carriers()
         self._lock = threading.Lock()
         self._channels: dict[WorkerRef, Channel] = {}
         self._closed = False
@@ -94,11 +93,13 @@ class Source:
             channel.close()
         for channel in channels:
             channel.join(self._limits.handshake_s)
+        for carrier in self._carriers.values():
+            carrier.close()
 
-    def _routes(self, endpoint: KVEndpoint) -> Sequence[tuple[str, str]]:
+    def _routes(self, endpoint: KVEndpoint) -> Sequence[tuple[Transport, str]]:
         routes = [
             (name, endpoint.addresses[name])
-            for name in ("shm", "tcp")
+            for name in TRANSPORTS
             if name in endpoint.addresses
             and self._transport in {"auto", name}
             and (name != "shm" or endpoint.host_id == self._host_id)
@@ -111,7 +112,7 @@ class Source:
             )
         return routes
 
-    def _channel(self, decode: WorkerRef, routes: Sequence[tuple[str, str]]) -> Channel:
+    def _channel(self, decode: WorkerRef, routes: Sequence[tuple[Transport, str]]) -> Channel:
         with self._lock:
             if self._closed:
                 raise TransferError("the prefill worker is shutting down")
@@ -131,7 +132,7 @@ class Source:
             if self._channels.get(decode) is channel:
                 del self._channels[decode]
 
-    def _dial(self, decode: WorkerRef, routes: Sequence[tuple[str, str]]) -> Line:
+    def _dial(self, decode: WorkerRef, routes: Sequence[tuple[Transport, str]]) -> Line:
         problem: TransferError | None = None
         for name, address in routes:
             try:
@@ -146,16 +147,14 @@ class Source:
         assert problem is not None
         raise problem
 
-    def _connect(self, decode: WorkerRef, name: str, address: str) -> Line:
-        make_outlet: Callable[[socket.socket, KVMemory, Connected, TransferLimits], Outlet] = (
-            shm.ShmOutlet if name == "shm" else tcp.TcpOutlet
-        )
-        limits = self._limits
+    def _connect(self, decode: WorkerRef, name: Transport, address: str) -> Line:
+        carrier, limits = self._carriers[name], self._limits
         with contextlib.ExitStack() as undo:
             try:
+                carrier.prepare(self._memory, self._worker)
                 sock = undo.enter_context(
                     shm.connect(address, limits.handshake_s)
-                    if name == "shm"
+                    if carrier.control == "unix"
                     else tcp.connect(address, limits.handshake_s, limits.socket_buffer_bytes)
                 )
                 connected = connect(
@@ -166,7 +165,15 @@ class Source:
                     cluster_key=self._cluster_key,
                     timeout_s=limits.handshake_s,
                 )
-                outlet = make_outlet(sock, self._memory, connected, limits)
+                outlet = carrier.outlet(
+                    Sending(
+                        sock=sock,
+                        memory=self._memory,
+                        worker=self._worker,
+                        connected=connected,
+                        limits=limits,
+                    )
+                )
             except TransferError:
                 raise
             except (ServingError, OSError, ValueError) as error:
@@ -177,6 +184,7 @@ class Source:
             return Line(
                 sock=sock,
                 outlet=outlet,
+                fence=carrier.fence,
                 incoming=connected.incoming,
                 outgoing=connected.outgoing,
             )
