@@ -79,8 +79,11 @@ class ExpertMoves:
         topology: Topology,
         mode: Mode,
         rule: RebalanceRule,
+        alike: object = None,
     ) -> None:
-        """``placements`` are those at the start, by layer. ``counts`` is None without routing."""
+        """``placements`` are those at the start, by layer. ``counts`` is None without routing.
+        ``alike``: what else all ranks must have started with, a plain value or a dataclass.
+        """
         self._exchanges = exchanges if counts is not None else {}
         self._initial = dict(placements)
         self._counts = counts
@@ -88,7 +91,7 @@ class ExpertMoves:
         self._topology = topology
         self._mode: Mode = mode
         self._rule = rule
-        self._started_with = digest(self._initial, topology, rule, bool(self._exchanges))
+        self._started_with = digest(self._initial, topology, rule, bool(self._exchanges), alike)
         self._placement = self._started_with
         self._steps = 0  # since the last window ended
         self._counted: int | None = None  # steps of the window so far; None between windows

@@ -17,6 +17,7 @@ from decode.scheduler import DecodeScheduler
 from decode.settings import DecodeSettings, ExpertSettings
 from decode.swap import SwapSpace
 from engine.collectives import ExpertGroup, StepGroup
+from engine.experts.exchange import ExchangeChoice
 from engine.experts.recorded_load import RecordedLoad, parse_load
 from engine.experts.spread import ExpertSpread
 from engine.kvcache.block_pool import BlockPool
@@ -28,7 +29,7 @@ from engine.rendezvous import FormingProgress, form_group
 from engine.sampling.sampler import Sampler
 from engine.vocabulary import read_grammars
 from kvtransfer.memory import allocate_shared, buffer
-from kvtransfer.sink import TRANSPORTS, make_sink
+from kvtransfer.sink import make_sink
 from protocol.codec import Decoder
 from protocol.errors import Cancelled, ConfigError
 from protocol.ids import BlockId, WorkerId, WorkerRef, new_incarnation
@@ -68,6 +69,7 @@ def run(settings: DecodeSettings) -> int:
         group=group,
         split_dense_experts=settings.model.split_dense_experts,
         spread=_spread(settings.experts, group.world_size),
+        exchange=_exchange(settings),
         block_tokens=settings.kv.block_tokens,
         progress=weights_progress(),
     )
@@ -92,6 +94,15 @@ def _spread(settings: ExpertSettings, num_ranks: int) -> ExpertSpread:
     )
 
 
+def _exchange(settings: DecodeSettings) -> ExchangeChoice:
+    return ExchangeChoice(
+        transport=settings.experts.transport,
+        payload=settings.experts.payload,
+        max_tokens_per_rank=settings.max_batch,
+        queue_pair_depth=settings.experts.queue_pair_depth,
+    )
+
+
 def _read_load(file: Path) -> RecordedLoad:
     try:
         document = file.read_bytes()
@@ -100,7 +111,9 @@ def _read_load(file: Path) -> RecordedLoad:
     return parse_load(document, str(file))
 
 
-def _expert_moves(settings: ExpertSettings, loaded: LoadedModel, group: ExpertGroup) -> ExpertMoves:
+def _expert_moves(
+    settings: ExpertSettings, exchange: ExchangeChoice, loaded: LoadedModel, group: ExpertGroup
+) -> ExpertMoves:
     spread = _spread(settings, group.world_size)
     if settings.rebalance and loaded.counts is None:
         log.warning("experts stay where they are: no token chooses among them")
@@ -119,6 +132,7 @@ def _expert_moves(settings: ExpertSettings, loaded: LoadedModel, group: ExpertGr
             interval=settings.rebalance_interval if spread.movable else settings.rebalance_window,
             above=settings.rebalance_above,
         ),
+        alike=exchange,
     )
 
 
@@ -180,12 +194,12 @@ def _make_engine(  # noqa: PLR0917  partially applied
         memory,
         worker,
         lambda event: loop.post_transfer(event),  # noqa: PLW0108  made below
-        transports=TRANSPORTS if settings.kv.transport == "auto" else (settings.kv.transport,),
+        transport=settings.kv.transport,
         host=host_of(settings.bind),
         cluster_key=None if key is None else key.derive("kv"),
     )
     events = asyncio.get_running_loop()
-    experts = _expert_moves(settings.experts, loaded, group)
+    experts = _expert_moves(settings.experts, _exchange(settings), loaded, group)
     loop = DecodeLoop(
         worker=worker,
         scheduler=scheduler,
