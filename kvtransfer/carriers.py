@@ -1,4 +1,4 @@
-"""Every transport there is, in the order in which ``auto`` prefers them."""
+"""Every transport there is. Their order of preference is ``kvtransfer.choice``'s."""
 
 from collections.abc import Mapping
 
@@ -6,8 +6,6 @@ from kvtransfer.carrier import Carrier, Transport
 from kvtransfer.nixl import NixlCarrier
 from kvtransfer.shm import ShmCarrier
 from kvtransfer.tcp import TcpCarrier
-
-TRANSPORTS: tuple[Transport, ...] = ("shm", "nixl", "tcp")
 
 
 def make_carriers() -> Mapping[Transport, Carrier]:

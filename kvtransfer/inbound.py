@@ -31,6 +31,7 @@ _KINDS: dict[NoticeKind, Kind] = {
     "refused": Kind.REFUSED,
     "committed": Kind.COMMITTED,
     "cancel": Kind.CANCEL,
+    "probed": Kind.PROBED,
 }
 
 
@@ -179,9 +180,12 @@ class Inbound:
         """True where the peer has said that it has stopped."""
         while (header := reader.header()) is not None:
             frame = decode(header, FROM_SOURCE)
-            if frame.kind is Kind.CHUNK:
+            if frame.kind in {Kind.CHUNK, Kind.PROBE}:
                 check_tag(header, b"", admitted.incoming)
-                self._take_chunk(frame, inlet)
+                if frame.kind is Kind.CHUNK:
+                    self._take_chunk(frame, inlet)
+                else:
+                    self._take_probe(frame, inlet)
                 continue
             payload = reader.payload(frame.length)
             check_tag(header, payload, admitted.incoming)
@@ -199,6 +203,12 @@ class Inbound:
             return lambda ledger: ledger.finish(generation, payload, connection=number)
         error = decode_error(payload)
         return lambda ledger: ledger.source_stopped(generation, error, connection=number)
+
+    def _take_probe(self, frame: Frame, inlet: Inlet) -> None:
+        if frame.length > MAX_CHUNK_BYTES:
+            raise ProtocolError("a probe is too long", bytes=frame.length, limit=MAX_CHUNK_BYTES)
+        inlet.discard(frame.length)
+        self._sink.apply(lambda ledger: ledger.probed(self._number))
 
     def _take_chunk(self, frame: Frame, inlet: Inlet) -> None:
         sink, generation, chunk = self._sink, frame.generation, frame.chunk

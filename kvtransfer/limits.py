@@ -27,5 +27,7 @@ class TransferLimits:
     socket_buffer_bytes: int = 256 * 1024
     """Of tcp. What is under way stays in cache: on loopback this is 2 to 4 times as fast as the
     kernel's own choice. A long fat link needs its bandwidth times its delay."""
+    probe_bytes: int = 2 * 1024 * 1024
+    """Sent once over a new connection to measure it. 0: it is not measured."""
     max_connections: int = 256
     max_handshakes: int = 32

@@ -26,7 +26,7 @@ import msgspec
 from kvtransfer import nixl_agent, terms
 from kvtransfer.carrier import Receiving, Sending, Transport
 from kvtransfer.checksum import Checksum
-from kvtransfer.frames import Frame, Kind, encode
+from kvtransfer.frames import NO_GRANT, Frame, Kind, encode
 from kvtransfer.interface import Fence, KVMemory
 from kvtransfer.nixl_agent import Agent, Piece
 from kvtransfer.outlet import send_all
@@ -153,12 +153,14 @@ class NixlOutlet:
         target_blocks: Sequence[BlockId],
     ) -> None:
         length = self._pages.num_bytes(chunk)
-        self._wait(self._has_slot, "given no landing slot back")
-        number, self._posted = self._posted, self._posted + 1
         crc = self._pages.crc(self._checksum, chunk, source_blocks)
         header = encode(Frame(Kind.CHUNK, generation, chunk, length, crc), self._seal)
+        self._send(header, self._source(chunk, source_blocks, length))
+
+    def _send(self, header: bytes, source: list[Piece]) -> None:
+        self._wait(self._has_slot, "given no landing slot back")
+        number, self._posted = self._posted, self._posted + 1
         send_all(self._sock, [header], self._stall_s)
-        source = self._source(chunk, source_blocks, length)
         to = self._landing.address + number % self._landing.num_slots * self._landing.slot_bytes
         target: list[Piece] = []
         for _, size, _ in source:
@@ -172,6 +174,10 @@ class NixlOutlet:
             self._wait(lambda: agent.is_done(write), "taken nothing")
         finally:
             agent.forget(write)
+
+    def probe(self, num_bytes: int) -> None:
+        header = encode(Frame(Kind.PROBE, NO_GRANT, length=num_bytes), self._seal)
+        self._send(header, [(self._address, num_bytes, 0)])
 
     def flush(self) -> None:
         """Nothing is held back."""

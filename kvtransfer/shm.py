@@ -11,6 +11,7 @@ import fcntl
 import os
 import secrets
 import socket
+import time
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
@@ -58,6 +59,13 @@ def host_id() -> str:
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         boot = file.read().strip()
     return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
+
+
+def process_id() -> str:
+    """Equal in two places of one host exactly when they are one process."""
+    with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+        started = file.read().rpartition(")")[2].split()[19]
+    return f"{os.getpid()}/{started}"
 
 
 class ShmCarrier:
@@ -126,7 +134,7 @@ class ShmOutlet:
         self.frame_bytes = limits.shm_frame_bytes
         self._view = buffer(memory)
         self._geometry = Geometry(memory.layout, memory.num_blocks)
-        self._target_blocks = target.num_blocks
+        self._target = target
         self._rows = _rows(memory)
         self._target_rows = _rows(target)
         self._notices: list[bytes] = []
@@ -139,7 +147,7 @@ class ShmOutlet:
         source_blocks: Sequence[BlockId],
         target_blocks: Sequence[BlockId],
     ) -> None:
-        check_blocks(target_blocks, self._target_blocks, side="granted")
+        check_blocks(target_blocks, self._target.num_blocks, side="granted")
         unit = self._geometry.unit
         first, last = chunk.first_layer, chunk.first_layer + chunk.num_layers
         source, target = self._rows, self._target_rows
@@ -155,6 +163,15 @@ class ShmOutlet:
         self._unannounced_bytes += length
         if self._unannounced_bytes >= _ANNOUNCE_BYTES:
             self.flush()
+
+    def probe(self, num_bytes: int) -> float:
+        """Reads the decode rank's memory: only a granted page may be written."""
+        mapped = buffer(self._target)
+        num_bytes = min(num_bytes, len(mapped))
+        here = bytearray(mapped[:num_bytes])
+        started = time.perf_counter()
+        here[:] = mapped[:num_bytes]
+        return num_bytes / (time.perf_counter() - started)
 
     def flush(self) -> None:
         if self._notices:

@@ -13,11 +13,11 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 
 from kvtransfer import shm, tcp
-from kvtransfer.carrier import Carrier, Transport
+from kvtransfer.carrier import Carrier, Transport, TransportChoice
 from kvtransfer.carriers import make_carriers
 from kvtransfer.checksum import ChecksumChoice
 from kvtransfer.inbound import Inbound
@@ -30,7 +30,7 @@ from protocol.ids import BlockId, Generation, WorkerRef
 from protocol.kv import Grant, KVEndpoint
 from runtime.log import get_log
 
-TRANSPORTS: tuple[Transport, ...] = ("shm", "tcp")
+OFFERED_BY_AUTO: tuple[Transport, ...] = ("shm", "tcp")
 
 _log = get_log(__name__)
 _REFUSALS_LOGGED_EVERY_S = 10.0
@@ -42,7 +42,7 @@ def make_sink(
     worker: WorkerRef,
     on_event: OnSinkEvent,
     *,
-    transports: Sequence[Transport] = TRANSPORTS,
+    transport: TransportChoice = "auto",
     host: str = "127.0.0.1",
     port: int = 0,
     advertise_host: str | None = None,
@@ -50,17 +50,23 @@ def make_sink(
     checksum: ChecksumChoice = "auto",
     limits: TransferLimits | None = None,
 ) -> "Sink":
-    """A sink that listens already. ``shm`` is left out where ``memory`` cannot be shared.
+    """A sink that listens already, with ``auto`` for every transport that ``memory`` allows.
 
     ``on_event`` is called under the sink's lock, from its threads and from within ``abort``: it
     must hand the event over and return. ``port`` 0 takes any free one.
 
     Raises:
-        ConfigError: the address cannot be bound, or would be open to strangers.
+        ConfigError: this process cannot do ``transport``, or the address cannot be bound or would
+            be open to strangers.
     """
     limits = limits or TransferLimits()
     carriers = make_carriers()
-    over_tcp = any(carriers[name].control == "tcp" for name in transports)
+    offered = [
+        name
+        for name in (OFFERED_BY_AUTO if transport == "auto" else (transport,))
+        if _can(carriers[name], memory, forced=transport != "auto")
+    ]
+    over_tcp = any(carriers[name].control == "tcp" for name in offered)
     if over_tcp and cluster_key is None and not _is_loopback(host):
         raise ConfigError(
             f"KV host is {host!r}: only loopback is open without a cluster key; set the key"
@@ -69,12 +75,7 @@ def make_sink(
         raise ConfigError(f"KV host is {host!r}: set the host that prefill workers can reach")
     listeners: dict[Transport, socket.socket] = {}
     addresses: dict[str, str] = {}
-    for name in transports:
-        problem = carriers[name].problem(memory)
-        if problem is None and name == "shm" and memory.share is None:
-            continue
-        if problem is not None:
-            raise ConfigError(f"no KV by {name}: {problem}")
+    for name in offered:
         if carriers[name].control == "unix":
             listeners[name], addresses[name] = shm.listen()
             continue
@@ -86,7 +87,12 @@ def make_sink(
                 listener.close()
             raise ConfigError(f"cannot listen for KV on {host}:{at}: {error}") from error
         addresses[name] = tcp.address_of(listeners[name], advertise_host or host)
-    endpoint = KVEndpoint(host_id=shm.host_id(), num_blocks=memory.num_blocks, addresses=addresses)
+    endpoint = KVEndpoint(
+        host_id=shm.host_id(),
+        process_id=shm.process_id(),
+        num_blocks=memory.num_blocks,
+        addresses=addresses,
+    )
     return Sink(
         memory=memory,
         worker=worker,
@@ -257,6 +263,15 @@ class Sink:
             self.refused("too many KV connections")
             return
         connection.start()
+
+
+def _can(carrier: Carrier, memory: KVMemory, *, forced: bool) -> bool:
+    problem = carrier.problem(memory)
+    if carrier.name == "shm" and memory.share is None:
+        problem = "this rank's KV memory is not shared memory"
+    if problem is not None and forced:
+        raise ConfigError(f"kv.transport is {carrier.name}: {problem}")
+    return problem is None
 
 
 def _is_loopback(host: str) -> bool:

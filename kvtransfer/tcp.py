@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 from kvtransfer.carrier import Receiving, Sending, Transport
 from kvtransfer.checksum import Checksum
-from kvtransfer.frames import Frame, Kind, encode
+from kvtransfer.frames import NO_GRANT, Frame, Kind, encode
 from kvtransfer.interface import Fence, KVMemory
 from kvtransfer.outlet import send_all
 from kvtransfer.pages import HostPages
@@ -107,6 +107,10 @@ class TcpOutlet:
         header = encode(Frame(Kind.CHUNK, generation, chunk, length, crc), self._seal)
         places = self._pages.places(chunk, source_blocks)
         send_all(self._sock, [header, *places], self._stall_s)
+
+    def probe(self, num_bytes: int) -> None:
+        header = encode(Frame(Kind.PROBE, NO_GRANT, length=num_bytes), self._seal)
+        send_all(self._sock, [header, self._pages.view[:num_bytes]], self._stall_s)
 
     def flush(self) -> None:
         """Nothing is held back."""

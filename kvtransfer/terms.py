@@ -5,13 +5,11 @@ addresses of memory, ids of communicators. One authenticated frame in each direc
 import socket
 import time
 
-from kvtransfer.frames import HEADER_BYTES, Kind, Seal, check_tag, control, decode
+from kvtransfer.frames import HEADER_BYTES, NO_GRANT, Kind, Seal, check_tag, control, decode
 from protocol.errors import ProtocolError
-from protocol.ids import Generation
 
 MAX_TERMS_BYTES = 64 * 1024
 _TERMS = frozenset({Kind.TERMS})
-_NO_GRANT = Generation(0)
 
 
 def tell(sock: socket.socket, seal: Seal, payload: bytes, timeout_s: float) -> None:
@@ -20,7 +18,7 @@ def tell(sock: socket.socket, seal: Seal, payload: bytes, timeout_s: float) -> N
         OSError: the connection broke, or the peer reads nothing.
     """
     sock.settimeout(timeout_s)
-    sock.sendall(control(Kind.TERMS, _NO_GRANT, seal, payload))
+    sock.sendall(control(Kind.TERMS, NO_GRANT, seal, payload))
     sock.settimeout(None)
 
 

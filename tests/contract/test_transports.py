@@ -112,7 +112,7 @@ def a_pair(
     decode, events = a_worker(), Events()
     target, memory = patterned(layout, num_blocks, 1), patterned(layout, num_blocks + 3, 2)
     sink = make_sink(
-        target, decode, events, transports=[transport], cluster_key=cluster_key, limits=limits
+        target, decode, events, transport=transport, cluster_key=cluster_key, limits=limits
     )
     source = make_source(
         memory, a_worker("prefill-0"), transport=transport, cluster_key=cluster_key, limits=limits
@@ -524,7 +524,7 @@ def test_another_layout_is_a_deployment_fault(pair: Pair) -> None:
 
 
 def test_a_decode_rank_that_does_not_open_the_grant_fails_the_push(transport: Transport) -> None:
-    limits = TransferLimits(handshake_s=WAIT_S, open_s=BRIEF_S)
+    limits = TransferLimits(handshake_s=WAIT_S, open_s=BRIEF_S, probe_bytes=0)
     with a_pair(transport, limits=limits) as pair, a_deaf_sink(pair, []) as grant:
         error = refusal(pair.source.open(grant))
         assert isinstance(error, TransferTimeout)
@@ -532,7 +532,7 @@ def test_a_decode_rank_that_does_not_open_the_grant_fails_the_push(transport: Tr
 
 
 def test_a_decode_rank_that_does_not_commit_fails_the_push(transport: Transport) -> None:
-    limits = TransferLimits(handshake_s=WAIT_S, open_s=WAIT_S, commit_s=BRIEF_S)
+    limits = TransferLimits(handshake_s=WAIT_S, open_s=WAIT_S, commit_s=BRIEF_S, probe_bytes=0)
     with a_pair(transport, limits=limits) as pair, a_deaf_sink(pair, [Kind.OPENED]) as grant:
         error = refusal(pair.source.open(grant))
         assert isinstance(error, TransferTimeout)
@@ -550,7 +550,7 @@ def test_a_decode_rank_that_stops_reading_fails_the_push() -> None:
         value_width=0,
     )
     with (
-        a_pair("tcp", layout=layout, limits=TransferLimits(stall_s=BRIEF_S)) as pair,
+        a_pair("tcp", layout=layout, limits=TransferLimits(stall_s=BRIEF_S, probe_bytes=0)) as pair,
         a_deaf_sink(pair, [Kind.OPENED], blocks=16) as grant,
     ):
         push = pair.source.open(grant)
@@ -633,3 +633,20 @@ def test_the_source_blocks_are_only_read(pair: Pair) -> None:
     before = bytes(buffer(pair.memory))
     pair.carry(list(range(32)), list(range(32)))
     assert bytes(buffer(pair.memory)) == before
+
+
+def test_a_link_reports_what_has_gone_over_it(pair: Pair) -> None:
+    pair.carry([1, 2], [3, 4])
+    (link,) = pair.source.links()
+    assert (link.decode, link.transport) == (pair.decode.worker_id, pair.transport)
+    assert link.bytes == 2 * LAYOUT.block_bytes
+    assert f"kv.transport is {pair.transport}" in link.reason
+    until(lambda: pair.source.links()[0].measured_bytes_per_s > 0, "the link was not measured")
+
+
+def test_what_the_decode_rank_does_not_offer_is_refused_with_the_reason(pair: Pair) -> None:
+    other: Transport = "tcp" if pair.transport == "shm" else "shm"
+    source = make_source(pair.memory, a_worker("prefill-2"), transport=other)
+    with pytest.raises(TransferError, match=f"{other}: the decode rank does not offer it"):
+        source.open(pair.grant([1]))
+    source.close()

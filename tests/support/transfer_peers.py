@@ -66,7 +66,7 @@ def prefill_process(pipe: Connection, transport: TransportChoice, grant: Grant, 
 def decode_process(pipe: Connection, worker: WorkerRef, transport: Transport) -> None:
     """A decode rank that expects the grants it is sent, until it is killed."""
     memory = patterned(LAYOUT, NUM_BLOCKS)
-    sink = make_sink(memory, worker, Events(), transports=[transport])
+    sink = make_sink(memory, worker, Events(), transport=transport)
     pipe.send(sink.endpoint)
     while True:
         sink.expect(pipe.recv())
