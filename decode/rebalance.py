@@ -85,8 +85,11 @@ class ExpertMoves:
         topology: Topology,
         mode: Mode,
         rule: RebalanceRule,
+        alike: object = None,
     ) -> None:
-        """``placements`` are those at the start, by layer. ``counts`` is None without routing."""
+        """``placements`` are those at the start, by layer. ``counts`` is None without routing.
+        ``alike``: what else all ranks must have started with, a plain value or a dataclass.
+        """
         self._exchanges = exchanges
         self._initial = dict(placements)
         self._counts = counts
@@ -96,7 +99,7 @@ class ExpertMoves:
         self._mode: Mode = mode
         self._rule = rule
         self._moves = rule.moves and counts is not None and bool(exchanges)
-        self._started_with = digest(self._initial, topology, rule, self._moves, bool(exchanges))
+        self._started_with = digest(self._initial, topology, rule, bool(exchanges), alike)
         self._placement = digest(self.placements)
         self._steps = 0  # since the last window ended
         self._counted: int | None = None  # steps of the window so far; None between windows

@@ -1,7 +1,7 @@
 """Settings of one decode rank process. Values are final; ``deploy`` reads flags and files."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import ByteSize, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -92,6 +92,18 @@ class ExpertSettings(Settings):
 
     ranks_per_tray: PositiveInt = 1
     """Consecutive ranks that may fail together. Replicas of an expert are put in other trays."""
+
+    transport: Literal["auto", "all_to_all", "padded", "all_gather", "deepep", "nccl_ep"] = "auto"
+    """How tokens travel to their experts. all_to_all: exact sizes. padded: fixed sizes, as CUDA
+    graphs need. all_gather: to all ranks, results summed on the way. deepep, nccl_ep: those
+    libraries. auto: what suits device, numerics and sizes, never an optional library."""
+
+    payload: Literal["native", "bf16", "fp8"] = "native"
+    """What travels: values in the model's dtype, in bfloat16, or in 8 bits with a scale for each
+    128. What rounds needs fast numerics."""
+
+    queue_pair_depth: PositiveInt = 1024
+    """What NVSHMEM_QP_DEPTH is on every rank, for transport deepep; 1024 where it is not set."""
 
     load_file: Path | None = None
     """A recorded expert load (JSON) to place experts by at the start. Empty: evenly."""

@@ -19,6 +19,7 @@ from decode.scheduler import DecodeScheduler
 from decode.settings import DecodeSettings
 from decode.swap import SwapSpace
 from engine.collectives import ExpertGroup
+from engine.experts.exchange import ExchangeChoice
 from engine.experts.recorded_load import RecordedLoad, parse_load
 from engine.experts.spread import ExpertSpread
 from engine.kvcache.block_pool import BlockPool
@@ -30,7 +31,7 @@ from engine.rendezvous import Rendezvous
 from engine.sampling.sampler import Sampler
 from engine.vocabulary import read_grammars
 from kvtransfer.memory import allocate_shared, buffer
-from kvtransfer.sink import TRANSPORTS, make_sink
+from kvtransfer.sink import make_sink
 from protocol.codec import Decoder
 from protocol.errors import ConfigError
 from protocol.ids import BlockId, WorkerId, WorkerRef, new_incarnation
@@ -68,6 +69,7 @@ def run(settings: DecodeSettings) -> int:
         group=group,
         split_dense_experts=settings.model.split_dense_experts,
         spread=_spread(settings),
+        exchange=_exchange(settings),
         block_tokens=settings.kv.block_tokens,
         progress=weights_progress(),
     )
@@ -91,6 +93,15 @@ def _spread(settings: DecodeSettings) -> ExpertSpread:
         load=None if experts.load_file is None else _read_load(experts.load_file),
         movable=experts.rebalance and group.ranks > 1,
         counted=True,
+    )
+
+
+def _exchange(settings: DecodeSettings) -> ExchangeChoice:
+    return ExchangeChoice(
+        transport=settings.experts.transport,
+        payload=settings.experts.payload,
+        max_tokens_per_rank=settings.max_batch,
+        queue_pair_depth=settings.experts.queue_pair_depth,
     )
 
 
@@ -122,6 +133,7 @@ def _expert_moves(settings: DecodeSettings, loaded: LoadedModel, group: ExpertGr
             above=experts.rebalance_above,
             moves=spread.movable,
         ),
+        alike=_exchange(settings),
     )
 
 
@@ -183,7 +195,7 @@ def _make_engine(  # noqa: PLR0917  partially applied
         memory,
         worker,
         lambda event: loop.post_transfer(event),  # noqa: PLW0108  made below
-        transports=TRANSPORTS if settings.kv.transport == "auto" else (settings.kv.transport,),
+        transport=settings.kv.transport,
         host=host_of(settings.bind),
         cluster_key=None if key is None else key.derive("kv"),
     )

@@ -84,6 +84,9 @@ def parser() -> argparse.ArgumentParser:
         "--experts", action="store_true", help="show each layer's experts, slots and balance too"
     )
     status.add_argument(
+        "--links", action="store_true", help="show how KV goes from prefill to decode, and why, too"
+    )
+    status.add_argument(
         "--record",
         type=Path,
         metavar="FILE",
@@ -163,6 +166,7 @@ def _show_system(chosen: argparse.Namespace) -> int:
         timeout_s=chosen.timeout,
         api_key_file=chosen.api_key_file,
         experts=chosen.experts,
+        links=chosen.links,
         record_file=chosen.record,
     )
 

@@ -19,10 +19,15 @@ from server.metrics_compat import VllmAliases
 from server.serving import open_serving
 
 _SERIES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
+_TO_WORKERS = "The gateway's way to the workers"
 _SECTIONS = {
     "headrace_worker_": ("Workers", "By each worker's own account, as of its last heartbeat."),
+    "headrace_link_": (
+        "Links",
+        "KV from prefill workers to the decode ranks that they have reached.",
+    ),
     "headrace_expert_": ("Experts", "Of models whose tokens choose among experts."),
-    "headrace_gateway_": ("The gateway's way to the workers", ""),
+    "headrace_gateway_": (_TO_WORKERS, ""),
     "headrace_": ("Requests", ""),
     "vllm:": ("Aliases", "With `--metrics-compat vllm`, for autoscalers that know these names."),
 }
@@ -88,7 +93,7 @@ def page(known: Iterable[Family]) -> str:
             f"## {title}\n\n{lead}| name | kind | labels | meaning |\n|---|---|---|---|\n{rows}\n"
         )
     assert not rest
-    order = ("Requests", "The gateway's way to the workers", "Workers", "Experts", "Aliases")
+    order = ("Requests", _TO_WORKERS, "Workers", "Links", "Experts", "Aliases")
     return "\n".join([_HEAD, *(sections[title] for title in order)])
 
 

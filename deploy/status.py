@@ -14,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.exits import DONE, FAILED
 from deploy.expert_status import Group, groups_in, lines_of_experts, record
+from deploy.link_status import LinkState, lines_of_links, links_in
 from protocol.errors import ConfigError
 
 _WORKER_METRIC = "headrace_worker_"
@@ -31,7 +32,7 @@ _COLUMNS = {
 @dataclass(frozen=True, slots=True, kw_only=True)
 class State:
     """``workers``: for each its role and its figures by the name of their metric. ``experts``: by
-    decode worker, where they were asked for.
+    decode worker, and ``links`` by pair, where they were asked for.
     """
 
     url: str
@@ -41,6 +42,7 @@ class State:
     models: Sequence[str]
     workers: dict[str, dict[str, str | float]]
     experts: dict[str, Group] | None = None
+    links: dict[str, LinkState] | None = None
 
 
 def show_status(
@@ -50,6 +52,7 @@ def show_status(
     timeout_s: float,
     api_key_file: Path | None,
     experts: bool = False,
+    links: bool = False,
     record_file: Path | None = None,
 ) -> int:
     """Print the state of the gateway at ``url``; failed when it is not ready or not there.
@@ -66,7 +69,7 @@ def show_status(
     try:
         with httpx.Client(timeout=timeout_s, trust_env=False, headers=headers) as client:
             wanted = experts or record_file is not None
-            state = ask(client, url.rstrip("/"), experts=wanted)
+            state = ask(client, url.rstrip("/"), experts=wanted, links=links)
     except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
         print(f"headrace: no gateway answers at {url}: {error}", file=sys.stderr)
         return FAILED
@@ -80,7 +83,7 @@ def show_status(
     return DONE if state.ready else FAILED
 
 
-def ask(client: httpx.Client, url: str, *, experts: bool = False) -> State:
+def ask(client: httpx.Client, url: str, *, experts: bool = False, links: bool = False) -> State:
     """
     Raises:
         HTTPError: nobody answers at ``url``, or not in time.
@@ -100,6 +103,7 @@ def ask(client: httpx.Client, url: str, *, experts: bool = False) -> State:
         models=[model["id"] for model in models.json()["data"]] if models.is_success else [],
         workers=_workers(metrics.text) if metrics.is_success else {},
         experts=groups_in(metrics.text) if experts and metrics.is_success else None,
+        links=links_in(metrics.text) if links and metrics.is_success else None,
     )
 
 
@@ -133,6 +137,8 @@ def lines_of(state: State) -> list[str]:
         for row in rows
     )
     lines = [*lines, "", *table]
+    if state.links is not None:
+        lines += lines_of_links(state.links)
     return lines if state.experts is None else [*lines, *lines_of_experts(state.experts)]
 
 

@@ -16,11 +16,14 @@ from engine.collectives import ExpertGroup
 from engine.config import ModelConfig, split_dense
 from engine.config_files import config_from_folder, config_from_gguf
 from engine.cpu.prepare import compile_kernels
+from engine.experts.buffers import ExchangeShape
 from engine.experts.counting import ExpertCounts
 from engine.experts.cover import least_ranks
+from engine.experts.exchange import ANY_EXCHANGE, ExchangeChoice
 from engine.experts.meter import ExchangeMeter
 from engine.experts.placement import ExpertPlacement
 from engine.experts.spread import EVENLY, ExpertSpread
+from engine.experts.transports import make_exchange
 from engine.layers.linear import Numerics
 from engine.models.decoder import Decoder, describe_decoder
 from engine.models.parts import Setting
@@ -69,14 +72,15 @@ def load(
     group: ExpertGroup,
     split_dense_experts: int = 0,
     spread: ExpertSpread = EVENLY,
+    exchange: ExchangeChoice = ANY_EXCHANGE,
     block_tokens: int = 16,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """The model at ``path`` with this rank's experts, as ``spread`` places them over ``group``.
 
     Raises:
-        ConfigError: a file is missing or corrupt, a tensor is missing or misshapen, or the model
-            is not supported; nothing was allocated on the device.
+        ConfigError: a file is missing or corrupt, a tensor is missing or misshapen, the model is
+            not supported, or ``exchange`` cannot serve it; no weights were read.
     """
     opened = _open(path)
     movable = False
@@ -102,9 +106,12 @@ def load(
                 if config.experts and spread.counted
                 else None
             ),
-            meter=ExchangeMeter(device),
+            exchange=None,
         )
         chosen = resolve_dtype(dtype, device)
+        if experts:
+            shape = _exchange_shape(setting, exchange, DTYPES[chosen])
+            setting = replace(setting, exchange=make_exchange(exchange.transport, group, shape))
         if device.type == "cpu":
             compile_kernels(config, DTYPES[chosen], block_tokens)
         reader = WeightReader(opened.source, device=device, dtype=DTYPES[chosen], progress=progress)
@@ -131,7 +138,25 @@ def load(
         placements=placements,
         least_ranks=least,
         counts=setting.counts,
-        meter=setting.meter,
+        meter=setting.exchange.meter if setting.exchange else ExchangeMeter(device),
+    )
+
+
+def _exchange_shape(setting: Setting, choice: ExchangeChoice, dtype: torch.dtype) -> ExchangeShape:
+    config, group = setting.config, setting.group
+    return ExchangeShape(
+        num_ranks=group.num_seats,
+        slots_per_rank=setting.placements[0].slots_per_rank,
+        experts_per_token=(
+            config.experts.experts_per_token if config.experts else config.split_dense_experts
+        ),
+        hidden=config.hidden_width,
+        element_bytes=dtype.itemsize,
+        max_tokens_per_rank=choice.max_tokens_per_rank,
+        numerics=setting.numerics,
+        payload=choice.payload,
+        on_gpu=group.device.type == "cuda",
+        queue_pair_depth=choice.queue_pair_depth,
     )
 
 

@@ -16,9 +16,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from kvtransfer.choice import Route
 from kvtransfer.frames import (
     FROM_SINK,
     HEADER_BYTES,
+    NO_GRANT,
     Frame,
     Kind,
     Seal,
@@ -26,7 +28,9 @@ from kvtransfer.frames import (
     control,
     decode,
 )
+from kvtransfer.interface import Fence
 from kvtransfer.limits import TransferLimits
+from kvtransfer.links import PROBE_FRAME_BYTES, Link
 from kvtransfer.outlet import Outlet, send_all
 from kvtransfer.plan import Chunk, chunks, joined
 from kvtransfer.reports import decode_error, encode_attempt, encode_error
@@ -44,6 +48,8 @@ class Line:
 
     sock: socket.socket
     outlet: Outlet
+    fence: Fence
+    route: Route
     incoming: Seal
     outgoing: Seal
 
@@ -99,14 +105,18 @@ class Channel:
         self,
         *,
         layout: KVLayout,
+        pool_bytes: int,
         dial: Dial,
         limits: TransferLimits,
+        link: Link,
         name: str,
         on_ended: Callable[["Channel"], None],
     ) -> None:
         self._layout = layout
+        self._pool_bytes = pool_bytes
         self._dial = dial
         self._limits = limits
+        self._link = link
         self._on_ended = on_ended
         self._lock = threading.Lock()  # over the queue and _ended, so that no command is lost
         self._queue: deque[tuple[Pushing, Command | None]] = deque()
@@ -152,20 +162,45 @@ class Channel:
 
     def _run(self) -> None:
         error = TransferError("the KV channel has failed")
-        sock: socket.socket | None = None
+        line: Line | None = None
         try:
             line = self._dial()
-            sock = line.sock
-            sock.setblocking(False)
+            line.sock.setblocking(False)
+            self._measure(line)
             error = self._work(line)
         except TransferError as problem:
             error = problem
         except (OSError, ProtocolError) as problem:
             error = TransferError(f"the KV connection was lost: {problem}")
         finally:
-            if sock is not None:
-                sock.close()  # nothing is written from here on
+            if line is not None:
+                self._link.lost()
+                self._hang_up(line)
             self._end(error)
+
+    def _measure(self, line: Line) -> None:
+        """How fast the link is; the answers come while it is in use already."""
+        self._link.up(line.route)
+        wanted = self._limits.probe_bytes
+        size = min(wanted, self._pool_bytes, line.outlet.frame_bytes, PROBE_FRAME_BYTES)
+        if not size:
+            return
+        count = wanted // size
+        self._link.probing(count, size)
+        for _ in range(count):
+            bytes_per_s = line.outlet.probe(size)
+            if bytes_per_s is not None:
+                self._link.measured(bytes_per_s)
+                return
+
+    @staticmethod
+    def _hang_up(line: Line) -> None:
+        """Nothing is written from here on, and where the peer cannot see that, it is told."""
+        line.outlet.close()
+        if line.fence == "one_sided":
+            with contextlib.suppress(OSError):
+                line.sock.send(control(Kind.STOPPED, NO_GRANT, line.outgoing))
+        line.sock.close()
 
     def _end(self, error: TransferError) -> None:
         with self._lock:
@@ -260,12 +295,15 @@ class Channel:
                 return
             self._unheard_bytes += piece.num_layers * piece.num_blocks * self._unit
             first = piece.first_block - chunk.first_block
+            started = time.perf_counter()
             line.outlet.write(
                 push.grant.generation,
                 piece,
                 send.source_blocks[first : first + piece.num_blocks],
                 granted[piece.first_block : piece.first_block + piece.num_blocks],
             )
+            size = piece.num_layers * piece.num_blocks * self._unit
+            self._link.moved(size, time.perf_counter() - started)
 
     def _listen(self, line: Line) -> None:
         """Act on every whole frame that has arrived; does not wait."""
@@ -295,6 +333,8 @@ class Channel:
             if push is not None:
                 self._fail(push, error)
             self._say(line, frame.generation, Kind.DRAINED, encode_error(error))
+        elif frame.kind is Kind.PROBED:
+            self._link.probed()
         elif push is None:
             return
         elif frame.kind is Kind.OPENED and push.state == "opening":

@@ -1,7 +1,8 @@
 """Frames of a KV connection after its handshake: a fixed header, then ``length`` bytes or none.
 
-    prefill -> decode   OPEN, CHUNK, FINISH, ABORT, DRAINED
-    decode -> prefill   OPENED, REFUSED, COMMITTED, CANCEL
+    prefill -> decode   OPEN, CHUNK, FINISH, ABORT, DRAINED, STOPPED, PROBE
+    decode -> prefill   OPENED, REFUSED, COMMITTED, CANCEL, PROBED
+    before all others   TERMS, at most one each way, where a transport needs it
 
 With a cluster key every header, its place in the sequence and every control payload are
 authenticated; the payload of a CHUNK is covered by its CRC only.
@@ -19,13 +20,14 @@ from protocol.errors import ProtocolError
 from protocol.ids import Generation
 
 MAGIC = b"HRKV"
-VERSION = 1
+VERSION = 2
 _FIELDS = struct.Struct("<4sBBxxQHHIIII")  # magic ... crc
 _SEQUENCE = struct.Struct("<Q")
 _TAG_BYTES = 16
 HEADER_BYTES = _FIELDS.size + _TAG_BYTES
 _NO_TAG = bytes(_TAG_BYTES)
 NO_CHUNK = Chunk(0, 0, 0, 0)
+NO_GRANT = Generation(0)  # of frames that are about the connection
 
 
 class Kind(IntEnum):
@@ -34,21 +36,28 @@ class Kind(IntEnum):
     FINISH = 3  # payload: the role's; all chunks went before it
     ABORT = 4  # payload: an error report; the source has stopped writing
     DRAINED = 5  # answer to CANCEL: nothing is being written for the grant, or ever will be
+    STOPPED = 6  # nothing is being written over this connection, or ever will be; its last frame
     OPENED = 16
     REFUSED = 17  # payload: an error report
     COMMITTED = 18
     CANCEL = 19  # payload: an error report; the source must stop and answer DRAINED
+    PROBE = 7  # bytes to be thrown away, as many as a chunk's may be; answered by PROBED
+    PROBED = 20
+    TERMS = 32  # payload: what one end of a transport must know of the other
 
 
-FROM_SOURCE = frozenset({Kind.OPEN, Kind.CHUNK, Kind.FINISH, Kind.ABORT, Kind.DRAINED})
-FROM_SINK = frozenset({Kind.OPENED, Kind.REFUSED, Kind.COMMITTED, Kind.CANCEL})
+_WITH_BYTES = frozenset({Kind.CHUNK, Kind.PROBE})
+FROM_SOURCE = frozenset(
+    {Kind.OPEN, Kind.CHUNK, Kind.FINISH, Kind.ABORT, Kind.DRAINED, Kind.STOPPED, Kind.PROBE}
+)
+FROM_SINK = frozenset({Kind.OPENED, Kind.REFUSED, Kind.COMMITTED, Kind.CANCEL, Kind.PROBED})
 
 
 class Frame(NamedTuple):
     kind: Kind
     generation: Generation
     chunk: Chunk = NO_CHUNK
-    length: int = 0  # bytes of KV for a CHUNK, of payload for the others
+    length: int = 0  # bytes of KV for a CHUNK or PROBE, of payload for the others
     crc: int = 0
 
 
@@ -91,7 +100,7 @@ def decode(header: bytes | bytearray, allowed: frozenset[Kind]) -> Frame:
         raise ProtocolError("not a KV frame of this version", version=version)
     if kind not in allowed:
         raise ProtocolError("a kind of KV frame that this peer may not send", kind=kind)
-    if kind != Kind.CHUNK and length > MAX_CONTROL_BYTES:
+    if kind not in _WITH_BYTES and length > MAX_CONTROL_BYTES:
         raise ProtocolError("control payload too large", bytes=length, limit=MAX_CONTROL_BYTES)
     return Frame(Kind(kind), generation, Chunk(*chunk), length, crc)
 

@@ -11,16 +11,16 @@ import threading
 from collections.abc import Callable
 from typing import Protocol
 
-from kvtransfer import shm, tcp
-from kvtransfer.checksum import Checksum, ChecksumChoice, chunk_crc
+from kvtransfer import tcp
+from kvtransfer.carrier import Carrier, Receiving
+from kvtransfer.checksum import Checksum, ChecksumChoice
 from kvtransfer.frames import FROM_SOURCE, Frame, Kind, Seal, check_tag, control, decode
 from kvtransfer.handshake import Admitted, admit
 from kvtransfer.inlet import Inlet, Reader
 from kvtransfer.interface import KVMemory
 from kvtransfer.ledger import ConnectionId, GrantLedger, Notice, NoticeKind, Step
 from kvtransfer.limits import TransferLimits
-from kvtransfer.memory import buffer
-from kvtransfer.plan import Chunk, Geometry
+from kvtransfer.plan import Chunk
 from kvtransfer.reports import decode_attempt, decode_error, encode_error
 from protocol.errors import ProtocolError, ServingError, TransferError
 from protocol.ids import BlockId, Generation, WorkerRef
@@ -31,14 +31,13 @@ _KINDS: dict[NoticeKind, Kind] = {
     "refused": Kind.REFUSED,
     "committed": Kind.COMMITTED,
     "cancel": Kind.CANCEL,
+    "probed": Kind.PROBED,
 }
 
 
 class LedgerOwner(Protocol):
     """What a connection needs of the sink that it belongs to. All calls are thread-safe."""
 
-    @property
-    def memory(self) -> KVMemory: ...
     @property
     def worker(self) -> WorkerRef: ...
     @property
@@ -59,15 +58,21 @@ class LedgerOwner(Protocol):
 
 class Inbound:
     def __init__(
-        self, sink: LedgerOwner, number: ConnectionId, *, one_sided: bool, sock: socket.socket
+        self,
+        sink: LedgerOwner,
+        number: ConnectionId,
+        *,
+        carrier: Carrier,
+        memory: KVMemory,
+        sock: socket.socket,
     ) -> None:
         self.is_admitted = False
         self._sink = sink
         self._number = number
-        self._one_sided = one_sided
-        self._checksum = _checksum(sink.checksum, one_sided=one_sided)
-        self._view = buffer(sink.memory)
-        self._geometry = Geometry(sink.memory.layout, sink.memory.num_blocks)
+        self._carrier = carrier
+        self._memory = memory
+        self._unit = memory.layout.layer_block_bytes
+        self._checksum: Checksum = "off"
         self._sock = sock
         self._outgoing = Seal(None)
         self._thread = threading.Thread(target=self._run, name=f"kv-in-{number}", daemon=True)
@@ -93,24 +98,34 @@ class Inbound:
 
     def close(self) -> None:
         """Ask for the end. On shm only our half closes: the peer's half is its proof."""
-        how = socket.SHUT_WR if self._one_sided and self.is_admitted else socket.SHUT_RDWR
+        one_sided = self._carrier.fence == "one_sided"
+        how = socket.SHUT_WR if one_sided and self.is_admitted else socket.SHUT_RDWR
         with contextlib.suppress(OSError):
             self._sock.shutdown(how)
 
     def _run(self) -> None:
         try:
             admitted = self._admit()
-            if admitted is not None:
-                self._serve_until_lost(admitted)
+            if admitted is None:
+                return
+            reader = Reader(self._sock, self._sink.limits.stall_s)
+            inlet = self._inlet(reader, admitted)
+            if inlet is None:
+                return
+            try:
+                self._serve_until_lost(reader, inlet, admitted)
+            finally:
+                inlet.close()
         finally:
             self._sink.ended(self._number)
             self._sock.close()
 
     def _admit(self) -> Admitted | None:
-        sink, memory = self._sink, self._sink.memory
+        sink, memory = self._sink, self._memory
         try:
-            if not self._one_sided:
+            if self._carrier.control == "tcp":
                 tcp.tune(self._sock, sink.limits.socket_buffer_bytes)
+            self._checksum = _checksum(sink.checksum, self._carrier)
             admitted = admit(
                 self._sock,
                 decode=sink.worker,
@@ -122,18 +137,33 @@ class Inbound:
             )
             self._outgoing = admitted.outgoing
             self.is_admitted = True
-            if self._one_sided:
-                shm.share(self._sock, memory)
         except (ServingError, OSError) as error:
             sink.refused(str(error))
             return None
         return admitted
 
-    def _serve_until_lost(self, admitted: Admitted) -> None:
-        reader = Reader(self._sock, self._sink.limits.stall_s)
+    def _inlet(self, reader: Reader, admitted: Admitted) -> Inlet | None:
+        try:
+            return self._carrier.inlet(
+                Receiving(
+                    sock=self._sock,
+                    reader=reader,
+                    memory=self._memory,
+                    worker=self._sink.worker,
+                    admitted=admitted,
+                    limits=self._sink.limits,
+                )
+            )
+        except (ServingError, OSError, ValueError) as error:
+            reason = f"no {self._carrier.name} from {admitted.source.worker_id}: {error}"
+            self._sink.refused(reason)
+            return None
+
+    def _serve_until_lost(self, reader: Reader, inlet: Inlet, admitted: Admitted) -> None:
+        stopped = False
         problem = f"the connection to {admitted.source.worker_id} has ended"
         try:
-            self._serve(reader, admitted)
+            stopped = self._serve(reader, inlet, admitted)
         except ProtocolError as error:
             problem = f"{admitted.source.worker_id} broke the KV protocol: {error}"
             self._sink.refused(problem)
@@ -141,38 +171,48 @@ class Inbound:
             problem = f"the connection to {admitted.source.worker_id} was lost: {error}"
         lost = TransferError(problem)
         self.close()
-        if self._one_sided:
+        if self._carrier.fence == "one_sided":
             self._sink.apply(lambda ledger: ledger.connection_cut(self._number, lost))
-            reader.wait_for_end()
+            inlet.wait_until_quiet(stopped)
         self._sink.apply(lambda ledger: ledger.connection_lost(self._number, lost))
 
-    def _serve(self, reader: Reader, admitted: Admitted) -> None:
-        inlet: Inlet = shm.ShmInlet()
-        if not self._one_sided:
-            inlet = tcp.TcpInlet(reader, self._sink.memory)
+    def _serve(self, reader: Reader, inlet: Inlet, admitted: Admitted) -> bool:
+        """True where the peer has said that it has stopped."""
         while (header := reader.header()) is not None:
             frame = decode(header, FROM_SOURCE)
-            if frame.kind is Kind.CHUNK:
+            if frame.kind in {Kind.CHUNK, Kind.PROBE}:
                 check_tag(header, b"", admitted.incoming)
-                self._take_chunk(frame, inlet)
-            else:
-                payload = reader.payload(frame.length)
-                check_tag(header, payload, admitted.incoming)
-                self._sink.apply(self._control(frame, bytes(payload), inlet))
+                if frame.kind is Kind.CHUNK:
+                    self._take_chunk(frame, inlet)
+                else:
+                    self._take_probe(frame, inlet)
+                continue
+            payload = reader.payload(frame.length)
+            check_tag(header, payload, admitted.incoming)
+            if frame.kind is Kind.STOPPED:
+                return True
+            self._sink.apply(self._control(frame, bytes(payload)))
+        return False
 
-    def _control(self, frame: Frame, payload: bytes, inlet: Inlet) -> Callable[[GrantLedger], Step]:
+    def _control(self, frame: Frame, payload: bytes) -> Callable[[GrantLedger], Step]:
         generation, number = frame.generation, self._number
         if frame.kind is Kind.OPEN:
-            ref, fence = decode_attempt(payload), inlet.fence
+            ref, fence = decode_attempt(payload), self._carrier.fence
             return lambda ledger: ledger.bind(generation, ref, connection=number, fence=fence)
         if frame.kind is Kind.FINISH:
             return lambda ledger: ledger.finish(generation, payload, connection=number)
         error = decode_error(payload)
         return lambda ledger: ledger.source_stopped(generation, error, connection=number)
 
+    def _take_probe(self, frame: Frame, inlet: Inlet) -> None:
+        if frame.length > MAX_CHUNK_BYTES:
+            raise ProtocolError("a probe is too long", bytes=frame.length, limit=MAX_CHUNK_BYTES)
+        inlet.discard(frame.length)
+        self._sink.apply(lambda ledger: ledger.probed(self._number))
+
     def _take_chunk(self, frame: Frame, inlet: Inlet) -> None:
         sink, generation, chunk = self._sink, frame.generation, frame.chunk
-        unit = self._geometry.unit
+        unit = self._unit
         if frame.length != chunk.num_layers * chunk.num_blocks * unit:
             raise ProtocolError("a chunk's length is not that of its blocks", bytes=frame.length)
         if frame.length > max(MAX_CHUNK_BYTES, unit):
@@ -181,15 +221,12 @@ class Inbound:
         if blocks is None:
             inlet.discard(frame.length)
             return
-        places = self._geometry.extents(chunk, blocks)
-        complete = inlet.receive(places, lambda: sink.may_copy(generation))
-        intact = not complete or frame.crc == chunk_crc(
-            self._checksum, self._view, self._geometry, chunk, blocks
-        )
+        complete = inlet.receive(chunk, blocks, lambda: sink.may_copy(generation))
+        intact = not complete or frame.crc == inlet.crc(self._checksum, chunk, blocks)
         sink.apply(lambda ledger: ledger.end_chunk(generation, chunk, intact=intact))
 
 
-def _checksum(choice: ChecksumChoice, *, one_sided: bool) -> Checksum:
+def _checksum(choice: ChecksumChoice, carrier: Carrier) -> Checksum:
     if choice == "auto":
-        return "sampled" if one_sided else "full"
+        return "full" if carrier.name == "tcp" else "sampled"
     return choice

@@ -6,9 +6,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from kvtransfer.checksum import Checksum
 from kvtransfer.frames import HEADER_BYTES
-from kvtransfer.interface import Fence
-from kvtransfer.plan import Extent
+from kvtransfer.plan import Chunk
+from protocol.ids import BlockId
 
 MAX_BUFFERS = 1024  # IOV_MAX
 _LOOK_S = 0.25  # how long a receiver that waits for bytes stays blind to an abort
@@ -18,19 +19,29 @@ _SCRATCH_BYTES = 256 * 1024
 class Inlet(Protocol):
     """How one transport gets a chunk's bytes into the granted pages."""
 
-    fence: Fence
-
-    def receive(self, places: Sequence[Extent], wanted: Callable[[], bool]) -> bool:
+    def receive(self, chunk: Chunk, blocks: Sequence[BlockId], wanted: Callable[[], bool]) -> bool:
         """False where the chunk was no longer wanted on the way: the rest was thrown away.
 
         Raises:
-            OSError: the connection is of no more use.
+            OSError, ProtocolError: the connection is of no more use.
         """
         ...
 
     def discard(self, num_bytes: int) -> None:
-        """Throw away the bytes of a chunk that must not be written."""
+        """Throw away the bytes of a chunk that must not be written. Raises as ``receive``."""
         ...
+
+    def crc(self, checksum: Checksum, chunk: Chunk, blocks: Sequence[BlockId]) -> int:
+        """The check of the chunk as it is in the blocks now."""
+        ...
+
+    def wait_until_quiet(self, stopped: bool) -> None:
+        """After the last frame: return when nothing can write over this connection any more.
+        ``stopped``: the peer has said so itself.
+        """
+        ...
+
+    def close(self) -> None: ...
 
 
 class Reader:

@@ -23,7 +23,8 @@ from protocol.ids import AttemptRef, BlockId, Generation, WorkerRef
 from protocol.kv import Grant, KVLayout
 
 ConnectionId = NewType("ConnectionId", int)  # one authenticated connection of one prefill worker
-NoticeKind = Literal["opened", "refused", "committed", "cancel"]
+NoticeKind = Literal["opened", "refused", "committed", "cancel", "probed"]
+NO_GRANT = Generation(0)  # of notices about no grant
 
 MAX_TOMBSTONES = 4096
 
@@ -252,6 +253,12 @@ class GrantLedger:
             self._count_late(generation)
             return NOTHING
         return self._stop(entry, error)
+
+    @staticmethod
+    def probed(connection: ConnectionId) -> Step:
+        """Bytes that measure the connection have come, and concern no grant."""
+        notice = Notice(connection=connection, kind="probed", generation=NO_GRANT)
+        return Step(notices=(notice,))
 
     def connection_cut(self, connection: ConnectionId, error: TransferError) -> Step:
         """The connection is of no more use, but its other end may still write: what it has open

@@ -20,8 +20,14 @@ class TransferLimits:
     """Stays in the core's own cache between its checksum and the socket. At most 16 MB."""
     shm_frame_bytes: int = 4 * 1024 * 1024
     """An abort waits for one frame, and each costs the peer 40 us. At most 16 MB."""
+    nixl_frame_bytes: int = 1024 * 1024
+    """Also a slot of the landing. Larger ones leave the cache between the write and the copy."""
+    nixl_slots: int = 4
+    """Chunks under way at once: one is written while others are copied to their blocks."""
     socket_buffer_bytes: int = 256 * 1024
     """Of tcp. What is under way stays in cache: on loopback this is 2 to 4 times as fast as the
     kernel's own choice. A long fat link needs its bandwidth times its delay."""
+    probe_bytes: int = 2 * 1024 * 1024
+    """Sent once over a new connection to measure it. 0: it is not measured."""
     max_connections: int = 256
     max_handshakes: int = 32

@@ -35,8 +35,18 @@ class Outlet(Protocol):
         """
         ...
 
+    def probe(self, num_bytes: int) -> float | None:
+        """Move so many bytes that nobody wants, at most a frame: bytes in a second, or None where
+        the peer will answer each call by PROBED. Raises as ``write``.
+        """
+        ...
+
     def flush(self) -> None:
         """Announce all that has been written; due before any control frame. Raises as ``write``."""
+        ...
+
+    def close(self) -> None:
+        """Nothing is being written, or ever will be, when this returns."""
         ...
 
 

@@ -11,23 +11,24 @@ import fcntl
 import os
 import secrets
 import socket
+import time
 from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from kvtransfer.checksum import chunk_crc
+from kvtransfer.carrier import Receiving, Sending, Transport
+from kvtransfer.checksum import Checksum, chunk_crc
 from kvtransfer.frames import Frame, Kind, encode
-from kvtransfer.handshake import Connected
 from kvtransfer.interface import Fence, KVMemory
-from kvtransfer.limits import TransferLimits
 from kvtransfer.memory import buffer, map_shared
 from kvtransfer.outlet import send_all
-from kvtransfer.plan import Chunk, Extent, Geometry, check_blocks, runs
+from kvtransfer.pages import HostPages
+from kvtransfer.plan import Chunk, Geometry, check_blocks, runs
 from protocol.errors import TransferError
-from protocol.ids import BlockId, Generation
+from protocol.ids import BlockId, Generation, WorkerRef
 
-FENCE: Fence = "one_sided"
 _ANNOUNCE_BYTES = 8 * 1024 * 1024  # waking the other process costs as much as copying 100 KB
 
 
@@ -60,30 +61,71 @@ def host_id() -> str:
     return f"{boot}/{os.stat('/proc/self/ns/net').st_ino}"
 
 
-def share(sock: socket.socket, memory: KVMemory) -> None:
-    """Give the memory to the peer that has just been admitted."""
-    assert memory.share is not None
-    socket.send_fds(sock, [b"M"], [memory.share])
+def process_id() -> str:
+    """Equal in two places of one host exactly when they are one process."""
+    with open("/proc/self/stat", encoding="ascii", errors="replace") as file:
+        started = file.read().rpartition(")")[2].split()[19]
+    return f"{os.getpid()}/{started}"
+
+
+class ShmCarrier:
+    name: ClassVar[Transport] = "shm"
+    control: ClassVar[Literal["unix", "tcp"]] = "unix"
+    fence: ClassVar[Fence] = "one_sided"
+    on_device: ClassVar[bool] = False
+
+    def problem(self, memory: KVMemory) -> str | None:
+        return None
+
+    def prepare(self, memory: KVMemory, worker: WorkerRef) -> None:
+        """Nothing is shared."""
+
+    def outlet(self, sending: Sending) -> "ShmOutlet":
+        return ShmOutlet(sending)
+
+    def inlet(self, receiving: Receiving) -> "ShmInlet":
+        return ShmInlet(receiving)
+
+    def close(self) -> None:
+        """Nothing is shared."""
 
 
 class ShmInlet:
     """The decode end: the bytes are in place before they are announced."""
 
-    fence: Fence = FENCE
+    def __init__(self, receiving: Receiving) -> None:
+        _share(receiving.sock, receiving.memory)
+        self._reader = receiving.reader
+        self._pages = HostPages(receiving.memory)
 
-    def receive(self, places: Sequence[Extent], wanted: Callable[[], bool]) -> bool:
+    def receive(
+        self,
+        chunk: Chunk,
+        blocks: Sequence[BlockId],
+        wanted: Callable[[], bool],
+    ) -> bool:
         return wanted()
 
     def discard(self, num_bytes: int) -> None:
         """No bytes follow a notice."""
 
+    def crc(self, checksum: Checksum, chunk: Chunk, blocks: Sequence[BlockId]) -> int:
+        return self._pages.crc(checksum, chunk, blocks)
+
+    def wait_until_quiet(self, stopped: bool) -> None:
+        """The end of the stream, as the peer or its death makes it."""
+        self._reader.wait_for_end()
+
+    def close(self) -> None:
+        """Nothing is held."""
+
 
 class ShmOutlet:
     """The prefill end. Takes the descriptor that follows the handshake."""
 
-    def __init__(
-        self, sock: socket.socket, memory: KVMemory, connected: Connected, limits: TransferLimits
-    ) -> None:
+    def __init__(self, sending: Sending) -> None:
+        sock, memory, connected = sending.sock, sending.memory, sending.connected
+        limits = sending.limits
         target = map_shared(memory.layout, connected.num_blocks, _receive_fd(sock))
         self._sock = sock
         self._seal = connected.outgoing
@@ -92,7 +134,7 @@ class ShmOutlet:
         self.frame_bytes = limits.shm_frame_bytes
         self._view = buffer(memory)
         self._geometry = Geometry(memory.layout, memory.num_blocks)
-        self._target_blocks = target.num_blocks
+        self._target = target
         self._rows = _rows(memory)
         self._target_rows = _rows(target)
         self._notices: list[bytes] = []
@@ -105,7 +147,7 @@ class ShmOutlet:
         source_blocks: Sequence[BlockId],
         target_blocks: Sequence[BlockId],
     ) -> None:
-        check_blocks(target_blocks, self._target_blocks, side="granted")
+        check_blocks(target_blocks, self._target.num_blocks, side="granted")
         unit = self._geometry.unit
         first, last = chunk.first_layer, chunk.first_layer + chunk.num_layers
         source, target = self._rows, self._target_rows
@@ -122,15 +164,33 @@ class ShmOutlet:
         if self._unannounced_bytes >= _ANNOUNCE_BYTES:
             self.flush()
 
+    def probe(self, num_bytes: int) -> float:
+        """Reads the decode rank's memory: only a granted page may be written."""
+        mapped = buffer(self._target)
+        num_bytes = min(num_bytes, len(mapped))
+        here = bytearray(mapped[:num_bytes])
+        started = time.perf_counter()
+        here[:] = mapped[:num_bytes]
+        return num_bytes / (time.perf_counter() - started)
+
     def flush(self) -> None:
         if self._notices:
             notices, self._notices, self._unannounced_bytes = self._notices, [], 0
             send_all(self._sock, notices, self._stall_s)
 
+    def close(self) -> None:
+        """This thread alone writes, so nothing is being written now."""
+
 
 def _rows(memory: KVMemory) -> npt.NDArray[np.uint8]:
     """(layers, bytes of a layer): one copy moves a run of blocks of several layers."""
     return np.frombuffer(buffer(memory), np.uint8).reshape(memory.layout.num_layers, -1)
+
+
+def _share(sock: socket.socket, memory: KVMemory) -> None:
+    """Give the memory to the peer that has just been admitted."""
+    assert memory.share is not None
+    socket.send_fds(sock, [b"M"], [memory.share])
 
 
 def _receive_fd(sock: socket.socket) -> int:

@@ -13,11 +13,12 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from typing import Literal
 
 from kvtransfer import shm, tcp
+from kvtransfer.carrier import Carrier, Transport, TransportChoice
+from kvtransfer.carriers import make_carriers
 from kvtransfer.checksum import ChecksumChoice
 from kvtransfer.inbound import Inbound
 from kvtransfer.interface import KVMemory, OnSinkEvent
@@ -29,8 +30,7 @@ from protocol.ids import BlockId, Generation, WorkerRef
 from protocol.kv import Grant, KVEndpoint
 from runtime.log import get_log
 
-Transport = Literal["shm", "tcp"]
-TRANSPORTS: tuple[Transport, ...] = ("shm", "tcp")
+OFFERED_BY_AUTO: tuple[Transport, ...] = ("shm", "tcp")
 
 _log = get_log(__name__)
 _REFUSALS_LOGGED_EVERY_S = 10.0
@@ -42,7 +42,7 @@ def make_sink(
     worker: WorkerRef,
     on_event: OnSinkEvent,
     *,
-    transports: Sequence[Transport] = TRANSPORTS,
+    transport: TransportChoice = "auto",
     host: str = "127.0.0.1",
     port: int = 0,
     advertise_host: str | None = None,
@@ -50,36 +50,54 @@ def make_sink(
     checksum: ChecksumChoice = "auto",
     limits: TransferLimits | None = None,
 ) -> "Sink":
-    """A sink that listens already. ``shm`` is left out where ``memory`` cannot be shared.
+    """A sink that listens already, with ``auto`` for every transport that ``memory`` allows.
 
     ``on_event`` is called under the sink's lock, from its threads and from within ``abort``: it
     must hand the event over and return. ``port`` 0 takes any free one.
 
     Raises:
-        ConfigError: the address cannot be bound, or would be open to strangers.
+        ConfigError: this process cannot do ``transport``, or the address cannot be bound or would
+            be open to strangers.
     """
     limits = limits or TransferLimits()
-    if "tcp" in transports and cluster_key is None and not _is_loopback(host):
+    carriers = make_carriers()
+    offered = [
+        name
+        for name in (OFFERED_BY_AUTO if transport == "auto" else (transport,))
+        if _can(carriers[name], memory, forced=transport != "auto")
+    ]
+    over_tcp = any(carriers[name].control == "tcp" for name in offered)
+    if over_tcp and cluster_key is None and not _is_loopback(host):
         raise ConfigError(
             f"KV host is {host!r}: only loopback is open without a cluster key; set the key"
         )
-    if "tcp" in transports and advertise_host is None and _is_any(host):
+    if over_tcp and advertise_host is None and _is_any(host):
         raise ConfigError(f"KV host is {host!r}: set the host that prefill workers can reach")
     listeners: dict[Transport, socket.socket] = {}
     addresses: dict[str, str] = {}
-    if "shm" in transports and memory.share is not None:
-        listeners["shm"], addresses["shm"] = shm.listen()
-    if "tcp" in transports:
+    for name in offered:
+        if carriers[name].control == "unix":
+            listeners[name], addresses[name] = shm.listen()
+            continue
+        at = port if name == "tcp" else 0
         try:
-            listeners["tcp"] = tcp.listen(host, port, limits.socket_buffer_bytes)
+            listeners[name] = tcp.listen(host, at, limits.socket_buffer_bytes)
         except OSError as error:
-            raise ConfigError(f"cannot listen for KV on {host}:{port}: {error}") from error
-        addresses["tcp"] = tcp.address_of(listeners["tcp"], advertise_host or host)
-    endpoint = KVEndpoint(host_id=shm.host_id(), num_blocks=memory.num_blocks, addresses=addresses)
+            for listener in listeners.values():
+                listener.close()
+            raise ConfigError(f"cannot listen for KV on {host}:{at}: {error}") from error
+        addresses[name] = tcp.address_of(listeners[name], advertise_host or host)
+    endpoint = KVEndpoint(
+        host_id=shm.host_id(),
+        process_id=shm.process_id(),
+        num_blocks=memory.num_blocks,
+        addresses=addresses,
+    )
     return Sink(
         memory=memory,
         worker=worker,
         on_event=on_event,
+        carriers=carriers,
         listeners=listeners,
         endpoint=endpoint,
         cluster_key=cluster_key,
@@ -97,6 +115,7 @@ class Sink:
         memory: KVMemory,
         worker: WorkerRef,
         on_event: OnSinkEvent,
+        carriers: Mapping[Transport, Carrier],
         listeners: dict[Transport, socket.socket],
         endpoint: KVEndpoint,
         cluster_key: bytes | None,
@@ -119,6 +138,7 @@ class Sink:
         self._closing = False
         self._refused_connections = 0
         self._last_logged_s = float("-inf")
+        self._carriers = carriers
         self._listeners = listeners
         self._wake, self._woken = socket.socketpair()
         self._acceptor = threading.Thread(target=self._accept, name="kv-accept", daemon=True)
@@ -230,13 +250,28 @@ class Sink:
             )
             if not full:
                 number = ConnectionId(next(self._ids))
-                connection = Inbound(self, number, one_sided=transport == "shm", sock=sock)
+                connection = Inbound(
+                    self,
+                    number,
+                    carrier=self._carriers[transport],
+                    memory=self.memory,
+                    sock=sock,
+                )
                 self._connections[number] = connection
         if full:
             sock.close()
             self.refused("too many KV connections")
             return
         connection.start()
+
+
+def _can(carrier: Carrier, memory: KVMemory, *, forced: bool) -> bool:
+    problem = carrier.problem(memory)
+    if carrier.name == "shm" and memory.share is None:
+        problem = "this rank's KV memory is not shared memory"
+    if problem is not None and forced:
+        raise ConfigError(f"kv.transport is {carrier.name}: {problem}")
+    return problem is None
 
 
 def _is_loopback(host: str) -> bool:

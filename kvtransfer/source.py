@@ -6,26 +6,27 @@ with ``auto``, TCP also takes over where shared memory turns out not to work.
 """
 
 import contextlib
-import socket
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
 
 from kvtransfer import shm, tcp
+from kvtransfer.carrier import Sending, Transport, TransportChoice
+from kvtransfer.carriers import make_carriers
 from kvtransfer.channel import Abort, Channel, Finish, Line, Pushing, Send
-from kvtransfer.handshake import Connected, connect
+from kvtransfer.choice import Here, Route, routes
+from kvtransfer.handshake import connect
 from kvtransfer.interface import KVMemory
 from kvtransfer.limits import MAX_CONTROL_BYTES, TransferLimits
-from kvtransfer.outlet import Outlet
+from kvtransfer.links import Link
 from kvtransfer.plan import Chunk, check_blocks, check_layers
-from protocol.errors import LayoutMismatch, ServingError, TransferError
-from protocol.ids import BlockId, WorkerRef
-from protocol.kv import Grant, KVEndpoint
+from protocol.errors import ConfigError, LayoutMismatch, ServingError, TransferError
+from protocol.ids import BlockId, WorkerId, WorkerRef
+from protocol.kv import Grant
+from protocol.workers import LinkReport
 from runtime.log import get_log
 
 _log = get_log(__name__)
-TransportChoice = Literal["auto", "shm", "tcp"]
 
 
 def make_source(
@@ -36,7 +37,11 @@ def make_source(
     cluster_key: bytes | None = None,
     limits: TransferLimits | None = None,
 ) -> "Source":
-    """``worker`` is this prefill worker; ``transport`` other than ``auto`` allows only that one."""
+    """``worker`` is this prefill worker; ``transport`` other than ``auto`` allows only that one.
+
+    Raises:
+        ConfigError: this process cannot do ``transport``.
+    """
     return Source(
         memory=memory,
         worker=worker,
@@ -60,13 +65,18 @@ class Source:
     ) -> None:
         self._memory = memory
         self._worker = worker
-        self._transport: TransportChoice = transport
+        self._choice: TransportChoice = transport
         self._cluster_key = cluster_key
         self._limits = limits
         self._digest = memory.layout.digest()
-        self._host_id = shm.host_id()
+        self._here = Here(host_id=shm.host_id(), process_id=shm.process_id())
+        self._carriers = make_carriers()
+        self._problems: dict[Transport, str | None] = {}
+        if transport != "auto" and (problem := self._problem(transport)) is not None:
+            raise ConfigError(f"kv.transport is {transport}: {problem}")
         self._lock = threading.Lock()
         self._channels: dict[WorkerRef, Channel] = {}
+        self._links: dict[WorkerId, Link] = {}
         self._closed = False
 
     def open(self, grant: Grant) -> "GrantPush":
@@ -76,10 +86,10 @@ class Source:
                 f"{grant.decode.worker_id} has KV layout {grant.layout_digest}, "
                 f"this worker {self._digest}"
             )
-        routes = self._routes(grant.endpoint)
+        ways = routes(self._choice, grant.endpoint, self._here, self._problem)
         pushing = Pushing(grant=grant)
         while True:
-            channel = self._channel(grant.decode, routes)
+            channel = self._channel(grant.decode, ways)
             if channel.open(pushing):
                 return GrantPush(pushing, channel, self._memory)
 
@@ -94,24 +104,22 @@ class Source:
             channel.close()
         for channel in channels:
             channel.join(self._limits.handshake_s)
+        for carrier in self._carriers.values():
+            carrier.close()
 
-    def _routes(self, endpoint: KVEndpoint) -> Sequence[tuple[str, str]]:
-        routes = [
-            (name, endpoint.addresses[name])
-            for name in ("shm", "tcp")
-            if name in endpoint.addresses
-            and self._transport in {"auto", name}
-            and (name != "shm" or endpoint.host_id == self._host_id)
-        ]
-        if not routes:
-            offered = ", ".join(sorted(endpoint.addresses)) or "nothing"
-            raise TransferError(
-                f"no KV transport to the decode rank: it offers {offered}, this worker uses "
-                f"{self._transport}, and shm needs one host"
-            )
-        return routes
+    def links(self) -> tuple[LinkReport, ...]:
+        """Of every decode rank that has been reached. Thread-safe."""
+        with self._lock:
+            links = list(self._links.values())
+        reports = (link.report() for link in links)
+        return tuple(report for report in reports if report is not None)
 
-    def _channel(self, decode: WorkerRef, routes: Sequence[tuple[str, str]]) -> Channel:
+    def _problem(self, transport: Transport) -> str | None:
+        if transport not in self._problems:
+            self._problems[transport] = self._carriers[transport].problem(self._memory)
+        return self._problems[transport]
+
+    def _channel(self, decode: WorkerRef, ways: Sequence[Route]) -> Channel:
         with self._lock:
             if self._closed:
                 raise TransferError("the prefill worker is shutting down")
@@ -119,7 +127,9 @@ class Source:
             if channel is None:
                 channel = self._channels[decode] = Channel(
                     layout=self._memory.layout,
-                    dial=partial(self._dial, decode, routes),
+                    pool_bytes=self._memory.num_bytes,
+                    link=self._links.setdefault(decode.worker_id, Link(decode.worker_id)),
+                    dial=partial(self._dial, decode, ways),
                     limits=self._limits,
                     name=decode.worker_id,
                     on_ended=partial(self._forget, decode),
@@ -131,31 +141,33 @@ class Source:
             if self._channels.get(decode) is channel:
                 del self._channels[decode]
 
-    def _dial(self, decode: WorkerRef, routes: Sequence[tuple[str, str]]) -> Line:
+    def _dial(self, decode: WorkerRef, ways: Sequence[Route]) -> Line:
         problem: TransferError | None = None
-        for name, address in routes:
+        for route in ways:
             try:
-                return self._connect(decode, name, address)
+                return self._connect(decode, route)
             except LayoutMismatch:
                 raise
             except TransferError as error:
                 problem = error
                 _log.warning(
-                    "kv connection failed", to=decode.worker_id, transport=name, reason=str(error)
+                    "kv connection failed",
+                    to=decode.worker_id,
+                    transport=route.transport,
+                    reason=str(error),
                 )
         assert problem is not None
         raise problem
 
-    def _connect(self, decode: WorkerRef, name: str, address: str) -> Line:
-        make_outlet: Callable[[socket.socket, KVMemory, Connected, TransferLimits], Outlet] = (
-            shm.ShmOutlet if name == "shm" else tcp.TcpOutlet
-        )
-        limits = self._limits
+    def _connect(self, decode: WorkerRef, route: Route) -> Line:
+        name, address = route.transport, route.address
+        carrier, limits = self._carriers[name], self._limits
         with contextlib.ExitStack() as undo:
             try:
+                carrier.prepare(self._memory, self._worker)
                 sock = undo.enter_context(
                     shm.connect(address, limits.handshake_s)
-                    if name == "shm"
+                    if carrier.control == "unix"
                     else tcp.connect(address, limits.handshake_s, limits.socket_buffer_bytes)
                 )
                 connected = connect(
@@ -166,7 +178,15 @@ class Source:
                     cluster_key=self._cluster_key,
                     timeout_s=limits.handshake_s,
                 )
-                outlet = make_outlet(sock, self._memory, connected, limits)
+                outlet = carrier.outlet(
+                    Sending(
+                        sock=sock,
+                        memory=self._memory,
+                        worker=self._worker,
+                        connected=connected,
+                        limits=limits,
+                    )
+                )
             except TransferError:
                 raise
             except (ServingError, OSError, ValueError) as error:
@@ -177,6 +197,8 @@ class Source:
             return Line(
                 sock=sock,
                 outlet=outlet,
+                route=route,
+                fence=carrier.fence,
                 incoming=connected.incoming,
                 outgoing=connected.outgoing,
             )

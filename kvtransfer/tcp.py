@@ -8,19 +8,17 @@ thrown away, and an aborted grant is quiet as soon as the receiver has looked.
 
 import socket
 from collections.abc import Callable, Sequence
+from typing import ClassVar, Literal
 
-from kvtransfer.checksum import chunk_crc
-from kvtransfer.frames import Frame, Kind, encode
-from kvtransfer.handshake import Connected
-from kvtransfer.inlet import Reader
+from kvtransfer.carrier import Receiving, Sending, Transport
+from kvtransfer.checksum import Checksum
+from kvtransfer.frames import NO_GRANT, Frame, Kind, encode
 from kvtransfer.interface import Fence, KVMemory
-from kvtransfer.limits import TransferLimits
-from kvtransfer.memory import buffer
 from kvtransfer.outlet import send_all
-from kvtransfer.plan import Chunk, Extent, Geometry
-from protocol.ids import BlockId, Generation
+from kvtransfer.pages import HostPages
+from kvtransfer.plan import Chunk
+from protocol.ids import BlockId, Generation, WorkerRef
 
-FENCE: Fence = "receiver_checked"
 KEEPALIVE_IDLE_S, KEEPALIVE_INTERVAL_S, KEEPALIVE_PROBES = 5, 2, 3
 
 
@@ -64,19 +62,38 @@ def tune(sock: socket.socket, buffer_bytes: int) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, KEEPALIVE_PROBES)
 
 
+class TcpCarrier:
+    name: ClassVar[Transport] = "tcp"
+    control: ClassVar[Literal["unix", "tcp"]] = "tcp"
+    fence: ClassVar[Fence] = "receiver_checked"
+    on_device: ClassVar[bool] = False
+
+    def problem(self, memory: KVMemory) -> str | None:
+        return None
+
+    def prepare(self, memory: KVMemory, worker: WorkerRef) -> None:
+        """Nothing is shared."""
+
+    def outlet(self, sending: Sending) -> "TcpOutlet":
+        return TcpOutlet(sending)
+
+    def inlet(self, receiving: Receiving) -> "TcpInlet":
+        return TcpInlet(receiving)
+
+    def close(self) -> None:
+        """Nothing is shared."""
+
+
 class TcpOutlet:
     """The prefill end."""
 
-    def __init__(
-        self, sock: socket.socket, memory: KVMemory, connected: Connected, limits: TransferLimits
-    ) -> None:
-        self._sock = sock
-        self._view = buffer(memory)
-        self._geometry = Geometry(memory.layout, memory.num_blocks)
-        self._seal = connected.outgoing
-        self._checksum = connected.checksum
-        self._stall_s = limits.stall_s
-        self.frame_bytes = limits.tcp_frame_bytes
+    def __init__(self, sending: Sending) -> None:
+        self._sock = sending.sock
+        self._pages = HostPages(sending.memory)
+        self._seal = sending.connected.outgoing
+        self._checksum = sending.connected.checksum
+        self._stall_s = sending.limits.stall_s
+        self.frame_bytes = sending.limits.tcp_frame_bytes
 
     def write(
         self,
@@ -85,30 +102,41 @@ class TcpOutlet:
         source_blocks: Sequence[BlockId],
         target_blocks: Sequence[BlockId],
     ) -> None:
-        geometry = self._geometry
-        crc = chunk_crc(self._checksum, self._view, geometry, chunk, source_blocks)
-        length = chunk.num_layers * chunk.num_blocks * geometry.unit
+        crc = self._pages.crc(self._checksum, chunk, source_blocks)
+        length = self._pages.num_bytes(chunk)
         header = encode(Frame(Kind.CHUNK, generation, chunk, length, crc), self._seal)
-        places = geometry.extents(chunk, source_blocks)
-        pages = [self._view[offset : offset + size] for offset, size in places]
-        send_all(self._sock, [header, *pages], self._stall_s)
+        places = self._pages.places(chunk, source_blocks)
+        send_all(self._sock, [header, *places], self._stall_s)
+
+    def probe(self, num_bytes: int) -> None:
+        header = encode(Frame(Kind.PROBE, NO_GRANT, length=num_bytes), self._seal)
+        send_all(self._sock, [header, self._pages.view[:num_bytes]], self._stall_s)
 
     def flush(self) -> None:
         """Nothing is held back."""
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class TcpInlet:
     """The decode end."""
 
-    fence: Fence = FENCE
+    def __init__(self, receiving: Receiving) -> None:
+        self._reader = receiving.reader
+        self._pages = HostPages(receiving.memory)
 
-    def __init__(self, reader: Reader, memory: KVMemory) -> None:
-        self._reader = reader
-        self._view = buffer(memory)
-
-    def receive(self, places: Sequence[Extent], wanted: Callable[[], bool]) -> bool:
-        pages = [self._view[offset : offset + length] for offset, length in places]
-        return self._reader.fill(pages, wanted)
+    def receive(self, chunk: Chunk, blocks: Sequence[BlockId], wanted: Callable[[], bool]) -> bool:
+        return self._reader.fill(self._pages.places(chunk, blocks), wanted)
 
     def discard(self, num_bytes: int) -> None:
         self._reader.discard(num_bytes)
+
+    def crc(self, checksum: Checksum, chunk: Chunk, blocks: Sequence[BlockId]) -> int:
+        return self._pages.crc(checksum, chunk, blocks)
+
+    def wait_until_quiet(self, stopped: bool) -> None:
+        """Only this thread writes into the pages."""
+
+    def close(self) -> None:
+        """Nothing is held."""

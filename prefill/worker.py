@@ -8,6 +8,7 @@ from pathlib import Path
 
 import anyio
 import torch
+from msgspec import structs
 
 from engine.collectives import ExpertGroup
 from engine.kvcache.block_pool import BlockPool
@@ -146,7 +147,7 @@ def _make_engine(  # noqa: PLR0917  partially applied
     registration = Registration(
         settings.bus.scheduler,
         info=lambda: info,
-        load=lambda: loop.load,
+        load=lambda: structs.replace(loop.load, links=source.links()),
         prefix=feed.take,
         key=key,
     )

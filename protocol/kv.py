@@ -46,12 +46,17 @@ class KVEndpoint(msgspec.Struct, frozen=True, kw_only=True):
     """Where a decode rank accepts KV, one address per transport that it listens on.
 
     ``addresses`` maps a transport's name ("shm", "tcp") to an address that only this transport
-    reads. ``host_id`` is equal on two ends exactly when they share a kernel, so shm can work.
+    reads. ``host_id`` is equal on two ends exactly when they share a kernel, so shm can work,
+    and ``process_id`` when they are one process. ``gpu`` is the GPU that holds the blocks and
+    ``domain`` the NVLink domain that it belongs to; both may be empty.
     """
 
     host_id: str
     num_blocks: int
     addresses: dict[str, str]
+    process_id: str = ""
+    gpu: str = ""
+    domain: str = ""
 
 
 class Grant(msgspec.Struct, frozen=True, kw_only=True):

@@ -59,6 +59,19 @@ class ExpertTraffic(msgspec.Struct, frozen=True, kw_only=True):
     groups_formed: int = 0  # how often the ranks have met, the first time included
 
 
+class LinkReport(msgspec.Struct, frozen=True, kw_only=True):
+    """How KV goes from one prefill worker to one decode rank, by the prefill worker's account."""
+
+    decode: WorkerId
+    transport: str
+    reason: str  # why this transport
+    bytes: int = 0  # written since the link first came up
+    seconds: float = 0.0  # of writing them
+    measured_bytes_per_s: float = 0.0  # by the probe when the link came up; 0 before it is over
+    expected_bytes_per_s: float = 0.0  # what such a path gives at least
+    lost: int = 0  # how often the link has ended
+
+
 class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     """A worker's own account, a moment ago. A hint: the worker still decides what it admits."""
 
@@ -80,6 +93,7 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     pushes: int = 0  # prefill: whole KV transfers, cumulative like the next two
     push_hidden_s: float = 0.0  # while the prompt was still being computed
     push_exposed_s: float = 0.0  # after that, until decode had committed
+    links: tuple[LinkReport, ...] = ()  # prefill
     traffic: ExpertTraffic | None = None  # decode
 
 

@@ -28,7 +28,8 @@ _JSON = re.compile(rb"application/(?:[a-z0-9.-]+\+)?json\s*(?:;.*)?\Z", re.IGNOR
 
 
 class Admission:
-    """ASGI middleware, outermost. Gives every request an id of ours in ``scope["state"]``.
+    """ASGI middleware, outermost. Gives every request an id of ours in ``scope["state"]``, and its
+    headers by name.
 
     ``answer_id`` is the key of everything inside. ``request_id`` is what logs and the response
     header show: the client's own where it sent a decent one, which is never used as a key.
@@ -50,7 +51,7 @@ class Admission:
         request_id = given if _CLIENT_ID.match(given) else answer_id.encode()
         scope.setdefault("state", {})
         state = scope["state"]
-        state |= {"answer_id": answer_id, "request_id": request_id.decode()}
+        state |= {"answer_id": answer_id, "request_id": request_id.decode(), "headers": headers}
         trace = trace_of(headers)
         state["trace"] = trace
 
@@ -123,7 +124,7 @@ async def read_json_body(scope: Scope, receive: Receive, *, timeout_s: float) ->
     Raises:
         HttpError: another content type, a body over the limit, or one that comes too slowly.
     """
-    headers = dict(scope["headers"])
+    headers: dict[bytes, bytes] = scope["state"]["headers"]
     if not _JSON.match(headers.get(b"content-type", b"")) or b"content-encoding" in headers:
         raise HttpError(
             HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
@@ -166,7 +167,8 @@ def time_allowed_s(scope: Scope, *, at_most: float) -> float:
     Raises:
         HttpError: the header is not a positive number of seconds.
     """
-    given = dict(scope["headers"]).get(b"x-request-timeout")
+    headers: dict[bytes, bytes] = scope["state"]["headers"]
+    given = headers.get(b"x-request-timeout")
     if given is None:
         return at_most
     if not _SECONDS.match(given) or not float(given):

@@ -13,6 +13,7 @@ headrace_worker_blocks{worker,role,state}       free, cached, granted, active, q
 headrace_worker_step_seconds{worker,role}
 headrace_worker_tokens_per_second{worker,role}
 headrace_worker_prefix_hit_tokens_total{worker,role}
+headrace_link_...                               see ``server.link_metrics``
 headrace_expert_...                             see ``server.expert_metrics``
 """
 
@@ -24,6 +25,7 @@ from prometheus_client.registry import Collector
 from protocol.workers import WorkerLoad
 from server.cluster import Cluster
 from server.expert_metrics import expert_metrics, traffic_metrics
+from server.link_metrics import link_metrics
 
 _WORKER = ("worker", "role")
 
@@ -60,6 +62,7 @@ class ClusterMetrics(Collector):
         yield from self._workers()
         yield from expert_metrics(cluster.members, cluster.expert_reports)
         yield from traffic_metrics(cluster.members)
+        yield from link_metrics(cluster.members)
 
     def _workers(self) -> Iterable[Metric]:
         up = GaugeMetricFamily("headrace_worker_up", "The gateway has a link to it", labels=_WORKER)

@@ -30,6 +30,9 @@ class Exchange(Protocol):
         """The client has gone; what is written goes nowhere."""
         ...
 
+    quiet: bool
+    """Made false by every write. Whoever wants to know how long it has been quiet makes it true."""
+
     def listen(self, on_change: Callable[[], None] | None) -> None:
         """Call ``on_change``, from now on, when ``clear`` becomes true or the client is lost."""
         ...
@@ -64,6 +67,7 @@ def finish_at_once(sending: Awaitable[None]) -> None:
 class _PlainExchange:
     clear = True
     lost = False
+    quiet = True
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -72,6 +76,7 @@ class _PlainExchange:
         pass
 
     def write(self, data: bytes) -> None:
+        self.quiet = False
         finish_at_once(self._send({"type": "http.response.body", "body": data, "more_body": True}))
 
     def abort(self) -> None:
@@ -79,13 +84,15 @@ class _PlainExchange:
 
 
 class _UvicornExchange:
-    __slots__ = ("_cycle", "_on_change", "clear", "lost")
+    __slots__ = ("_cycle", "_on_change", "_write", "clear", "lost", "quiet")
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
         self._on_change: Callable[[], None] | None = None
+        self._write: Callable[[bytes], None] | None = None  # once a body has begun
         self.clear = not cycle.flow.write_paused
         self.lost = False
+        self.quiet = True
 
     @property
     def over(self) -> bool:
@@ -97,16 +104,28 @@ class _UvicornExchange:
 
     def change(self, *, clear: bool, lost: bool) -> None:
         self.clear, self.lost = clear, lost
+        if lost:
+            self._write = _discard
         if self._on_change is not None:
             self._on_change()
 
     def write(self, data: bytes) -> None:
+        self.quiet = False
+        write = self._write or self._begin()
+        write(b"%x\r\n%b\r\n" % (len(data), data))
+
+    def _begin(self) -> Callable[[bytes], None]:
         cycle = self._cycle
-        if not self.lost and cycle.chunked_encoding:  # HEAD has no body
-            cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        # HEAD has no body.
+        self._write = cycle.transport.write if cycle.chunked_encoding else _discard
+        return self._write
 
     def abort(self) -> None:
         self._cycle.transport.abort()
+
+
+def _discard(_data: bytes) -> None:
+    pass
 
 
 class ExchangeProtocol(HttpToolsProtocol):

@@ -9,25 +9,17 @@ R rows in an exchange   W width of a row
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from engine.experts.rows import columns_of, pack, row_bytes, unpack
 from engine.experts.transport import Arrived, Dispatch, Returned
 
-_ALIGNMENT = 8
 _PADDED_BYTES = 256 * 1024
 _MOST_PADDING = 1.6
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Column:
-    first: int  # bytes
-    width: int
-    dtype: torch.dtype
 
 
 class RowsOnTheWay(Protocol):
@@ -47,7 +39,11 @@ class RowGroup(Protocol):
     def tokens_of_rank(self) -> tuple[int, ...]: ...
 
     def exchange_rows(
-        self, rows_RW: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
+        self,
+        rows_RW: Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        into_RW: Tensor | None = None,
     ) -> RowsOnTheWay: ...
 
 
@@ -86,7 +82,7 @@ class _AllToAllDispatch:
         self._first_slot = group.rank * slots_per_rank
         self._end_slot = self._first_slot + slots_per_rank
         packed = (*payloads, slot_TK.to(torch.int32))
-        self._columns = _columns(packed)
+        self._columns = columns_of(packed)
         num_ranks = group.world_size
         self.sent_bytes = 0
         self._rank_TK = torch.where(slot_TK < 0, num_ranks, slot_TK // slots_per_rank)
@@ -94,11 +90,11 @@ class _AllToAllDispatch:
         if sends_padded(
             group.tokens_of_rank,
             num_chosen=slot_TK.shape[1],
-            row_bytes=_row_bytes(self._columns),
+            row_bytes=row_bytes(self._columns),
         ):
             self._sent = [len(slot_TK)] * num_ranks
             self._received = list(group.tokens_of_rank)
-            rows_RW = _pack(packed, self._columns, copies=num_ranks)
+            rows_RW = pack(packed, self._columns, copies=num_ranks)
         else:
             self._goes_TN = destinations(self._rank_TK, num_ranks)
             counts_N = self._goes_TN.sum(dim=0)
@@ -107,7 +103,7 @@ class _AllToAllDispatch:
             self._sent = counts_N.tolist()  # host sync
             self._received = counts.wait().flatten().tolist()  # host sync
             token_R = self._goes_TN.t().nonzero()[:, 1]
-            rows_RW = _pack(packed, self._columns, copies=1).index_select(0, token_R)
+            rows_RW = pack(packed, self._columns, copies=1).index_select(0, token_R)
         self._on_the_way = self._exchange(rows_RW, self._sent, self._received)
         self._present_BK: Tensor | None = None
         self._place_TJ = self._rank_TK
@@ -115,7 +111,7 @@ class _AllToAllDispatch:
         self._dtype = torch.uint8
 
     def receive(self) -> Arrived:
-        *payloads, slot_BK = _unpack(self._on_the_way.wait(), self._columns)
+        *payloads, slot_BK = unpack(self._on_the_way.wait(), self._columns)
         present_BK = (slot_BK >= self._first_slot) & (slot_BK < self._end_slot)
         self._present_BK = present_BK
         return Arrived(
@@ -189,36 +185,3 @@ def _sums_of_runs(counts_B: Tensor, runs: Sequence[int]) -> list[int]:
     totals = [0, *counts_B.cumsum(dim=0).tolist()]
     ends = list(accumulate(runs, initial=0))
     return [totals[end] - totals[start] for start, end in pairwise(ends)]
-
-
-def _columns(payloads: Sequence[Tensor]) -> tuple[_Column, ...]:
-    """Payloads side by side in a row, each aligned for its own dtype."""
-    columns: list[_Column] = []
-    first = 0
-    for payload in payloads:
-        width = payload.shape[1] * payload.element_size()
-        columns.append(_Column(first=first, width=width, dtype=payload.dtype))
-        first += -(-width // _ALIGNMENT) * _ALIGNMENT
-    return tuple(columns)
-
-
-def _pack(payloads: Sequence[Tensor], columns: Sequence[_Column], *, copies: int) -> Tensor:
-    """(copies * T, W) bytes. What is between the columns is never read."""
-    rows_CTW = torch.empty(
-        copies, len(payloads[0]), _row_bytes(columns), dtype=torch.uint8, device=payloads[0].device
-    )
-    for payload, part in zip(payloads, _unpack(rows_CTW, columns), strict=True):
-        part.copy_(payload)
-    return rows_CTW.flatten(0, 1)
-
-
-def _unpack(rows_BW: Tensor, columns: Sequence[_Column]) -> list[Tensor]:
-    return [
-        rows_BW[..., column.first : column.first + column.width].view(column.dtype)
-        for column in columns
-    ]
-
-
-def _row_bytes(columns: Sequence[_Column]) -> int:
-    end = columns[-1].first + columns[-1].width
-    return -(-end // _ALIGNMENT) * _ALIGNMENT

@@ -17,12 +17,14 @@ from torch import Tensor
 from torch.nn import functional
 
 from engine.collectives import ExpertGroup
-from engine.experts.all_to_all import AllToAllTransport
+from engine.experts.buffers import Payload
 from engine.experts.grouped_gemm import ExpertWeights, GroupedExperts
-from engine.experts.meter import ExchangeMeter, Lap
+from engine.experts.meter import Lap
+from engine.experts.payload import decode, encode
 from engine.experts.placement import ExpertPlacement
 from engine.experts.replicas import ReplicaTable
-from engine.experts.transport import Dispatch, ExpertTransport, LocalTransport
+from engine.experts.transport import Dispatch
+from engine.experts.transports import RowExchange, exact_splits
 
 Numerics = Literal["exact", "fast"]
 
@@ -33,6 +35,7 @@ class PendingExperts:
 
     dispatch: Dispatch
     weights_TK: Tensor
+    dtype: torch.dtype
     lap: Lap
 
 
@@ -50,27 +53,26 @@ class ExpertLayer:
         group: ExpertGroup,
         numerics: Numerics,
         *,
-        meter: ExchangeMeter | None = None,
+        exchange: RowExchange | None = None,
         layer: int = 0,
         movable: bool = False,
     ) -> None:
         """``weights`` are those of this rank's slots, in the order of ``placement.slots_of``.
 
-        ``meter`` is shared by a model's layers. ``movable``: experts may change their slots while
-        the layer is in use.
+        ``exchange`` is shared by a model's layers; None makes one with exact splits. ``movable``:
+        experts may change their slots while the layer is in use.
         """
         assert placement.num_ranks == group.num_seats
         assert placement.slots_per_rank == weights.num_slots
         self._group = group
         self._experts = GroupedExperts(weights, exact=numerics == "exact")
         self._numerics = numerics
-        self._meter = meter or ExchangeMeter(group.device)
         self._replicas = ReplicaTable(placement, layer=layer, device=group.device, movable=movable)
-        self._transport: ExpertTransport = (
-            LocalTransport()
-            if group.num_seats == 1
-            else AllToAllTransport(group, slots_per_rank=placement.slots_per_rank)
-        )
+        if exchange is None:
+            exchange = exact_splits(group, slots_per_rank=placement.slots_per_rank)
+        self._transport = exchange.transport
+        self._payload: Payload = exchange.payload
+        self._meter = exchange.meter
 
     @property
     def weights(self) -> ExpertWeights:
@@ -111,11 +113,13 @@ class ExpertLayer:
         lap = self._meter.begin()
         slot_TK = self._replicas(topk_ids_TK, token_keys_T)
         weights_TK = topk_weights_TK.float()
-        payloads = (x_TD,) if self._numerics == "exact" else (x_TD, weights_TK)
+        payloads = encode(x_TD, self._payload)
+        if self._numerics == "fast":
+            payloads = (*payloads, weights_TK)
         dispatch = self._transport.send(payloads, slot_TK)
         lap.end("dispatch")
         self._meter.add_bytes("dispatch", dispatch.sent_bytes)
-        return PendingExperts(dispatch=dispatch, weights_TK=weights_TK, lap=lap)
+        return PendingExperts(dispatch=dispatch, weights_TK=weights_TK, dtype=x_TD.dtype, lap=lap)
 
     def combine(self, pending: PendingExperts) -> Tensor:
         """Compute what has arrived here, and wait for this rank's own tokens."""
@@ -128,15 +132,24 @@ class ExpertLayer:
         lap.resume()
         arrived = dispatch.receive()
         lap.end("dispatch")
-        results = self._experts(arrived.payloads[0], arrived.slot_BK)
+        exact = self._numerics == "exact"
+        travelled = arrived.payloads if exact else arrived.payloads[:-1]
+        x_BD = decode(travelled, pending.dtype)
+        results = self._experts(x_BD, arrived.slot_BK)
         lap.end("compute")
         sent_bytes = dispatch.sent_bytes
-        if self._numerics == "exact":
-            dispatch.return_each(results.y_PD, results.place_BK)
+        back = torch.bfloat16 if self._payload == "bf16" else pending.dtype
+        if exact:
+            dispatch.return_each(results.y_PD.to(back), results.place_BK)
         else:
-            dispatch.return_sums(
-                _sum_rows(results.y_PD, results.place_BK, arrived.present_BK, arrived.payloads[1])
+            y_BD = _sum_rows(
+                results.y_PD,
+                results.place_BK,
+                arrived.present_BK,
+                arrived.payloads[-1],
+                by_zero=x_BD.is_cuda,  # what is not here has a row of zeros of its own there
             )
+            dispatch.return_sums(y_BD.to(back))
         lap.end("combine")
         self._meter.add_bytes("combine", dispatch.sent_bytes - sent_bytes)
 
@@ -145,16 +158,32 @@ class ExpertLayer:
         pending.lap.resume()
         home = pending.dispatch.collect()
         weights_TK = pending.weights_TK if self._numerics == "exact" else None
-        y_TD = _sum_rows(home.rows_RW, home.place_TJ, home.present_TJ, weights_TK)
+        y_TD = _sum_rows(
+            home.rows_RW, home.place_TJ, home.present_TJ, weights_TK, by_zero=home.absent_is_own
+        )
         pending.lap.end("combine")
-        return y_TD
+        return y_TD.to(pending.dtype)
 
 
 def _sum_rows(
-    rows_RD: Tensor, place_TJ: Tensor, present_TJ: Tensor | None, weights_TJ: Tensor | None
+    rows_RD: Tensor,
+    place_TJ: Tensor,
+    present_TJ: Tensor | None,
+    weights_TJ: Tensor | None,
+    *,
+    by_zero: bool,
 ) -> Tensor:
-    """Sum each token's rows in fp32, left to right, with fp32 weights; round once at the end."""
-    if weights_TJ is not None and rows_RD.dtype != torch.float32:
+    """Sum each token's rows in fp32, left to right, with fp32 weights; round once at the end.
+
+    ``by_zero``: what is absent is multiplied by zero, which needs no host, instead of left out.
+    """
+    if present_TJ is not None and by_zero:
+        if weights_TJ is None:
+            weights_TJ = present_TJ.to(rows_RD.dtype)
+        else:
+            weights_TJ = weights_TJ.masked_fill(~present_TJ, 0)
+        present_TJ = None
+    if weights_TJ is not None and weights_TJ.dtype != rows_RD.dtype:
         # The kernel takes weights of the rows' own dtype only, so each goes in as the sum of two.
         coarse_TJ = weights_TJ.to(rows_RD.dtype)
         rest_TJ = (weights_TJ - coarse_TJ).to(rows_RD.dtype)

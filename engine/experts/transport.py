@@ -35,12 +35,14 @@ class Returned:
     """Results back at their tokens' own rank.
 
     ``place_TJ[t]`` are the rows of token t, in k order when results came back one per expert.
-    Where ``present_TJ`` is False there is no such row.
+    Where ``present_TJ`` is False there is no such row. ``absent_is_own``: the place then names some
+    row of the same token, so multiplying by zero instead of leaving it out harms no other token.
     """
 
     rows_RW: Tensor
     place_TJ: Tensor
     present_TJ: Tensor | None
+    absent_is_own: bool = False
 
 
 class Dispatch(Protocol):

@@ -220,7 +220,7 @@ def _expert_layer(
         setting.placement,
         setting.group,
         setting.numerics,
-        meter=setting.meter,
+        exchange=setting.exchange,
         layer=setting.layer,
         movable=setting.movable and setting.chooses_replicas,
     )

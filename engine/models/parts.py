@@ -14,9 +14,9 @@ from engine.batch import ForwardBatch
 from engine.collectives import ExpertGroup
 from engine.config import ModelConfig
 from engine.experts.counting import ExpertCounts
-from engine.experts.meter import ExchangeMeter
 from engine.experts.placement import ExpertPlacement
 from engine.experts.slot_exchange import SlotExchange
+from engine.experts.transports import RowExchange
 from engine.kvcache.storage import LayerCache
 from engine.layers.linear import Numerics
 from engine.layers.rope import Rotation
@@ -36,7 +36,7 @@ class Setting:
     numerics: Numerics
     group: ExpertGroup
     placements: Sequence[ExpertPlacement]  # by layer; empty: the model has no expert slots
-    meter: ExchangeMeter
+    exchange: RowExchange | None  # None: the model has no expert slots
     movable: bool = False  # experts may change their slots while the model is in use
     counts: ExpertCounts | None = None  # None: choices are not counted
     layer: int = 0

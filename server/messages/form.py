@@ -64,6 +64,9 @@ class MessageEvents:
     def usage(self) -> bytes:
         return b""  # the last events have it
 
+    def around_text(self, _choice: Choice) -> None:
+        return None  # what has been written changes with every event
+
     def _part(self, part: Part) -> bytes:
         before = len(self._blocks)
         delta = _add(self._blocks, part)

@@ -36,6 +36,12 @@ class Events(Protocol):
     def finish(self, choice: Choice) -> bytes: ...
     def usage(self) -> bytes: ...
 
+    def around_text(self, choice: Choice) -> tuple[bytes, bytes] | None:
+        """What ``text`` writes before and after the JSON of its text, where that is all that it
+        does and always the same.
+        """
+        ...
+
 
 class Form(Protocol):
     """How another API than chat and completions writes an answer that was planned as a chat."""

@@ -4,13 +4,12 @@ Invariant: text is released once and in order, never half a character, never par
 ``completion_tokens`` counts the tokens up to the one that ended the choice, that one included.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 from protocol.errors import EngineError
 from protocol.messages import FinishReason, PrefillTimes
 from protocol.requests import GenerateRequest, TokenLogprobs
-from server.generation import Generator, TokenChunk
+from server.generation import Deliver, Generator, TokenChunk
 from server.openai.schema import GenerationRequest
 from server.text.detokenizer import detokenizer
 from server.text.stop_strings import StopStrings
@@ -52,6 +51,7 @@ class Choice:
         "_stops",
         "cached_tokens",
         "completion_tokens",
+        "delivered_at",
         "finish_reason",
         "index",
         "prompt_logprobs",
@@ -101,6 +101,7 @@ class Choice:
         )
         self.reasoning_tokens = 0
         self.completion_tokens = 0
+        self.delivered_at = 0.0  # when its last tokens came, monotonic; 0: none has come
         self.cached_tokens = 0
         self.finish_reason: FinishReason | None = None
         self.times: PrefillTimes | None = None
@@ -192,18 +193,13 @@ async def run_choice(
     generator: Generator,
     *,
     deadline_s: float,
-    deliver: Callable[[Choice, str], None],
+    deliver: Deliver,
 ) -> None:
-    """Give ``deliver`` each piece of text, the last time with ``choice.finish_reason`` set.
+    """Generate the choice; ``deliver`` must have the choice accept every chunk.
 
     Raises:
         ServingError: the generator's; what was delivered before stays delivered.
     """
-
-    def take(chunk: TokenChunk) -> bool:
-        deliver(choice, choice.accept(chunk))
-        return choice.finish_reason is None  # a stop string makes what follows superfluous
-
-    await generator.generate(choice.request, take, deadline_s=deadline_s)
+    await generator.generate(choice.request, deliver, deadline_s=deadline_s)
     if choice.finish_reason is None:
         raise EngineError("the token stream ended without a finish reason")

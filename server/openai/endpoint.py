@@ -5,7 +5,7 @@ a plain ASGI application, because a framework's response object for each request
 around each event, would cost more than the rest of the gateway.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from http import HTTPStatus
@@ -22,12 +22,13 @@ from server.admission import logged_ids, read_json_body, time_allowed_s
 from server.callers import ANYONE, Caller
 from server.error_bodies import error_body
 from server.exchange import exchange_of
+from server.generation import Deliver, TokenChunk
 from server.metrics import HttpMetrics, RequestOutcome, outcome_of
 from server.openai.answer import Answer, Kind, Services
 from server.openai.choice import Choice, run_choice
 from server.openai.errors import HttpError, describe
 from server.openai.sse import DONE, EventStream, Outcome, StreamTimes, unless_hung_up
-from server.openai.streaming import AnswerStream
+from server.openai.streaming import AnswerStream, ChoiceStream
 from server.quotas import UNLIMITED, Quota
 from server.responses.background import BackgroundResponses
 from server.responses.form import ResponsesForm
@@ -180,29 +181,34 @@ class AnswerRun:
         self._metrics = metrics
         self._arrived = arrived
         self._deadline = deadline
-        self._last_token: list[float | None] = [None] * len(answer.choices)
         self._timing: tuple[PrefillTimes, float] | None = None
 
     async def stream_to(self, stream: EventStream) -> None:
         answer_stream = AnswerStream(self._answer, stream)
 
-        def deliver(choice: Choice, text: str) -> None:
+        def observe(choice: Choice) -> None:
             if self._observe(choice):
                 stream.add_headers(self.timing_headers())
-            answer_stream.deliver(choice, text)
 
-        await self._run(deliver)
+        gaps = self._metrics.token_gap
+        await self._run(
+            [
+                ChoiceStream(choice, answer_stream, gaps=gaps, observe=observe).deliver
+                for choice in self._answer.choices
+            ]
+        )
 
     async def collect_into(self, texts: list[str]) -> None:
         """Fill ``texts`` with the whole text of each choice."""
         pieces: list[list[str]] = [[] for _ in self._answer.choices]
-
-        def deliver(choice: Choice, text: str) -> None:
-            self._observe(choice)
-            pieces[choice.index].append(text)
-
-        await self._run(deliver)
+        pairs = zip(self._answer.choices, pieces, strict=True)
+        await self._run([partial(self._collect, choice, of_it) for choice, of_it in pairs])
         texts += map("".join, pieces)
+
+    def _collect(self, choice: Choice, pieces: list[str], chunk: TokenChunk) -> bool:
+        pieces.append(choice.accept(chunk))
+        self._observe(choice)
+        return choice.finish_reason is None
 
     async def collect_alone(self, texts: list[str]) -> None:
         """``collect_into``, and ``account`` for it."""
@@ -211,30 +217,30 @@ class AnswerRun:
         finally:
             self.account()
 
-    async def _run(self, deliver: Callable[[Choice, str], None]) -> None:
+    async def _run(self, delivers: Sequence[Deliver]) -> None:
+        """``delivers`` has one for each choice."""
         choices = self._answer.choices
         if len(choices) == 1:
-            await self._run_one(choices[0], deliver)
+            await self._run_one(choices[0], delivers[0])
             return
         failures: list[Exception] = []
         async with anyio.create_task_group() as tasks:
 
-            async def contained(choice: Choice) -> None:
+            async def contained(choice: Choice, deliver: Deliver) -> None:
                 try:
                     await self._run_one(choice, deliver)
                 except Exception as error:  # noqa: BLE001  the first one is raised below
                     failures.append(error)
                     tasks.cancel_scope.cancel()
 
-            for choice in choices:
-                tasks.start_soon(contained, choice)
+            for choice, deliver in zip(choices, delivers, strict=True):
+                tasks.start_soon(contained, choice, deliver)
         if failures:
             raise failures[0]
 
-    async def _run_one(self, choice: Choice, deliver: Callable[[Choice, str], None]) -> None:
+    async def _run_one(self, choice: Choice, deliver: Deliver) -> None:
         if choice.request.stop.max_tokens == 0:  # an echo, and nothing more
-            choice.finish_reason = "length"
-            deliver(choice, "")
+            deliver(TokenChunk(token_ids=(), finish_reason="length"))
             return
         deadline_s = self._deadline - monotonic()
         await run_choice(choice, self._generator, deadline_s=deadline_s, deliver=deliver)
@@ -242,9 +248,8 @@ class AnswerRun:
     def _observe(self, choice: Choice) -> bool:
         """Whether these are the first tokens of the whole answer."""
         now = monotonic()
-        last = self._last_token[choice.index]
-        self._last_token[choice.index] = now
-        if last is not None:
+        last, choice.delivered_at = choice.delivered_at, now
+        if last:
             self._metrics.token_gap.observe(now - last)
             return False
         self._metrics.first_token.observe(now - self._arrived)

@@ -4,7 +4,7 @@ Everything but the text is constant for a choice and is rendered once; an event 
 and one ``orjson`` call, because at thousands of tokens a second every object counts.
 """
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import orjson
@@ -28,11 +28,7 @@ class AnswerEvents:
         head = {"id": answer.id, "object": kind, "created": answer.created}
         self._head = b"data: " + orjson.dumps({**head, "model": answer.model.id})[:-1]
         self._before_value = b',"delta":' if self._chat else b',"text":'
-        before_text = self._before_value + (b'{"content":' if self._chat else b"")
-        after_text = b"}" if self._chat else b""
         self._tail = b',"usage":null}' + _END if asked.include_usage else b"}" + _END
-        self._before = [self._before_choice(choice) + before_text for choice in answer.choices]
-        self._after = after_text + b',"logprobs":null,"finish_reason":null}]' + self._tail
         self._plain = not (
             answer.logprobs is not None
             or asked.return_token_ids
@@ -62,8 +58,6 @@ class AnswerEvents:
 
     def text(self, choice: Choice, text: str) -> bytes:
         """The next piece of text, with what belongs to its tokens."""
-        if self._plain:
-            return b"".join((self._before[choice.index], orjson.dumps(text), self._after))
         if self._answer.read is not None:
             return self._parts(choice, self._answer.read.push(choice, text))
         return self._value(choice, self._content % orjson.dumps(text))
@@ -92,6 +86,13 @@ class AnswerEvents:
             logprobs, more = self._of_tokens(choice)
             return ending(logprobs=logprobs, in_choice=more)
         return held + ending()
+
+    def around_text(self, choice: Choice) -> tuple[bytes, bytes] | None:
+        if not self._plain:
+            return None
+        before = b'{"content":' if self._chat else b""
+        before = b"".join((self._before_choice(choice), self._before_value, before))
+        return before, _after_text(chat=self._chat, tail=self._tail)
 
     def usage(self) -> bytes:
         """The event after all others, for callers who asked for it."""
@@ -122,3 +123,9 @@ class AnswerEvents:
 
     def _usage(self) -> bytes:
         return orjson.dumps(self._answer.usage())
+
+
+@cache
+def _after_text(*, chat: bool, tail: bytes) -> bytes:
+    """One object for all streams: what each stream has of its own is never in the CPU's cache."""
+    return (b"}" if chat else b"") + b',"logprobs":null,"finish_reason":null}]' + tail

@@ -99,7 +99,6 @@ class EventStream:
         self._kept: list[bytes] = []
         self._gathered: Callable[[], bytes] | None = None
         self._caught_up: anyio.Event | None = None  # while somebody waits for it
-        self._quiet = True  # since the clock was last minded; reading it each time would cost
         self._quiet_since = monotonic()
         self._ended_by: Outcome | None = None
 
@@ -107,6 +106,11 @@ class EventStream:
         """To be sent with the first event, which must not have been written yet."""
         if not self._started:
             self._headers += headers
+
+    @property
+    def exchange(self) -> Exchange:
+        """For who writes to it directly, in the middle of an answer and while it is clear."""
+        return self._exchange
 
     @property
     def keeps_up(self) -> bool:
@@ -121,7 +125,6 @@ class EventStream:
         """Send whole events. The first call sends the headers: from then on it is a 200."""
         if self._started and not self._kept and self._exchange.clear:
             self._exchange.write(events)
-            self._quiet = False
         else:
             self.write_last(events)
             self._send_kept()
@@ -166,7 +169,6 @@ class EventStream:
                 self._start()
             if events := self._take_kept():
                 exchange.write(events)
-            self._quiet = False
 
     def _keep_gathered(self) -> None:
         if self._gathered is not None:
@@ -213,15 +215,17 @@ class EventStream:
             self._caught_up.set()
 
     def _mind_the_clock(self) -> None:
+        """Looks whether there were writes since the last time: a time for each would cost more."""
         times = self._times
+        exchange = self._exchange
         now = monotonic()
-        if not self._quiet:
-            self._quiet, self._quiet_since = True, now
+        if not exchange.quiet:
+            exchange.quiet, self._quiet_since = True, now
         quiet_s = now - self._quiet_since
-        if not self._exchange.clear:
+        if not exchange.clear:
             if quiet_s > times.write_stall_s:
                 self._end(Outcome.STALLED)
-                self._exchange.abort()
+                exchange.abort()
         elif quiet_s >= (times.keep_alive_s if self._begun else times.early_headers_s):
             self.write(_KEEP_ALIVE)
 

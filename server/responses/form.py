@@ -134,6 +134,9 @@ class ResponseEvents:
     def usage(self) -> bytes:
         return b""  # the finished response has it
 
+    def around_text(self, _choice: Choice) -> None:
+        return None  # what has been written changes with every event
+
     def _event(self, name: str, fields: dict[str, Any]) -> bytes:
         number, self._number = self._number, self._number + 1
         return event(name, number, fields)

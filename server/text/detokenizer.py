@@ -30,7 +30,10 @@ def detokenizer(
     shown_ids: frozenset[int] = frozenset(),
 ) -> Detokenizer:
     """A fresh one for one choice of one request; ``shown_ids`` are never skipped."""
-    skipped = tokenizer.special_ids - shown_ids if skip_special_tokens else frozenset()
+    skipped: frozenset[int] = frozenset()
+    if skip_special_tokens:
+        special = tokenizer.special_ids  # one set for all requests, as long as they show none
+        skipped = special - shown_ids if shown_ids else special
     if tokenizer.piece_style == "byte_level":
         return _ByteLevel(tokenizer, skipped)
     return _ByteFallback(tokenizer, skipped)

@@ -1,6 +1,7 @@
 """What every KV transport does, whatever carries the bytes."""
 
 import contextlib
+import importlib.util
 import os
 import random
 import signal
@@ -14,13 +15,16 @@ from pathlib import Path
 import pytest
 
 from kvtransfer import shm
+from kvtransfer.carrier import Receiving, Transport
+from kvtransfer.carriers import make_carriers
 from kvtransfer.frames import Frame, Kind, control
 from kvtransfer.handshake import admit
+from kvtransfer.inlet import Reader
 from kvtransfer.interface import KVMemory, Push
 from kvtransfer.limits import TransferLimits
 from kvtransfer.memory import buffer
 from kvtransfer.plan import Chunk
-from kvtransfer.sink import Sink, Transport, make_sink
+from kvtransfer.sink import Sink, make_sink
 from kvtransfer.source import Source, make_source
 from protocol.errors import LayoutMismatch, TransferCorrupt, TransferError, TransferTimeout
 from protocol.ids import BlockId, Generation, WorkerRef
@@ -51,9 +55,11 @@ ALL = range(LAYOUT.num_layers)
 PIECE = LAYOUT.layer_block_bytes
 
 
-@pytest.fixture(params=["shm", "tcp"])
+@pytest.fixture(params=["shm", "tcp", "nixl"])
 def transport(request: pytest.FixtureRequest) -> Transport:
     chosen: Transport = request.param
+    if chosen == "nixl" and importlib.util.find_spec("nixl") is None:
+        pytest.skip("the extra nixl is not installed")
     return chosen
 
 
@@ -105,7 +111,9 @@ def a_pair(
 ) -> Generator[Pair]:
     decode, events = a_worker(), Events()
     target, memory = patterned(layout, num_blocks, 1), patterned(layout, num_blocks + 3, 2)
-    sink = make_sink(target, decode, events, cluster_key=cluster_key, limits=limits)
+    sink = make_sink(
+        target, decode, events, transport=transport, cluster_key=cluster_key, limits=limits
+    )
     source = make_source(
         memory, a_worker("prefill-0"), transport=transport, cluster_key=cluster_key, limits=limits
     )
@@ -350,7 +358,7 @@ def test_a_killed_decode_rank_fails_the_push_and_its_next_life_serves(
     source = make_source(patterned(LAYOUT, 8), a_worker("prefill-0"), transport=transport)
     for _ in range(2):
         decode = a_worker()
-        with another_process(decode_process, decode) as (process, pipe):
+        with another_process(decode_process, decode, transport) as (process, pipe):
             endpoint = answer(pipe)
             grants = [
                 a_grant(decode, [g], generation=g, endpoint=endpoint)  # type: ignore[arg-type]
@@ -387,8 +395,7 @@ def test_late_bytes_of_an_ended_grant_never_reach_the_pages(pair: Pair) -> None:
     assert heard is not None
     assert heard.generation == late.generation
     before, stale = block_bytes(pair.target, 6), pair.sink.stats()["stale"]
-    body = b"\xee" * LAYOUT.block_bytes if pair.transport == "tcp" else b""
-    peer.send(Frame(Kind.CHUNK, early.generation, whole, LAYOUT.block_bytes), body=body)
+    peer.chunk(early.generation, whole)
     peer.send(Frame(Kind.FINISH, early.generation))
     until(lambda: pair.sink.stats()["stale"] == stale + 2, "the late frames were not counted")
     assert block_bytes(pair.target, 6) == before
@@ -400,8 +407,7 @@ def test_bytes_that_do_not_match_their_checksum_fail_the_grant(pair: Pair) -> No
     peer = HandMadeSource(pair.transport, pair.decode, pair.sink.endpoint.addresses[pair.transport])
     grant = pair.grant([6])
     peer.open(grant)
-    body = b"\xee" * PIECE if pair.transport == "tcp" else b""
-    peer.send(Frame(Kind.CHUNK, grant.generation, Chunk(0, 1, 0, 1), PIECE, crc=1), body=body)
+    peer.chunk(grant.generation, Chunk(0, 1, 0, 1))
     assert isinstance(pair.events.failed().error, TransferCorrupt)
     assert pair.sink.stats()["corrupt"] == 1
     peer.close()
@@ -518,7 +524,7 @@ def test_another_layout_is_a_deployment_fault(pair: Pair) -> None:
 
 
 def test_a_decode_rank_that_does_not_open_the_grant_fails_the_push(transport: Transport) -> None:
-    limits = TransferLimits(handshake_s=WAIT_S, open_s=BRIEF_S)
+    limits = TransferLimits(handshake_s=WAIT_S, open_s=BRIEF_S, probe_bytes=0)
     with a_pair(transport, limits=limits) as pair, a_deaf_sink(pair, []) as grant:
         error = refusal(pair.source.open(grant))
         assert isinstance(error, TransferTimeout)
@@ -526,7 +532,7 @@ def test_a_decode_rank_that_does_not_open_the_grant_fails_the_push(transport: Tr
 
 
 def test_a_decode_rank_that_does_not_commit_fails_the_push(transport: Transport) -> None:
-    limits = TransferLimits(handshake_s=WAIT_S, open_s=WAIT_S, commit_s=BRIEF_S)
+    limits = TransferLimits(handshake_s=WAIT_S, open_s=WAIT_S, commit_s=BRIEF_S, probe_bytes=0)
     with a_pair(transport, limits=limits) as pair, a_deaf_sink(pair, [Kind.OPENED]) as grant:
         error = refusal(pair.source.open(grant))
         assert isinstance(error, TransferTimeout)
@@ -544,7 +550,7 @@ def test_a_decode_rank_that_stops_reading_fails_the_push() -> None:
         value_width=0,
     )
     with (
-        a_pair("tcp", layout=layout, limits=TransferLimits(stall_s=BRIEF_S)) as pair,
+        a_pair("tcp", layout=layout, limits=TransferLimits(stall_s=BRIEF_S, probe_bytes=0)) as pair,
         a_deaf_sink(pair, [Kind.OPENED], blocks=16) as grant,
     ):
         push = pair.source.open(grant)
@@ -566,12 +572,13 @@ def test_a_prefill_worker_that_stops_inside_a_frame_is_cut_off() -> None:
 @contextlib.contextmanager
 def a_deaf_sink(pair: Pair, answers: list[Kind], blocks: int = 1) -> Generator[Grant]:
     """A grant whose decode rank shakes hands, says ``answers`` and then never reads again."""
-    listener, address = shm.listen()
-    addresses = {"shm": address}
-    if pair.transport == "tcp":
-        listener.close()
+    carrier = make_carriers()[pair.transport]
+    if carrier.control == "unix":
+        listener, address = shm.listen()
+    else:
         listener = socket.create_server(("127.0.0.1", 0))
-        addresses = {"tcp": f"127.0.0.1:{listener.getsockname()[1]}"}
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+    addresses: dict[str, str] = {pair.transport: address}
     decode, over = a_worker("decode-deaf"), threading.Event()
     endpoint = KVEndpoint(
         host_id=pair.sink.endpoint.host_id, num_blocks=NUM_BLOCKS, addresses=addresses
@@ -588,12 +595,21 @@ def a_deaf_sink(pair: Pair, answers: list[Kind], blocks: int = 1) -> Generator[G
             cluster_key=None,
             timeout_s=WAIT_S,
         )
-        if pair.transport == "shm":
-            shm.share(sock, pair.target)
+        inlet = carrier.inlet(
+            Receiving(
+                sock=sock,
+                reader=Reader(sock, WAIT_S),
+                memory=pair.target,
+                worker=decode,
+                admitted=admitted,
+                limits=TransferLimits(),
+            )
+        )
         for kind in answers:
             sock.recv(1)  # the OPEN is on its way
             sock.sendall(control(kind, Generation(1), admitted.outgoing))
         over.wait(WAIT_S)
+        inlet.close()
         sock.close()
 
     thread = threading.Thread(target=serve)
@@ -617,3 +633,20 @@ def test_the_source_blocks_are_only_read(pair: Pair) -> None:
     before = bytes(buffer(pair.memory))
     pair.carry(list(range(32)), list(range(32)))
     assert bytes(buffer(pair.memory)) == before
+
+
+def test_a_link_reports_what_has_gone_over_it(pair: Pair) -> None:
+    pair.carry([1, 2], [3, 4])
+    (link,) = pair.source.links()
+    assert (link.decode, link.transport) == (pair.decode.worker_id, pair.transport)
+    assert link.bytes == 2 * LAYOUT.block_bytes
+    assert f"kv.transport is {pair.transport}" in link.reason
+    until(lambda: pair.source.links()[0].measured_bytes_per_s > 0, "the link was not measured")
+
+
+def test_what_the_decode_rank_does_not_offer_is_refused_with_the_reason(pair: Pair) -> None:
+    other: Transport = "tcp" if pair.transport == "shm" else "shm"
+    source = make_source(pair.memory, a_worker("prefill-2"), transport=other)
+    with pytest.raises(TransferError, match=f"{other}: the decode rank does not offer it"):
+        source.open(pair.grant([1]))
+    source.close()

@@ -10,13 +10,17 @@ from torch import Tensor
 from engine.collectives import ExpertGroup, StepGroup
 from engine.experts.all_to_all import sends_padded
 from engine.experts.balancer import balance
+from engine.experts.buffers import ExchangeShape, Payload
+from engine.experts.exchange import TransportChoice
 from engine.experts.grouped_gemm import ExpertWeights
 from engine.experts.layer import ExpertLayer, Numerics
 from engine.experts.placement import EMPTY, ExpertPlacement, Topology, place_evenly
 from engine.experts.replicas import request_key, token_keys
+from engine.experts.transports import make_exchange
 from tests.support.ranks import run_ranks
 
 WIDTH, EXPERT_WIDTH = 48, 40
+TRANSPORTS: tuple[TransportChoice, ...] = ("all_to_all", "padded", "all_gather")
 pytestmark = pytest.mark.multirank
 
 
@@ -30,6 +34,9 @@ class Case:
     load: tuple[int, ...] = ()  # what experts are placed by; none: evenly
     dtype: torch.dtype = torch.float32
     numerics: Numerics = "exact"
+    transport: TransportChoice = "auto"
+    payload: Payload = "native"
+    width: int = WIDTH
 
 
 CASES = {
@@ -71,8 +78,8 @@ def placement_of(case: Case, num_ranks: int) -> ExpertPlacement:
 
 def layer_of(case: Case, group: ExpertGroup) -> ExpertLayer:
     generator = torch.Generator().manual_seed(1)
-    gate_up = torch.randn(case.num_experts, 2 * EXPERT_WIDTH, WIDTH, generator=generator) * 0.2
-    down = torch.randn(case.num_experts, WIDTH, EXPERT_WIDTH, generator=generator) * 0.2
+    gate_up = torch.randn(case.num_experts, 2 * EXPERT_WIDTH, case.width, generator=generator) * 0.2
+    down = torch.randn(case.num_experts, case.width, EXPERT_WIDTH, generator=generator) * 0.2
     placement = placement_of(case, group.world_size)
     held = torch.tensor(placement.slots_of(group.rank))
     local = ExpertWeights(
@@ -81,13 +88,27 @@ def layer_of(case: Case, group: ExpertGroup) -> ExpertLayer:
     )
     local.gate_up[held == EMPTY] = 0
     local.down[held == EMPTY] = 0
-    return ExpertLayer(local, placement, group, case.numerics)
+    exchange = make_exchange(case.transport, group, shape_of(case, group.world_size))
+    return ExpertLayer(local, placement, group, case.numerics, exchange=exchange)
+
+
+def shape_of(case: Case, num_ranks: int) -> ExchangeShape:
+    return ExchangeShape(
+        num_ranks=num_ranks,
+        slots_per_rank=placement_of(case, num_ranks).slots_per_rank,
+        experts_per_token=case.chosen,
+        hidden=case.width,
+        element_bytes=case.dtype.itemsize,
+        max_tokens_per_rank=max(case.tokens_of_rank),
+        numerics=case.numerics,
+        payload=case.payload,
+    )
 
 
 def tokens_of(case: Case, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(100 + rank)
     count = case.tokens_of_rank[rank]
-    x_TD = torch.randn(count, WIDTH, generator=generator).to(case.dtype)
+    x_TD = torch.randn(count, case.width, generator=generator).to(case.dtype)
     scores_TE = torch.rand(count, case.num_experts, generator=generator)
     if case.routing == "one expert":
         scores_TE[:, 3] = 2
@@ -115,18 +136,21 @@ def layer_twice(step_group: StepGroup, cases: Sequence[Case]) -> list[Tensor]:
 
 def on_a_single_rank(case: Case) -> list[Tensor]:
     parts = [tokens_of(case, rank) for rank in range(len(case.tokens_of_rank))]
-    alone = replace(case, redundant=0, load=(), numerics="exact")
+    alone = replace(case, redundant=0, load=(), numerics="exact", payload="native")
     layer = layer_of(alone, ExpertGroup.single(torch.device("cpu")))
     together = layer(*(torch.cat(column) for column in zip(*parts, strict=True)))
     return list(together.split(list(case.tokens_of_rank)))
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 8])
-def test_every_number_of_ranks_gives_the_bits_of_one_rank(world_size: int) -> None:
+def test_every_number_of_ranks_gives_the_bits_of_one_rank_however_rows_travel(
+    world_size: int,
+) -> None:
     cases = [
-        replace(case, dtype=dtype)
+        replace(case, dtype=dtype, transport=transport)
         for case in CASES.values()
         if len(case.tokens_of_rank) == world_size
+        for transport in TRANSPORTS
         for dtype in (torch.float32, torch.bfloat16)
     ]
 
@@ -140,9 +164,10 @@ def test_every_number_of_ranks_gives_the_bits_of_one_rank(world_size: int) -> No
 @pytest.mark.parametrize("world_size", [4, 8])
 def test_fast_numerics_agree_with_exact_ones_to_rounding(world_size: int) -> None:
     cases = [
-        replace(case, numerics="fast")
+        replace(case, numerics="fast", transport=transport)
         for case in CASES.values()
         if len(case.tokens_of_rank) == world_size
+        for transport in TRANSPORTS
     ]
 
     of_ranks = run_ranks(layer_twice, world_size, cases)
@@ -159,3 +184,26 @@ def test_the_cases_cover_both_forms_of_exchange() -> None:
     }
     assert padded["an idle rank"]
     assert not padded["counts exchanged"]
+
+
+@pytest.mark.parametrize(
+    ("payload", "dtype", "bound"),
+    [
+        ("bf16", torch.float32, 2**-8),
+        ("fp8", torch.float32, 2**-4),
+        ("fp8", torch.bfloat16, 2**-4),
+    ],
+    ids=["bf16", "fp8", "fp8 of a bf16 model"],
+)
+def test_what_a_payload_rounds_stays_within_its_precision(
+    payload: Payload, dtype: torch.dtype, bound: float
+) -> None:
+    case = replace(CASES["an idle rank"], width=256, dtype=dtype, numerics="fast", payload=payload)
+    cases = [replace(case, transport=transport) for transport in TRANSPORTS]
+
+    of_ranks = run_ranks(layer_twice, 3, cases)
+
+    whole = torch.cat(on_a_single_rank(case)).float()
+    for parts in zip(*of_ranks, strict=True):
+        error = (torch.cat(parts).float() - whole).norm() / whole.norm()
+        assert 0 < error < bound

@@ -81,8 +81,13 @@ class MailGroup:
         return len(self.tokens_of_rank)
 
     def exchange_rows(
-        self, rows_RW: Tensor, send_counts: Sequence[int], receive_counts: Sequence[int]
+        self,
+        rows_RW: Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        into_RW: Tensor | None = None,
     ) -> Awaited:
+        assert into_RW is None
         assert len(rows_RW) == sum(send_counts)
         parcel = Parcel(rows_RW, tuple(send_counts), tuple(receive_counts))
         return Awaited(self.mail, self.rank, self.mail.send(self.rank, parcel))

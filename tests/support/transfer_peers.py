@@ -5,18 +5,22 @@ import multiprocessing
 import queue
 import socket
 from collections.abc import Callable, Generator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 
 from kvtransfer import shm, tcp
+from kvtransfer.carrier import Sending, Transport, TransportChoice
+from kvtransfer.carriers import make_carriers
 from kvtransfer.frames import FROM_SINK, HEADER_BYTES, Frame, Kind, decode, encode
 from kvtransfer.handshake import Connected, connect
 from kvtransfer.limits import TransferLimits
+from kvtransfer.plan import Chunk
 from kvtransfer.reports import encode_attempt
 from kvtransfer.sink import make_sink
-from kvtransfer.source import TransportChoice, make_source
+from kvtransfer.source import make_source
 from protocol.errors import TransferError
-from protocol.ids import BlockId, WorkerRef
+from protocol.ids import BlockId, Generation, WorkerRef
 from protocol.kv import Grant
 from tests.support.transfers import LAYOUT, WAIT_S, Events, a_worker, patterned
 
@@ -59,10 +63,10 @@ def prefill_process(pipe: Connection, transport: TransportChoice, grant: Grant, 
     pipe.recv()
 
 
-def decode_process(pipe: Connection, worker: WorkerRef) -> None:
+def decode_process(pipe: Connection, worker: WorkerRef, transport: Transport) -> None:
     """A decode rank that expects the grants it is sent, until it is killed."""
     memory = patterned(LAYOUT, NUM_BLOCKS)
-    sink = make_sink(memory, worker, Events())
+    sink = make_sink(memory, worker, Events(), transport=transport)
     pipe.send(sink.endpoint)
     while True:
         sink.expect(pipe.recv())
@@ -73,19 +77,34 @@ class HandMadeSource:
     """A source that has shaken hands and may then send whatever a test makes up."""
 
     def __init__(
-        self, transport: str, decode: WorkerRef, address: str, cluster_key: bytes | None = None
+        self,
+        transport: Transport,
+        decode: WorkerRef,
+        address: str,
+        cluster_key: bytes | None = None,
     ) -> None:
+        self._carrier = make_carriers()[transport]
+        self._memory = patterned(LAYOUT, NUM_BLOCKS, 9)
+        worker = a_worker("prefill-8")
+        self._carrier.prepare(self._memory, worker)
         self.sock = dial(transport, address)
         self.connected: Connected = connect(
             self.sock,
-            source=a_worker("prefill-8"),
+            source=worker,
             decode=decode,
             layout_digest=LAYOUT.digest(),
             cluster_key=cluster_key,
             timeout_s=WAIT_S,
         )
-        if transport == "shm":
-            socket.recv_fds(self.sock, 1, 1)
+        self._outlet = self._carrier.outlet(
+            Sending(
+                sock=self.sock,
+                memory=self._memory,
+                worker=worker,
+                connected=replace(self.connected, checksum="off"),
+                limits=TransferLimits(),
+            )
+        )
         self.sock.settimeout(WAIT_S)
 
     def send(self, frame: Frame, payload: bytes = b"", body: bytes = b"") -> None:
@@ -94,6 +113,17 @@ class HandMadeSource:
     def open(self, grant: Grant) -> None:
         payload = encode_attempt(grant.ref)
         self.send(Frame(Kind.OPEN, grant.generation, length=len(payload)), payload)
+
+    def chunk(self, generation: Generation, chunk: Chunk) -> None:
+        """A chunk of made-up bytes, which have no checksum. One that is written straight into the
+        pages is announced only.
+        """
+        if self._carrier.fence == "one_sided":
+            length = chunk.num_layers * chunk.num_blocks * LAYOUT.layer_block_bytes
+            self.send(Frame(Kind.CHUNK, generation, chunk, length))
+            return
+        blocks = [BlockId(block) for block in range(chunk.num_blocks)]
+        self._outlet.write(generation, chunk, blocks, blocks)
 
     def hear(self) -> Frame | None:
         """The next frame, without its payload; None where the sink has ended the connection."""
@@ -106,6 +136,8 @@ class HandMadeSource:
 
     def close(self) -> None:
         self.sock.close()
+        self._outlet.close()
+        self._carrier.close()
 
     def _exactly(self, size: int) -> bytes:
         data = b""
@@ -120,8 +152,8 @@ class HandMadeSource:
         return data
 
 
-def dial(transport: str, address: str) -> socket.socket:
-    if transport == "shm":
+def dial(transport: Transport, address: str) -> socket.socket:
+    if make_carriers()[transport].control == "unix":
         return shm.connect(address, WAIT_S)
     return tcp.connect(address, WAIT_S, TransferLimits().socket_buffer_bytes)
 

@@ -7,18 +7,20 @@ from engine.experts.grouped_gemm import ExpertWeights
 from engine.experts.layer import ExpertLayer
 from engine.experts.meter import ExchangeMeter
 from engine.experts.placement import place_evenly
+from engine.experts.transports import exact_splits
 
 CPU = torch.device("cpu")
 
 
 def test_a_layers_call_is_cut_into_dispatch_compute_and_combine() -> None:
-    meter = ExchangeMeter(CPU)
+    group = ExpertGroup.single(CPU)
+    exchange = exact_splits(group, slots_per_rank=2)
     weights = ExpertWeights(gate_up=torch.ones(2, 8, 4), down=torch.ones(2, 4, 4))
-    layer = ExpertLayer(weights, place_evenly(2, 1), ExpertGroup.single(CPU), "exact", meter=meter)
+    layer = ExpertLayer(weights, place_evenly(2, 1), group, "exact", exchange=exchange)
     for _ in range(3):
         layer(torch.ones(5, 4), torch.tensor([[0, 1]] * 5), torch.ones(5, 2))
 
-    traffic = meter.traffic()
+    traffic = exchange.meter.traffic()
     assert traffic.layer_calls == 3
     assert min(traffic.dispatch_s, traffic.compute_s, traffic.combine_s) > 0
     assert (traffic.dispatch_bytes, traffic.combine_bytes) == (0, 0)  # a rank alone sends nothing

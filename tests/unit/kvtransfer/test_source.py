@@ -1,9 +1,10 @@
 import pytest
 
-from kvtransfer.memory import allocate_shared
+from kvtransfer.carrier import TransportChoice
+from kvtransfer.memory import allocate_shared, wrap
 from kvtransfer.shm import host_id
 from kvtransfer.sink import make_sink
-from kvtransfer.source import TransportChoice, make_source
+from kvtransfer.source import make_source
 from protocol.errors import ConfigError, TransferError
 from protocol.kv import KVEndpoint
 from tests.support.transfer_peers import Done
@@ -12,7 +13,7 @@ from tests.support.transfers import LAYOUT, Events, a_grant, a_worker, patterned
 
 def test_shared_memory_that_does_not_answer_gives_way_to_tcp() -> None:
     decode, events = a_worker(), Events()
-    sink = make_sink(allocate_shared(LAYOUT, 4), decode, events, transports=["tcp"])
+    sink = make_sink(allocate_shared(LAYOUT, 4), decode, events, transport="tcp")
     addresses = {**sink.endpoint.addresses, "shm": "headrace-kv-nobody"}
     endpoint = KVEndpoint(host_id=host_id(), num_blocks=4, addresses=addresses)
     grant = a_grant(decode, [], endpoint=endpoint)
@@ -80,3 +81,10 @@ def test_a_sink_on_every_address_must_say_how_it_is_reached() -> None:
         make_sink(
             allocate_shared(LAYOUT, 1), a_worker(), Events(), host="0.0.0.0", cluster_key=b"k"
         )
+
+
+def test_memory_that_cannot_be_shared_refuses_the_choice_of_shm() -> None:
+    shared = allocate_shared(LAYOUT, 4)
+    private = wrap(LAYOUT, 4, address=shared.address, owner=shared)
+    with pytest.raises(ConfigError, match=r"kv\.transport is shm: .* not shared memory"):
+        make_sink(private, a_worker(), Events(), transport="shm")

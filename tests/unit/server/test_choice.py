@@ -38,8 +38,9 @@ def play(choice: Choice, *, tokens_per_chunk: int = 1, reply: str = REPLY) -> st
     generator = ScriptedGenerator(text=TEXT, reply=reply, tokens_per_chunk=tokens_per_chunk)
     pieces: list[str] = []
 
-    def deliver(_choice: Choice, text: str) -> None:
-        pieces.append(text)
+    def deliver(chunk: TokenChunk) -> bool:
+        pieces.append(choice.accept(chunk))
+        return choice.finish_reason is None
 
     async def scenario() -> None:
         await run_choice(choice, generator, deadline_s=1, deliver=deliver)
@@ -90,10 +91,11 @@ def test_a_stream_without_an_end_is_an_error() -> None:
         async def generate(self, request, deliver, *, deadline_s):
             deliver(TokenChunk(token_ids=(1,)))
 
-    async def scenario() -> None:
-        await run_choice(a_choice(), Silent(text=TEXT), deadline_s=1, deliver=ignore)
+    def ignored(_chunk: TokenChunk) -> bool:
+        return True
 
-    def ignore(_choice: Choice, _text: str) -> None: ...
+    async def scenario() -> None:
+        await run_choice(a_choice(), Silent(text=TEXT), deadline_s=1, deliver=ignored)
 
     with pytest.raises(EngineError, match="without a finish reason"):
         anyio.run(scenario)

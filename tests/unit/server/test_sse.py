@@ -155,6 +155,7 @@ class Wire:
     def __init__(self, *, clear: bool) -> None:
         self.clear = clear
         self.lost = False
+        self.quiet = True
         self.aborted = False
         self.body = b""
         self.writes = 0

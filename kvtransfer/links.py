@@ -1,0 +1,94 @@
+"""What each link to a decode rank is, and what has gone over it since it came up.
+
+One ``Link`` is written by its channel's thread and read by others. A probe's figure and a
+transfer's are bytes in a second of writing: waiting for something to send does not count.
+"""
+
+import threading
+import time
+
+from kvtransfer.choice import Route, expected_bytes_per_s, is_far_below
+from protocol.ids import WorkerId
+from protocol.workers import LinkReport
+from runtime.log import get_log
+
+_log = get_log(__name__)
+PROBE_FRAME_BYTES = 256 * 1024
+
+
+class Link:
+    def __init__(self, decode: WorkerId) -> None:
+        self._decode = decode
+        self._lock = threading.Lock()
+        self._route: Route | None = None
+        self._probe_started = 0.0
+        self._probes_left = 0
+        self._probe_bytes = 0
+        self._measured = 0.0
+        self._bytes = 0
+        self._seconds = 0.0
+        self._lost = 0
+
+    def up(self, route: Route) -> None:
+        with self._lock:
+            self._route = route
+        _log.info(
+            "kv link is up",
+            to=self._decode,
+            transport=route.transport,
+            why=route.reason,
+        )
+
+    def moved(self, num_bytes: int, seconds: float) -> None:
+        with self._lock:
+            self._bytes += num_bytes
+            self._seconds += seconds
+
+    def lost(self) -> None:
+        with self._lock:
+            self._lost += 1
+
+    def probing(self, count: int, frame_bytes: int) -> None:
+        """So many frames are on their way; the first only wakes everything up."""
+        self._probe_started = 0.0
+        self._probes_left, self._probe_bytes = count, (count - 1) * frame_bytes
+
+    def probed(self) -> None:
+        """The decode rank has taken one more probe."""
+        if not self._probe_started:
+            self._probe_started = time.monotonic()
+        self._probes_left -= 1
+        if self._probes_left == 0 and self._probe_bytes:
+            took = max(time.monotonic() - self._probe_started, 1e-9)
+            self.measured(self._probe_bytes / took)
+
+    def measured(self, bytes_per_s: float) -> None:
+        with self._lock:
+            self._measured = bytes_per_s
+            route = self._route
+        if route is not None and is_far_below(bytes_per_s, route.transport, route.place):
+            _log.warning(
+                "kv link is slow",
+                to=self._decode,
+                transport=route.transport,
+                place=route.place,
+                measured_mb_s=round(bytes_per_s / 1e6),
+                expected_mb_s=round(expected_bytes_per_s(route.transport, route.place) / 1e6),
+            )
+
+    def report(self) -> LinkReport | None:
+        """None before the link has come up."""
+        with self._lock:
+            route = self._route
+            if route is None:
+                return None
+            return LinkReport(
+                decode=self._decode,
+                transport=route.transport,
+                reason=route.reason,
+                bytes=self._bytes,
+                seconds=self._seconds,
+                measured_bytes_per_s=self._measured,
+                expected_bytes_per_s=expected_bytes_per_s(route.transport, route.place),
+                lost=self._lost,
+            )
