@@ -282,7 +282,10 @@ class ExpertMoves:
         self.report = ExpertReport(
             layers=tuple(self._totals),
             tokens=tuple(map(tuple, self._totals.values())),
-            window_tokens=tuple(self._window[layer] for layer in self._totals),
+            window_tokens=tuple(
+                self._window.get(layer, (0,) * len(tokens))
+                for layer, tokens in self._totals.items()
+            ),
             held=tuple(placements[layer].slots_of(self._seat) for layer in self._totals),
             placement_epoch=self._epoch,
             migrations=self._migrations,

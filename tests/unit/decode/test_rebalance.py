@@ -28,6 +28,7 @@ HOT = torch.tensor([[3, 3, 3, 3, 3, 3, 3, 2, 1, 0]]).T  # most tokens choose exp
 class TwoAlike:
     """A group of two ranks that say the same, unless ``other`` is what the second one says."""
 
+    rank = 0
     told: list[Sequence[int]] = field(default_factory=list)
     other: Sequence[int] | None = None
 
