@@ -32,6 +32,7 @@ WORKERS = ("up", "prefill", "decode")
 ALL = ("up", "gateway", "scheduler", "prefill", "decode")
 
 OPTIONS = (
+    Option("--gateways", ("gateway.processes",), ("up",)),
     Option("--prefill", ("prefill.workers",), ("up",)),
     Option("--decode-ranks", ("decode.group.ranks",), ("up",)),
     Option("--ranks", ("decode.group.ranks",), ("decode",)),

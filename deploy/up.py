@@ -77,8 +77,12 @@ def _plan(configuration: Configuration, port: int) -> Plan:
         title=f"headrace {version('headrace')} serves {gateway.model.name}: {workers} prefill "
         f"{_plural('worker', workers)}, {ranks} decode {_plural('rank', ranks)}",
         stages=[
-            [_command("gateway", sharing)],
-            [*_prefill_workers(sharing, workers), *decode_ranks(sharing, decode)],
+            _gateways(sharing, gateway),
+            [
+                *_scheduler(sharing, gateway),
+                *_prefill_workers(sharing, workers),
+                *decode_ranks(sharing, decode),
+            ],
         ],
         settings=configuration.settings("launcher", LauncherSettings),
         drain_s=gateway.process.drain_s,
@@ -183,6 +187,31 @@ def _command(role: str, configuration: Configuration, name: str = "") -> Command
     # -P: the folder that the user stands in must not shadow our packages
     argv = (sys.executable, "-P", "-m", "deploy.cli", role, *configuration.flags(role))
     return Command(name=name or role, argv=argv)
+
+
+def _gateways(configuration: Configuration, gateway: GatewaySettings) -> list[Command]:
+    """One with the scheduler inside; or several that share its port, each with another besides."""
+    if gateway.processes == 1:
+        return [_command("gateway", configuration)]
+    first = gateway.process_port
+    return [
+        _command(
+            "gateway",
+            configuration.replace(
+                {
+                    "gateway.embed_scheduler": False,
+                    "gateway.process_port": first + number if first else free_port(),
+                },
+                "launcher",
+            ),
+            f"gateway-{number}",
+        )
+        for number in range(gateway.processes)
+    ]
+
+
+def _scheduler(configuration: Configuration, gateway: GatewaySettings) -> list[Command]:
+    return [_command("scheduler", configuration)] if gateway.processes > 1 else []
 
 
 def _prefill_workers(configuration: Configuration, workers: int) -> list[Command]:
