@@ -13,7 +13,7 @@ from typing import Literal
 
 from protocol.errors import ProtocolError
 
-ROW_VERSION = 3
+ROW_VERSION = 4
 EXPECTING_PACE_S = 0.005
 IDLE_PACE_S = 0.05
 
@@ -64,6 +64,7 @@ class StepRow:
     placement: int = 0
     started_with: int = 0
     waited_us: int = 0  # in its last exchange of rows: the last rank to come waits least
+    computed_us: int = 0  # in its last step of decoding, waiting for rows of others included
     version: int = ROW_VERSION
 
     def to_ints(self) -> tuple[int, ...]:
@@ -81,7 +82,7 @@ class StepRow:
                 f"worker must run the same release (row version {ROW_VERSION})"
             )
         epoch, state, tokens, expecting, free_blocks, rebalancing, placement, *rest = row
-        started_with, waited_us, _ = rest
+        started_with, waited_us, computed_us, _ = rest
         return cls(
             epoch=epoch,
             state=RankState(state),
@@ -92,6 +93,7 @@ class StepRow:
             placement=placement,
             started_with=started_with,
             waited_us=waited_us,
+            computed_us=computed_us,
         )
 
 
@@ -119,6 +121,7 @@ class StepPlan:
     draining: bool  # some rank takes no new requests
     free_blocks_of_rank: tuple[int, ...]
     skew_us: int  # between the first and the last rank that came to the last exchange of rows
+    computed_us: int  # the slowest rank's last step of decoding
     experts: ExpertStep
 
 
@@ -152,6 +155,7 @@ def decide(rows: Sequence[StepRow]) -> StepPlan:
         pace_s=pace_s,
         draining=any(row.state is not RankState.SERVING for row in rows),
         free_blocks_of_rank=tuple(row.free_blocks for row in rows),
+        computed_us=max(row.computed_us for row in rows),
         skew_us=max(row.waited_us for row in rows) - min(row.waited_us for row in rows),
         experts="keep" if kind in ("stop", "restore") else _with_experts(rows),
     )

@@ -19,6 +19,7 @@ from decode.lockstep import RankState, StepRow, decide
 from decode.rebalance import ExpertMoves
 from decode.scheduler import DecodeScheduler, DecodeStep
 from decode.swap import SwapSpace
+from decode.two_batches import TwoBatches
 from engine.collectives import StepGroup
 from engine.experts.meter import ExchangeMeter
 from engine.experts.replicas import request_key
@@ -75,6 +76,7 @@ class DecodeLoop:
         sampler: Sampler,
         experts: ExpertMoves,
         meter: ExchangeMeter,
+        two_batches: TwoBatches,
         form_group: Callable[[int, Callable[[], bool]], StepGroup],
         outbox: Outbox[ToPeer],
         on_membership: Callable[[], object],
@@ -93,6 +95,8 @@ class DecodeLoop:
         self._sampler = sampler
         self._experts = experts
         self._meter = meter
+        self._two_batches = two_batches
+        self._computed_us = 0  # in the last step
         self._waited_s = 0.0  # in the last exchange of rows
         self._form_group = form_group
         self._outbox = outbox
@@ -150,6 +154,7 @@ class DecodeLoop:
                 self._enter(group.epoch)
                 self._experts.enter_group()
                 self._meter.add_group()
+                self._two_batches.reset()
                 while self._turn(group):
                     pass
                 return
@@ -187,7 +192,10 @@ class DecodeLoop:
         self._experts.follow(plan.experts, group)
         if plan.kind == "decode":
             group.expert_group.begin_step(plan.tokens_of_rank)
-            self._compute(step)
+            in_two = self._two_batches.decide(plan.tokens_of_rank, plan.computed_us)
+            began = time.perf_counter()
+            self._compute(step, in_two=in_two)
+            self._computed_us = round((time.perf_counter() - began) * 1e6)
             self._experts.after_step()
             self._note_step(time.monotonic() - now)
         elif plan.kind == "restore":
@@ -198,7 +206,7 @@ class DecodeLoop:
             self._inbox.wait(plan.pace_s if group.world_size > 1 else IDLE_WAIT_S)
         return plan.kind != "stop"
 
-    def _compute(self, step: DecodeStep) -> None:
+    def _compute(self, step: DecodeStep, *, in_two: bool) -> None:
         try:
             batch = batch_from(
                 [
@@ -215,7 +223,7 @@ class DecodeLoop:
                 block_tokens=self._runner.storage.layout.block_tokens,
                 device=self._device,
             )
-            logits = self._runner.run(batch)
+            logits = self._runner.run(batch, in_two=in_two)
             if not step.refs:
                 return
             sampled = self._sampler.sample(logits, step.refs)
@@ -353,6 +361,7 @@ class DecodeLoop:
             placement=placement,
             started_with=started_with,
             waited_us=round(self._waited_s * 1e6),
+            computed_us=self._computed_us,
         )
 
     def _note_step(self, seconds: float) -> None:

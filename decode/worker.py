@@ -16,6 +16,7 @@ from decode.rebalance import ExpertMoves, RebalanceRule
 from decode.scheduler import DecodeScheduler
 from decode.settings import DecodeSettings, ExpertSettings
 from decode.swap import SwapSpace
+from decode.two_batches import TwoBatches
 from engine.collectives import ExpertGroup, StepGroup
 from engine.experts.exchange import ExchangeChoice
 from engine.experts.recorded_load import RecordedLoad, parse_load
@@ -132,8 +133,16 @@ def _expert_moves(
             interval=settings.rebalance_interval if spread.movable else settings.rebalance_window,
             above=settings.rebalance_above,
         ),
-        alike=exchange,
+        alike=(exchange, settings.two_batches),
     )
+
+
+def _two_batches(settings: ExpertSettings, loaded: LoadedModel, group: ExpertGroup) -> TwoBatches:
+    choice = settings.two_batches
+    if choice == "auto":
+        # On a CPU the exchange needs the cores that the other batch would compute on.
+        choice = "never" if group.device.type == "cpu" else "measure"
+    return TwoBatches(choice, possible=loaded.allows_two_batches)
 
 
 def _landed_already(_block_ids: Sequence[BlockId]) -> None:
@@ -218,6 +227,7 @@ def _make_engine(  # noqa: PLR0917  partially applied
         ),
         experts=experts,
         meter=loaded.meter,
+        two_batches=_two_batches(settings.experts, loaded, group),
         form_group=functools.partial(_form_group, settings, group),
         outbox=outbox,
         land=land,

@@ -51,6 +51,7 @@ class LoadedModel:
     placements: tuple[ExpertPlacement, ...]  # by layer; empty without experts
     counts: ExpertCounts | None
     meter: ExchangeMeter
+    allows_two_batches: bool  # in one step, among ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +135,7 @@ def load(
         placements=tuple(setting.placements),
         counts=setting.counts,
         meter=setting.exchange.meter if setting.exchange else ExchangeMeter(device),
+        allows_two_batches=setting.exchange is not None and setting.exchange.allows_two_batches,
     )
 
 

@@ -16,6 +16,7 @@ from decode.loop import DecodeLoop
 from decode.rebalance import ExpertMoves, RebalanceRule
 from decode.scheduler import DecodeScheduler
 from decode.swap import SwapSpace
+from decode.two_batches import TwoBatches
 from engine.collectives import ExpertGroup, StepGroup
 from engine.experts.placement import Topology
 from engine.kvcache.block_pool import BlockPool
@@ -302,6 +303,7 @@ def _decode(
             rule=RebalanceRule(window=100, interval=100, above=1.0),
         ),
         meter=model.meter,
+        two_batches=TwoBatches("never", possible=False),
         form_group=lambda last_epoch, _given_up: alone(last_epoch),
         outbox=gateway,  # type: ignore[arg-type]
         on_membership=lambda: None,
