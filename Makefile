@@ -83,5 +83,5 @@ $(VENV)/.serve: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/.dev: $(VENV)/.serve
 	@echo 'installing what tests and checks need'
-	@$(PIP) -e '.[demo,dev]'
+	@$(PIP) -e '.[demo,dev,docs,ray,nixl]'
 	@touch $@

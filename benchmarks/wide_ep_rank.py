@@ -1,13 +1,11 @@
 """One rank of the wide-EP benchmark: a real model's steps with a clock at every seam.
 
 Ranks are processes of one machine, so their monotonic clocks are one. The benchmark reaches into
-the model to put clocks around attention and the transport: nothing else measures what a step waits
-for.
+the model to put clocks around attention; the exchange measures itself.
 """
 
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,9 @@ from torch import Tensor
 from decode.lockstep import RankState, StepRow, decide
 from decode.rebalance import ExpertMoves, RebalanceRule
 from engine.collectives import ExpertGroup, StepGroup
+from engine.experts.meter import ExchangeMeter
 from engine.experts.replicas import request_key
 from engine.experts.spread import ExpertSpread
-from engine.experts.transport import Arrived, Dispatch, ExpertTransport, Returned
 from engine.kvcache.storage import KVStorage
 from engine.loading import LoadedModel, load
 from engine.model_runner import ModelRunner, SequenceStep, batch_from
@@ -96,48 +94,6 @@ class TimedAttention:
         return out
 
 
-class TimedTransport:
-    def __init__(self, transport: ExpertTransport, clock: Clock) -> None:
-        self._transport = transport
-        self._clock = clock
-
-    def send(self, payloads: Sequence[Tensor], slot_TK: Tensor) -> Dispatch:
-        self._clock.start()
-        dispatch = self._transport.send(payloads, slot_TK)
-        self._clock.stop("dispatch")
-        return TimedDispatch(dispatch, self._clock)
-
-
-class TimedDispatch:
-    """The time between ``receive`` and what follows it is the experts'."""
-
-    def __init__(self, dispatch: Dispatch, clock: Clock) -> None:
-        self._dispatch = dispatch
-        self._clock = clock
-
-    def receive(self) -> Arrived:
-        self._clock.start()
-        arrived = self._dispatch.receive()
-        self._clock.stop("dispatch")
-        return arrived
-
-    def return_each(self, rows_RW: Tensor, place_BK: Tensor) -> None:
-        self._clock.stop("experts")
-        self._dispatch.return_each(rows_RW, place_BK)
-        self._clock.stop("combine")
-
-    def return_sums(self, rows_BW: Tensor) -> None:
-        self._clock.stop("experts")
-        self._dispatch.return_sums(rows_BW)
-        self._clock.stop("combine")
-
-    def collect(self) -> Returned:
-        self._clock.start()
-        returned = self._dispatch.collect()
-        self._clock.stop("combine")
-        return returned
-
-
 class Rank:
     def __init__(self, step_group: StepGroup, work: Work) -> None:
         self._step_group = step_group
@@ -153,9 +109,9 @@ class Rank:
         )
         self._clock = Clock()
         self._put_clocks(loaded)
+        self._meter = loaded.meter
         self._exchanges = 0
-        self._sent_bytes = 0
-        self._count_bytes(self._group)
+        self._count_exchanges(self._group)
         blocks = -(-(PROMPT_TOKENS + work.steps + WARM_UP_STEPS + 1) // BLOCK_TOKENS)
         storage = KVStorage(loaded.layout, blocks * work.batch, device=CPU)
         self._runner = ModelRunner(loaded.model, storage)
@@ -174,7 +130,8 @@ class Rank:
             self._turn()
         counts = self._loaded.counts
         assert counts is not None
-        self._sent_bytes = self._exchanges = 0
+        self._exchanges = 0
+        before = _bytes_of(self._meter)
         taken = [self._turn() for _ in range(steps)]
         layers = len(counts.layers)
         # An exchange of counts comes before the rows where they are not padded.
@@ -182,7 +139,7 @@ class Rank:
         report = self._moves.report
         return Outcome(
             steps=taken,
-            sent_bytes=self._sent_bytes,
+            sent_bytes=_bytes_of(self._meter) - before,
             tokens=steps * len(self._texts),
             padded_layers=layers * steps - counted,
             counted_layers=counted,
@@ -213,10 +170,12 @@ class Rank:
         )
         self._moves.follow(plan.experts, self._step_group)
         self._group.begin_step(plan.tokens_of_rank)
+        before = _seconds_of(self._meter)
         self._compute()
         self._moves.after_step()
         ended = time.perf_counter()
-        return Step(arrived=arrived, left=left, ended=ended, parts=self._clock.take())
+        parts = {part: now - before[part] for part, now in _seconds_of(self._meter).items()}
+        return Step(arrived=arrived, left=left, ended=ended, parts=parts | self._clock.take())
 
     def _compute(self) -> None:
         steps = [
@@ -238,21 +197,29 @@ class Rank:
             replace(layer, attention=TimedAttention(layer.attention, self._clock))
             for layer in model._layers
         )
-        for layer in model._layers:
-            experts = getattr(layer.feed_forward, "_experts", None)
-            if experts is not None:
-                experts._transport = TimedTransport(experts._transport, self._clock)
 
-    def _count_bytes(self, group: Any) -> None:
+    def _count_exchanges(self, group: Any) -> None:
         exchange = group.exchange_rows
 
-        def counted(rows_RW: Tensor, sent: Sequence[int], received: Sequence[int]) -> Any:
-            others = sum(sent) - sent[group.rank]
+        def counted(*arguments: Any) -> Any:
             self._exchanges += 1
-            self._sent_bytes += others * rows_RW.shape[1] * rows_RW.element_size()
-            return exchange(rows_RW, sent, received)
+            return exchange(*arguments)
 
         group.exchange_rows = counted
+
+
+def _seconds_of(meter: ExchangeMeter) -> dict[str, float]:
+    traffic = meter.traffic()
+    return {
+        "dispatch": traffic.dispatch_s,
+        "experts": traffic.compute_s,
+        "combine": traffic.combine_s,
+    }
+
+
+def _bytes_of(meter: ExchangeMeter) -> int:
+    traffic = meter.traffic()
+    return traffic.dispatch_bytes + traffic.combine_bytes
 
 
 def run_rank(step_group: StepGroup, work: Work) -> Outcome:

@@ -1,5 +1,6 @@
 """What a decode rank says of its load: its scheduler's books, its pace, its traffic."""
 
+from decode.intake import Intake
 from decode.scheduler import DecodeScheduler
 from engine.experts.meter import ExchangeMeter
 from protocol.workers import WorkerLoad
@@ -10,23 +11,24 @@ STEP_SMOOTHING = 0.1
 class LoadAccount:
     """``load`` is a new object after each call, so that other threads may read it."""
 
-    def __init__(self, scheduler: DecodeScheduler, meter: ExchangeMeter) -> None:
+    def __init__(self, scheduler: DecodeScheduler, intake: Intake, meter: ExchangeMeter) -> None:
         self._scheduler = scheduler
+        self._intake = intake
         self._meter = meter
         self._step_seconds = 0.0
         self._generated_tokens = 0
         self.load = WorkerLoad()
 
-    def stepped(self, seconds: float, tokens: int, *, draining: bool) -> None:
+    def stepped(self, seconds: float, tokens: int) -> None:
         """A step has given ``tokens`` new tokens here."""
         self._step_seconds += STEP_SMOOTHING * (seconds - self._step_seconds)
         self._generated_tokens += tokens
-        self.look(draining=draining)
+        self.look()
 
-    def look(self, *, draining: bool) -> None:
+    def look(self) -> None:
         books = self._scheduler.books()
         self.load = WorkerLoad(
-            draining=draining,
+            draining=self._intake.draining,
             queued_requests=books.granted_requests + books.waiting_requests,
             running_requests=books.running_requests + books.swapped_requests,
             free_blocks=books.reservable,

@@ -66,6 +66,7 @@ class StepRow:
     started_with: int = 0
     newcomers: bool = False  # somebody waits to join the group
     waited_us: int = 0  # in its last exchange of rows: the last rank to come waits least
+    computed_us: int = 0  # in its last step of decoding, waiting for rows of others included
     version: int = ROW_VERSION
 
     def to_ints(self) -> tuple[int, ...]:
@@ -83,7 +84,7 @@ class StepRow:
                 f"worker must run the same release (row version {ROW_VERSION})"
             )
         seat, epoch, state, tokens, expecting, free_blocks, rebalancing, *rest = row
-        placement, started_with, newcomers, waited_us, _ = rest
+        placement, started_with, newcomers, waited_us, computed_us, _ = rest
         return cls(
             seat=seat,
             epoch=epoch,
@@ -96,6 +97,7 @@ class StepRow:
             started_with=started_with,
             newcomers=bool(newcomers),
             waited_us=waited_us,
+            computed_us=computed_us,
         )
 
 
@@ -126,6 +128,7 @@ class StepPlan:
     free_blocks_of_rank: tuple[int, ...]
     skew_us: int  # between the first and the last rank that came to the last exchange of rows
     leaving: tuple[int, ...]
+    computed_us: int  # the slowest rank's last step of decoding
     experts: ExpertStep
 
 
@@ -163,6 +166,7 @@ def decide(rows: Sequence[StepRow], *, least_ranks: int) -> StepPlan:
         pace_s=pace_s,
         draining=any(row.state is not RankState.SERVING for row in rows),
         free_blocks_of_rank=tuple(row.free_blocks for row in rows),
+        computed_us=max(row.computed_us for row in rows),
         skew_us=max(row.waited_us for row in rows) - min(row.waited_us for row in rows),
         leaving=leaving,
         experts="keep" if kind in ("stop", "restore", "regroup") else _with_experts(rows),

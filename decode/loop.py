@@ -24,6 +24,7 @@ from decode.meeting import Meeting
 from decode.rebalance import ExpertMoves
 from decode.scheduler import DecodeScheduler, DecodeStep
 from decode.swap import SwapSpace
+from decode.two_batches import TwoBatches
 from engine.collectives import StepGroup
 from engine.experts.meter import ExchangeMeter
 from engine.experts.replicas import request_key
@@ -46,7 +47,6 @@ from protocol.messages import (
 )
 from protocol.reports import report_of
 from protocol.requests import GenerateRequest
-from protocol.workers import WorkerLoad
 from runtime.clients import Clients
 from runtime.log import get_log
 from runtime.mailbox import Inbox, Outbox
@@ -80,6 +80,7 @@ class DecodeLoop:
         sampler: Sampler,
         experts: ExpertMoves,
         meter: ExchangeMeter,
+        two_batches: TwoBatches,
         meeting: Meeting,
         least_ranks: int,
         outbox: Outbox[ToPeer],
@@ -100,6 +101,8 @@ class DecodeLoop:
         self._sampler = sampler
         self._experts = experts
         self._meter = meter
+        self._two_batches = two_batches
+        self._computed_us = 0  # in the last step
         self._waited_s = 0.0  # in the last exchange of rows
         self._meeting = meeting
         self._least_ranks = least_ranks
@@ -113,13 +116,9 @@ class DecodeLoop:
         self._stopped = threading.Event()
         self._sweep = Beat(SWEEP_S)
         self._step = 0
-        self._account = LoadAccount(scheduler, meter)
+        self.account = LoadAccount(scheduler, intake, meter)
         self.epoch: int | None = None  # of the group; None while this rank cannot serve
         self.members: tuple[int, ...] = ()  # the group's seats that are taken
-
-    @property
-    def load(self) -> WorkerLoad:
-        return self._account.load
 
     # From any thread -----------------------------------------------------------------------------
 
@@ -153,7 +152,8 @@ class DecodeLoop:
         leaving: tuple[int, ...] = ()
         while not self._stopped.is_set():
             try:
-                group = self._meeting.form(self._stopped.is_set, leaving, briefly=self._holds())
+                held = bool(self._running or len(self._intake))
+                group = self._meeting.form(self._stopped.is_set, leaving, briefly=held)
             except (WorkerLost, DeadlineExceeded, Cancelled) as error:
                 log.warning("the group is not complete", reason=str(error))
                 self._leave(error)
@@ -183,13 +183,10 @@ class DecodeLoop:
                 return plan
         return None
 
-    def _holds(self) -> bool:
-        """Whether somebody waits for what this rank has begun."""
-        return bool(self._running or len(self._intake))
-
     def _enter(self, group: StepGroup) -> None:
         self.epoch, self.members = group.epoch, group.members
         self._meter.add_group()
+        self._two_batches.reset()
         log.info("ranks serve together", epoch=group.epoch, members=group.members)
         self._on_membership()
 
@@ -230,19 +227,21 @@ class DecodeLoop:
         self._experts.follow(plan.experts, group)
         if plan.kind == "decode":
             group.expert_group.begin_step(plan.tokens_of_rank)
-            self._compute(step)
+            in_two = self._two_batches.decide(plan.tokens_of_rank, plan.computed_us)
+            began = time.perf_counter()
+            self._compute(step, in_two=in_two)
+            self._computed_us = round((time.perf_counter() - began) * 1e6)
             self._experts.after_step()
-            seconds = time.monotonic() - now
-            self._account.stepped(seconds, len(step.refs), draining=self._intake.draining)
+            self.account.stepped(time.monotonic() - now, len(step.refs))
         elif plan.kind == "restore":
             self._experts.restore()
         elif plan.kind == "idle":
-            self._account.look(draining=self._intake.draining)
+            self.account.look()
             # Alone there is nobody to keep pace with.
             self._inbox.wait(plan.pace_s if group.world_size > 1 else IDLE_WAIT_S)
         return plan
 
-    def _compute(self, step: DecodeStep) -> None:
+    def _compute(self, step: DecodeStep, *, in_two: bool) -> None:
         try:
             batch = batch_from(
                 [
@@ -259,7 +258,7 @@ class DecodeLoop:
                 block_tokens=self._runner.storage.layout.block_tokens,
                 device=self._device,
             )
-            logits = self._runner.run(batch)
+            logits = self._runner.run(batch, in_two=in_two)
             if not step.refs:
                 return
             sampled = self._sampler.sample(logits, step.refs)
@@ -389,10 +388,11 @@ class DecodeLoop:
             state=state,
             tokens=len(step.refs),
             expecting=len(self._intake) > 0,
-            free_blocks=self.load.free_blocks,
+            free_blocks=self.account.load.free_blocks,
             rebalancing=rebalancing,
             placement=placement,
             started_with=started_with,
             newcomers=self._meeting.newcomers,
             waited_us=round(self._waited_s * 1e6),
+            computed_us=self._computed_us,
         )

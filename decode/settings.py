@@ -105,6 +105,10 @@ class ExpertSettings(Settings):
     queue_pair_depth: PositiveInt = 1024
     """What NVSHMEM_QP_DEPTH is on every rank, for transport deepep; 1024 where it is not set."""
 
+    two_batches: Literal["auto", "measure", "always", "never"] = "auto"
+    """Whether a step's tokens pass the layers as two batches, one computing while the other's
+    rows travel. measure: what is quicker here, tried now and then. auto: so on GPUs only."""
+
     load_file: Path | None = None
     """A recorded expert load (JSON) to place experts by at the start. Empty: evenly."""
 

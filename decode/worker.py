@@ -18,6 +18,7 @@ from decode.rebalance import ExpertMoves, RebalanceRule
 from decode.scheduler import DecodeScheduler
 from decode.settings import DecodeSettings
 from decode.swap import SwapSpace
+from decode.two_batches import TwoBatches
 from engine.collectives import ExpertGroup
 from engine.experts.exchange import ExchangeChoice
 from engine.experts.recorded_load import RecordedLoad, parse_load
@@ -133,8 +134,16 @@ def _expert_moves(settings: DecodeSettings, loaded: LoadedModel, group: ExpertGr
             above=experts.rebalance_above,
             moves=spread.movable,
         ),
-        alike=_exchange(settings),
+        alike=(_exchange(settings), experts.two_batches),
     )
+
+
+def _two_batches(settings: ExpertSettings, loaded: LoadedModel, group: ExpertGroup) -> TwoBatches:
+    choice = settings.two_batches
+    if choice == "auto":
+        # On a CPU the exchange needs the cores that the other batch would compute on.
+        choice = "never" if group.device.type == "cpu" else "measure"
+    return TwoBatches(choice, possible=loaded.allows_two_batches)
 
 
 def _landed_already(_block_ids: Sequence[BlockId]) -> None:
@@ -220,6 +229,7 @@ def _make_engine(  # noqa: PLR0917  partially applied
         ),
         experts=experts,
         meter=loaded.meter,
+        two_batches=_two_batches(settings.experts, loaded, group),
         meeting=_meeting(settings, loaded, group, experts, key),
         least_ranks=loaded.least_ranks,
         outbox=outbox,
@@ -253,7 +263,7 @@ def _make_engine(  # noqa: PLR0917  partially applied
     registration = Registration(
         settings.bus.scheduler,
         info=info,
-        load=lambda: loop.load,
+        load=lambda: loop.account.load,
         experts=lambda: experts.report,
         key=key,
     )

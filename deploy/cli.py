@@ -17,7 +17,7 @@ from deploy.bench_options import add_bench_options
 from deploy.config import KEYS, WrongSetting, variable
 from deploy.conformance_options import add_conformance_options
 from deploy.exits import DONE, FAILED, INTERRUPTED, USAGE
-from deploy.options import OPTIONS, add_options, configuration
+from deploy.options import OPTIONS, add_options, add_sources, configuration
 from deploy.plan_placement import add_plan_options, show_plan
 from deploy.roles import ROLE_VERBS, run_role
 from deploy.top_options import add_top_options
@@ -31,6 +31,7 @@ VERBS = {
     "scheduler": "run the scheduler alone, for several gateways",
     "prefill": "run one prefill worker",
     "decode": "run one rank of a decode worker, or all of them as child processes",
+    "scale": "change the number of prefill workers of a system on Ray",
     "status": "show what a running system serves and how its workers do",
     "top": "watch a running system in the terminal",
     "bench": "test a server under load and say what it can do",
@@ -58,6 +59,9 @@ def parser() -> argparse.ArgumentParser:
         )
         if verb in ("up", *ROLE_VERBS):
             add_options(sub, verb)
+    scale = verbs.choices["scale"]
+    scale.add_argument("wanted", metavar="ROLE=N", help="such as prefill=3")
+    add_sources(scale)
     status = verbs.choices["status"]
     status.add_argument(
         "url",
@@ -144,13 +148,18 @@ def _run(chosen: argparse.Namespace) -> int:
         return _show_system(chosen)
     elif verb in ("bench", "conformance"):
         return _test_server(chosen)
-    elif verb == "up":
-        from deploy.up import up
-
-        return up(configuration(chosen, verb, headrace_environment()))
+    elif verb in ("up", "scale"):
+        return _launch(chosen)
     else:
         return run_role(verb, configuration(chosen, verb, headrace_environment()))
     return DONE
+
+
+def _launch(chosen: argparse.Namespace) -> int:
+    from deploy.up import scale, up
+
+    found = configuration(chosen, chosen.verb, headrace_environment())
+    return up(found) if chosen.verb == "up" else scale(found, chosen.wanted)
 
 
 def _show_system(chosen: argparse.Namespace) -> int:

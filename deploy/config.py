@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 
 from decode.settings import DecodeSettings
 from deploy.demo import DEMO_MODEL, DEMO_SPLIT, demo_weights
-from deploy.settings import LauncherSettings
+from deploy.settings import LauncherSettings, RaySettings
 from prefill.settings import PrefillSettings
 from protocol.errors import ConfigError
 from runtime.settings import (
@@ -50,7 +50,12 @@ ROLES: dict[str, type[BaseModel]] = {
     "prefill": PrefillSettings,
     "decode": DecodeSettings,
 }
-SECTIONS: dict[str, type[BaseModel]] = {**COMMON, **ROLES, "launcher": LauncherSettings}
+SECTIONS: dict[str, type[BaseModel]] = {
+    **COMMON,
+    **ROLES,
+    "launcher": LauncherSettings,
+    "ray": RaySettings,
+}
 
 
 @dataclass(frozen=True, slots=True)

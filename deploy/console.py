@@ -37,9 +37,13 @@ class Console:
             since = self._restarted.get(process, self._started)
             self.phase(process, f"ready after {time.monotonic() - since:.1f} s")
 
+    def starting(self, process: str) -> None:
+        """The process is not one of those that started with the system."""
+        self._restarted[process] = time.monotonic()
+
     def restarting(self, process: str, reason: str, pause_s: float) -> None:
         self._weights.pop(process, None)
-        self._restarted[process] = time.monotonic()
+        self.starting(process)
         self.phase(process, f"{reason}; starting it again in {pause_s:.1f} s")
 
     def _weights_read(self, process: str, report: Report) -> None:

@@ -32,6 +32,8 @@ WORKERS = ("up", "prefill", "decode")
 ALL = ("up", "gateway", "scheduler", "prefill", "decode")
 
 OPTIONS = (
+    Option("--on", ("launcher.on",), ("up",), "WHERE"),
+    Option("--gateways", ("gateway.processes",), ("up",)),
     Option("--prefill", ("prefill.workers",), ("up",)),
     Option("--decode-ranks", ("decode.group.ranks",), ("up",)),
     Option("--ranks", ("decode.group.ranks",), ("decode",)),
@@ -78,14 +80,19 @@ def add_options(parser: argparse.ArgumentParser, verb: str) -> None:
             metavar="MODEL",
             help="a checkpoint directory, a .gguf file or smollm2 (default of up: smollm2)",
         )
+    for option in OPTIONS:
+        if verb in option.verbs:
+            parser.add_argument(option.flag, metavar=option.metavar, help=_help(option))
+    add_sources(parser)
+
+
+def add_sources(parser: argparse.ArgumentParser) -> None:
+    """Where settings without an option of their own are from."""
     parser.add_argument(
         "--config",
         metavar="FILE",
         help="cluster file, YAML (default: the variable HEADRACE_CONFIG)",
     )
-    for option in OPTIONS:
-        if verb in option.verbs:
-            parser.add_argument(option.flag, metavar=option.metavar, help=_help(option))
     parser.add_argument(
         "--set",
         action="append",

@@ -105,7 +105,7 @@ class Child:
                     return
                 *lines, unread = (unread + part).split(b"\n")
                 for line in lines:
-                    if (report := _parse(line)) is not None:
+                    if (report := parse_report(line)) is not None:
                         yield report
         finally:
             os.close(self._reports)
@@ -131,7 +131,8 @@ class Child:
             await self.wait()
 
 
-def _parse(line: bytes) -> Report | None:
+def parse_report(line: bytes) -> Report | None:
+    """None for a line that is none."""
     try:
         fields = json.loads(line)
         return Report(event=fields.pop("event"), fields=fields)

@@ -98,7 +98,7 @@ class Supervisor:
             failed, others = group.split(SystemFailed)
             if others is not None or failed is None:
                 raise
-            raise _first(failed) from None
+            raise first_failure(failed) from None
         finally:
             self.kill()
             with anyio.CancelScope(shield=True):
@@ -154,7 +154,8 @@ class Supervisor:
                         tasks.start_soon(child.stop, self._drain_s + DRAIN_MARGIN_S)
 
 
-def _first(group: BaseExceptionGroup[SystemFailed]) -> SystemFailed:
+def first_failure(group: BaseExceptionGroup[SystemFailed]) -> SystemFailed:
+    """What was raised in the innermost of nested task groups."""
     error: BaseException = group
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]

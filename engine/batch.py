@@ -4,6 +4,7 @@ Shape suffixes: N tokens of this step   B sequences   M blocks in the longest bl
 whose logits are wanted   V vocabulary
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -30,7 +31,37 @@ class ForwardBatch:
     def num_tokens(self) -> int:
         return self.token_ids.shape[0]
 
+    def halves(self) -> tuple["ForwardBatch", "ForwardBatch"]:
+        """Two batches of a decode step, the first with at most one sequence more."""
+        assert self.decode_only
+        count = (self.num_tokens + 1) // 2
+        wanted = count
+        if self.logits_rows.shape[0] != self.num_tokens:
+            wanted = int((self.logits_rows < count).sum())  # host sync
+        return (
+            self._part(slice(0, count), self.logits_rows[:wanted]),
+            self._part(slice(count, self.num_tokens), self.logits_rows[wanted:] - count),
+        )
+
+    def _part(self, rows: slice, logits_rows: Tensor) -> "ForwardBatch":
+        return ForwardBatch(
+            token_ids=self.token_ids[rows],
+            positions=self.positions[rows],
+            request_keys=self.request_keys[rows],
+            slot_mapping=self.slot_mapping[rows],
+            block_tables=self.block_tables[rows],
+            query_lens=self.query_lens[rows],
+            context_lens=self.context_lens[rows],
+            logits_rows=logits_rows,
+        )
+
     @property
     def decode_only(self) -> bool:
         """Every sequence brings exactly one token; true for an idle batch."""
         return all(length == 1 for length in self.query_lens)
+
+
+def tokens_of_halves(tokens_of_rank: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What each rank brings to the first and to the second batch when all halve theirs."""
+    first = tuple((tokens + 1) // 2 for tokens in tokens_of_rank)
+    return first, tuple(t - f for t, f in zip(tokens_of_rank, first, strict=True))

@@ -53,6 +53,7 @@ class LoadedModel:
     least_ranks: int  # fewer have not enough slots for every expert
     counts: ExpertCounts | None
     meter: ExchangeMeter
+    allows_two_batches: bool  # in one step, among ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +140,7 @@ def load(
         least_ranks=least,
         counts=setting.counts,
         meter=setting.exchange.meter if setting.exchange else ExchangeMeter(device),
+        allows_two_batches=setting.exchange is not None and setting.exchange.allows_two_batches,
     )
 
 

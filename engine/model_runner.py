@@ -86,15 +86,25 @@ class ModelRunner:
         self.storage = storage
 
     @torch.inference_mode()
-    def run(self, batch: ForwardBatch, after_layer: AfterLayer | None = None) -> Tensor:
+    def run(
+        self,
+        batch: ForwardBatch,
+        after_layer: AfterLayer | None = None,
+        *,
+        in_two: bool = False,
+    ) -> Tensor:
         """Logits (R, V) float32, on the rank's device; the storage then holds the batch's KV.
 
         ``after_layer(i)`` is called from this thread as soon as layer i's KV is written (on a GPU:
         queued on the current stream), while later layers are still to come.
 
+        ``in_two``: all ranks pass the step, a decode step, as two batches (``hidden_in_two``).
+
         Raises:
             WorkerLost: a rank that shares the experts failed; the step's KV is not to be used.
         """
+        if in_two:
+            return self.model.logits(self.model.hidden_in_two(batch, self.storage))
         return self.model.forward(batch, self.storage, after_layer)
 
     @torch.inference_mode()

@@ -87,6 +87,7 @@ def create_app(
         request_timeout_s=settings.request_timeout_s,
         background=BackgroundResponses(tasks),
     )
+    responses = ResponsePlan(store, stores=settings.processes == 1)
     stored = StoredResponseEndpoints(store)
     tokens = TokenEndpoints(services)
     models = ModelEndpoints(generator)
@@ -103,7 +104,7 @@ def create_app(
         routes=[
             Route("/v1/chat/completions", endpoint("chat", plan_chat), methods=["POST"]),
             Route("/v1/completions", endpoint("completions", plan_completion), methods=["POST"]),
-            Route("/v1/responses", endpoint("responses", ResponsePlan(store)), methods=["POST"]),
+            Route("/v1/responses", endpoint("responses", responses), methods=["POST"]),
             Route("/v1/responses/{id}", stored.retrieve, methods=["GET"]),
             Route("/v1/responses/{id}", stored.delete, methods=["DELETE"]),
             Route("/v1/responses/{id}/cancel", stored.cancel, methods=["POST"]),

@@ -4,7 +4,7 @@ import gc
 import signal
 import socket
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import anyio
@@ -46,7 +46,7 @@ def run(settings: GatewaySettings, scheduler: SchedulerSettings) -> int:
 async def _serve(settings: GatewaySettings, scheduler: SchedulerSettings, text: ModelText) -> None:
     registry = CollectorRegistry()
     with (
-        _bound(settings.host, settings.port) as listener,
+        bound(settings) as listeners,
         GrammarCompiler(text.tokenizer.vocabulary()) as grammars,
     ):
         async with (
@@ -95,10 +95,11 @@ async def _serve(settings: GatewaySettings, scheduler: SchedulerSettings, text: 
             _spare_the_collector()
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(_stop_on_signal, server)
-                host, port = listener.getsockname()[:2]
-                report("listening", address=f"http://{host}:{port}")
-                log.info("listening", host=host, port=port)
-                await server.serve(sockets=[listener])
+                for listener in listeners:
+                    host, port = listener.getsockname()[:2]
+                    report("listening", address=f"http://{host}:{port}")
+                    log.info("listening", host=host, port=port)
+                await server.serve(sockets=listeners)
                 tasks.cancel_scope.cancel()
             background.cancel_scope.cancel()
 
@@ -126,14 +127,29 @@ async def _stop_on_signal(server: uvicorn.Server) -> None:
 
 
 @contextmanager
-def _bound(host: str, port: int) -> Generator[socket.socket]:
-    """
+def bound(settings: GatewaySettings) -> Generator[list[socket.socket]]:
+    """The sockets that the gateway is to listen on: the API's, and the one of this process alone.
+
     Raises:
-        ConfigError: the port is taken, or the host is not an address of this machine.
+        ConfigError: a port is taken, or the host is not an address of this machine.
     """
+    shared = settings.processes > 1
+    with ExitStack() as sockets:
+        listeners = [sockets.enter_context(_socket(settings.host, settings.port, shared=shared))]
+        if settings.process_port:
+            own = _socket(settings.host, settings.process_port, shared=False)
+            listeners.append(sockets.enter_context(own))
+        yield listeners
+
+
+@contextmanager
+def _socket(host: str, port: int, *, shared: bool) -> Generator[socket.socket]:
+    """``shared``: the kernel gives each new connection to one of the processes that bind it so."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         try:
             listener.bind((host, port))
         except OSError as error:

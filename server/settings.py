@@ -76,6 +76,13 @@ class GatewaySettings(Settings):
     port: int = Field(default=8000, ge=0, le=65535)
     """Port of the HTTP API. 0 takes a free one."""
 
+    processes: PositiveInt = 1
+    """Gateway processes that share the port, with the scheduler in a process of its own. Above 1
+    each counts limits by itself and none stores responses; see docs/api.md, Several gateways."""
+
+    process_port: int = Field(default=0, ge=0, le=65535)
+    """A second port, of this process alone, such as for its own metrics. 0: none."""
+
     api_keys_file: Path | None = None
     """One API key a line, or its sha256: digest, and options; see docs/api.md, Access."""
 

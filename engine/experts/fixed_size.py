@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.experts.all_to_all import RowGroup, RowsOnTheWay
 from engine.experts.buffers import ExchangeShape
-from engine.experts.rows import columns_of, unpack, write
+from engine.experts.rows import columns_of, row_bytes, unpack, write
 from engine.experts.transport import Arrived, Dispatch, Returned
 from engine.experts.workspaces import Workspaces
 
@@ -95,6 +95,8 @@ class _FixedSizeDispatch:
         self._rank_TK = torch.where(self._routed_TK, slot_TK // shape.slots_per_rank, 0)
         self._order_TK = order_on_rank(torch.where(self._routed_TK, self._rank_TK, -1))
         self._columns = columns_of((*payloads, slot_TK.to(torch.int32)))
+        row = row_bytes(self._columns)
+        assert row <= self._workspace.sent.shape[1], f"rows of {row} bytes do not fit the buffers"
         self._on_the_way = self._send((*payloads, slot_TK.to(torch.int32)))
         self._present_BK: Tensor | None = None
         self._place_TJ = slot_TK

@@ -30,8 +30,10 @@ class RowExchange:
     meter: ExchangeMeter
 
     @property
-    def max_in_flight(self) -> int:
-        return CAPABILITIES[self.name].max_in_flight
+    def allows_two_batches(self) -> bool:
+        """Whether one batch may compute while another's rows travel."""
+        can = CAPABILITIES[self.name]
+        return can.split_phase and can.max_in_flight >= 2  # noqa: PLR2004
 
 
 def make_exchange(choice: TransportChoice, group: ExpertGroup, shape: ExchangeShape) -> RowExchange:

@@ -25,18 +25,22 @@ Plan = TypeVar("Plan")
 
 
 class OncePerStep:
-    """Keeps what was worked out for a step, so that its layers share it: one entry."""
+    """Keeps what was worked out for a step, so that its layers share it.
+
+    Two entries: a step may pass the layers as two batches in turn.
+    """
 
     def __init__(self) -> None:
-        self._step: object = None
-        self._plan: Any = None
+        self._kept: tuple[tuple[object, Any], ...] = ()
 
     def get(self, step: Step, build: Callable[[Step], Plan]) -> Plan:
-        """``build(step)``, or what it returned when the same step object came last."""
-        if self._step is not step:
-            self._plan = build(step)
-            self._step = step
-        plan: Plan = self._plan
+        """``build(step)``, or what it returned if the step object is one of the last two."""
+        for kept, known in self._kept:
+            if kept is step:
+                found: Plan = known
+                return found
+        plan = build(step)
+        self._kept = ((step, plan), *self._kept[:1])
         return plan
 
 

@@ -9,9 +9,10 @@ Shape suffixes: N tokens   D hidden   R rows whose logits are wanted   V vocabul
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from engine.batch import ForwardBatch
+from engine.batch import ForwardBatch, tokens_of_halves
 from engine.config import GqaConfig
 from engine.experts.replicas import token_keys
 from engine.experts.slot_exchange import SlotExchange
@@ -20,7 +21,14 @@ from engine.layers.embedding import Embedding
 from engine.layers.linear import Linear
 from engine.layers.norm import add_rms_norm, rms_norm
 from engine.layers.rope import Rope
-from engine.models.parts import Attention, DescribeLayer, FeedForward, LayerWeights, Setting
+from engine.models.parts import (
+    Attention,
+    DescribeLayer,
+    FeedForward,
+    LayerWeights,
+    PendingFeedForward,
+    Setting,
+)
 from engine.weights.reader import Wanted, WeightReader
 
 AfterLayer = Callable[[int], None]  # told the layer whose KV of this step is now in the cache
@@ -41,12 +49,12 @@ class Decoder:
         config = setting.config
         embedding_VD = weights.embedding_VD.read()
         head_VD = weights.head_VD.read() if weights.head_VD else embedding_VD
-        self._embedding = Embedding(embedding_VD)
+        self.embedding = Embedding(embedding_VD)
         self._norm_D = weights.norm_D.read()
         self._head = Linear(head_VD, numerics=setting.numerics)
-        self._epsilon = config.norm_epsilon
+        self.epsilon = config.norm_epsilon
         kind = config.attention
-        self._rope = Rope(
+        self.rope = Rope(
             config.rope,
             kind.head_width if isinstance(kind, GqaConfig) else kind.rope_width,
             device=reader.device,
@@ -54,6 +62,7 @@ class Decoder:
         )
         # Ranks agree on how many tokens pass a layer, so only a rank alone may let rows go early.
         self._may_drop_rows = setting.group.num_seats == 1
+        self._group = setting.group
         self._chooses_replicas = setting.chooses_replicas
         self._layers = tuple(
             _build(layer, setting.of_layer(index)) for index, layer in enumerate(weights.layers)
@@ -82,18 +91,18 @@ class Decoder:
         self, batch: ForwardBatch, cache: KVStorage, after_layer: AfterLayer | None = None
     ) -> Tensor:
         """As ``forward``, up to the last norm: (R, D), a small part of what the logits need."""
-        rotation = self._rope.at(batch.positions)
+        rotation = self.rope.at(batch.positions)
         rows_R = batch.logits_rows
         all_rows = rows_R.shape[0] == batch.num_tokens
-        residual_ND = self._embedding(batch.token_ids)
-        keys_N = token_keys(batch.request_keys, batch.positions) if self._chooses_replicas else None
+        residual_ND = self.embedding(batch.token_ids)
+        keys_N = self.keys_of(batch)
         out_ND: Tensor | None = None
         for index, layer in enumerate(self._layers):
             if out_ND is None:
-                x_ND = rms_norm(residual_ND, layer.attention_norm_D, self._epsilon)
+                x_ND = rms_norm(residual_ND, layer.attention_norm_D, self.epsilon)
             else:
                 x_ND, residual_ND = add_rms_norm(
-                    out_ND, residual_ND, layer.attention_norm_D, self._epsilon
+                    out_ND, residual_ND, layer.attention_norm_D, self.epsilon
                 )
             out_ND = layer.attention(x_ND, rotation, cache.layer(index), batch)
             if after_layer is not None:
@@ -101,14 +110,73 @@ class Decoder:
             if self._may_drop_rows and not all_rows and layer is self._layers[-1]:
                 out_ND, residual_ND, all_rows = out_ND[rows_R], residual_ND[rows_R], True
             x_ND, residual_ND = add_rms_norm(
-                out_ND, residual_ND, layer.feed_forward_norm_D, self._epsilon
+                out_ND, residual_ND, layer.feed_forward_norm_D, self.epsilon
             )
             out_ND = layer.feed_forward(x_ND, keys_N)
         assert out_ND is not None
         if not all_rows:
             out_ND, residual_ND = out_ND[rows_R], residual_ND[rows_R]
-        x_RD, _ = add_rms_norm(out_ND, residual_ND, self._norm_D, self._epsilon)
+        x_RD, _ = add_rms_norm(out_ND, residual_ND, self._norm_D, self.epsilon)
         return x_RD
+
+    def hidden_in_two(self, batch: ForwardBatch, cache: KVStorage) -> Tensor:
+        """As ``hidden``, for a decode step that all ranks pass as two batches: while rows of one
+        travel the other computes. With exact numerics the bits are the same.
+        """
+        group, whole = self._group, self._group.tokens_of_rank
+        halves = [_HalfStep(self, half, cache) for half in batch.halves()]
+        shares = tokens_of_halves(whole)
+        for index, layer in enumerate(self._layers):
+            for half, tokens_of_rank in zip(halves, shares, strict=True):
+                group.begin_step(tokens_of_rank)
+                half.begin(index, layer)
+            for half in halves:
+                half.compute()
+        group.begin_step(whole)
+        return torch.cat([half.end(self._norm_D) for half in halves])
+
+    def keys_of(self, batch: ForwardBatch) -> Tensor | None:
+        """What chooses among replicas; None where there are none."""
+        return token_keys(batch.request_keys, batch.positions) if self._chooses_replicas else None
+
+
+class _HalfStep:
+    """One of the two batches of a step on its way through the layers."""
+
+    def __init__(self, decoder: Decoder, batch: ForwardBatch, cache: KVStorage) -> None:
+        self._batch = batch
+        self._cache = cache
+        self._epsilon = decoder.epsilon
+        self._rotation = decoder.rope.at(batch.positions)
+        self._residual_ND = decoder.embedding(batch.token_ids)
+        self._keys_N = decoder.keys_of(batch)
+        self._pending: PendingFeedForward | None = None
+
+    def begin(self, index: int, layer: DecoderLayer) -> None:
+        """End the layer before; attend in this one, and send its rows to their experts."""
+        x_ND = self._normed(layer.attention_norm_D)
+        cache = self._cache.layer(index)
+        out_ND = layer.attention(x_ND, self._rotation, cache, self._batch)
+        x_ND, self._residual_ND = add_rms_norm(
+            out_ND, self._residual_ND, layer.feed_forward_norm_D, self._epsilon
+        )
+        self._pending = layer.feed_forward.begin(x_ND, self._keys_N)
+
+    def compute(self) -> None:
+        assert self._pending is not None
+        self._pending.compute()
+
+    def end(self, norm_D: Tensor) -> Tensor:
+        """(R, D) of the rows whose logits are wanted, after the last norm."""
+        return self._normed(norm_D)[self._batch.logits_rows]
+
+    def _normed(self, norm_D: Tensor) -> Tensor:
+        if self._pending is None:
+            return rms_norm(self._residual_ND, norm_D, self._epsilon)
+        x_ND, self._residual_ND = add_rms_norm(
+            self._pending.finish(), self._residual_ND, norm_D, self._epsilon
+        )
+        return x_ND
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,19 +15,46 @@ from torch import Tensor
 
 from engine.config import ExpertsConfig
 from engine.experts.grouped_gemm import ExpertWeights
-from engine.experts.layer import ExpertLayer
+from engine.experts.layer import ExpertLayer, PendingExperts
 from engine.experts.placement import EMPTY
 from engine.experts.router import every_expert, group_limited_top_k, softmax_top_k
 from engine.experts.slot_exchange import SlotExchange
 from engine.layers.activation import silu_and_mul
 from engine.layers.linear import Linear
-from engine.models.parts import Setting
+from engine.models.parts import PendingFeedForward, Setting
 from engine.weights.reader import Wanted, WeightReader, read_rows
 from engine.weights.source import Part
 
 ExpertNames = Callable[[int], tuple[str, str, str]]  # expert -> its gate, up and down tensors
 ExpertParts = tuple[Wanted, Wanted, Wanted]  # gate, up, down
 DescribeExpert = Callable[[WeightReader, int], ExpertParts]
+
+
+@dataclass(frozen=True, slots=True)
+class _Finished:
+    """What travels nowhere."""
+
+    y_ND: Tensor
+
+    def compute(self) -> None:
+        pass
+
+    def finish(self) -> Tensor:
+        return self.y_ND
+
+
+@dataclass(frozen=True, slots=True)
+class _Travelling:
+    experts: ExpertLayer
+    pending: PendingExperts
+    shared_ND: Tensor | None
+
+    def compute(self) -> None:
+        self.experts.compute(self.pending)
+
+    def finish(self) -> Tensor:
+        y_ND = self.experts.collect(self.pending)
+        return y_ND if self.shared_ND is None else y_ND + self.shared_ND
 
 
 class DenseFeedForward:
@@ -40,6 +67,9 @@ class DenseFeedForward:
     def __call__(self, x_ND: Tensor, keys_N: Tensor | None = None) -> Tensor:
         del keys_N  # there are no replicas to choose from
         return self._down(silu_and_mul(self._gate_up(x_ND)))
+
+    def begin(self, x_ND: Tensor, keys_N: Tensor | None) -> PendingFeedForward:
+        return _Finished(self(x_ND, keys_N))
 
 
 class SparseFeedForward:
@@ -54,14 +84,18 @@ class SparseFeedForward:
         self._counts, self._layer = setting.counts, setting.layer
 
     def __call__(self, x_ND: Tensor, keys_N: Tensor | None) -> Tensor:
+        pending = self.begin(x_ND, keys_N)
+        pending.compute()
+        return pending.finish()
+
+    def begin(self, x_ND: Tensor, keys_N: Tensor | None) -> PendingFeedForward:
         ids_NK, weights_NK = self._choose(self._router(x_ND.float()))
         if self._counts is not None:
             self._counts.add(self._layer, ids_NK)
-        if self._shared is None:
-            return self._experts(x_ND, ids_NK, weights_NK, keys_N)
         pending = self._experts.dispatch(x_ND, ids_NK, weights_NK, keys_N)
-        shared_ND = self._shared(x_ND)  # while tokens are on their way
-        return self._experts.combine(pending) + shared_ND
+        # The shared expert computes while tokens are on their way.
+        shared_ND = None if self._shared is None else self._shared(x_ND)
+        return _Travelling(self._experts, pending, shared_ND)
 
     def _choose(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
         config = self._config
@@ -88,8 +122,14 @@ class SplitFeedForward:
         self._experts, self.slots = _expert_layer(weights.experts, setting)
 
     def __call__(self, x_ND: Tensor, keys_N: Tensor | None) -> Tensor:
+        pending = self.begin(x_ND, keys_N)
+        pending.compute()
+        return pending.finish()
+
+    def begin(self, x_ND: Tensor, keys_N: Tensor | None) -> PendingFeedForward:
         ids_NE, weights_NE = every_expert(x_ND.shape[0], self._num_experts, x_ND.device)
-        return self._experts(x_ND, ids_NE, weights_NE, keys_N)
+        pending = self._experts.dispatch(x_ND, ids_NE, weights_NE, keys_N)
+        return _Travelling(self._experts, pending, None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -63,6 +63,18 @@ class Attention(Protocol):
         ...
 
 
+class PendingFeedForward(Protocol):
+    """A feed-forward layer whose rows are on their way to experts. Called once each, in order."""
+
+    def compute(self) -> None:
+        """Serve what has arrived here."""
+        ...
+
+    def finish(self) -> Tensor:
+        """(N, D) to add to the residual."""
+        ...
+
+
 class FeedForward(Protocol):
     @property
     def slots(self) -> SlotExchange | None:
@@ -74,6 +86,10 @@ class FeedForward(Protocol):
 
         ``keys_N`` are ``engine.experts.replicas.token_keys``, or None where there is no choice.
         """
+        ...
+
+    def begin(self, x_ND: Tensor, keys_N: Tensor | None) -> PendingFeedForward:
+        """The call in three parts, so that something else may be computed between them."""
         ...
 
 

@@ -22,8 +22,10 @@ _FIELD_OF = {
 
 
 class ResponsePlan:
-    def __init__(self, store: ResponseStore) -> None:
+    def __init__(self, store: ResponseStore, *, stores: bool = True) -> None:
+        """``stores``: who asks for a response again will ask the process that has it."""
         self._store = store
+        self._stores = stores
 
     async def __call__(
         self, body: bytes, services: Services, *, answer_id: str, caller: Caller
@@ -36,6 +38,9 @@ class ResponsePlan:
         raw = read_object(body, services.limits)
         asked, ignored = convert(raw, ResponsesRequest, services.limits)
         _check(asked)
+        if not self._stores:
+            _check_without_store(asked)
+            asked.store = False
         earlier: list[dict[str, Any]] = []
         if asked.previous_response_id is not None:
             previous = self._store.get(
@@ -70,6 +75,21 @@ def _check(asked: ResponsesRequest) -> None:
         )
     if asked.background and asked.store is False:
         raise InvalidRequest("store: a background response is always stored", param="store")
+
+
+def _check_without_store(asked: ResponsesRequest) -> None:
+    given = {
+        "store": asked.store,
+        "background": asked.background,
+        "previous_response_id": asked.previous_response_id,
+    }
+    for name, value in given.items():
+        if value:
+            raise InvalidRequest(
+                f"{name}: several processes answer here, and none keeps responses for the others: "
+                "leave it out and send the whole conversation as input",
+                param=name,
+            )
 
 
 def _in_own_words(error: InvalidRequest) -> InvalidRequest:

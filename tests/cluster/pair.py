@@ -17,6 +17,7 @@ from decode.meeting import RankMeeting
 from decode.rebalance import ExpertMoves, RebalanceRule
 from decode.scheduler import DecodeScheduler
 from decode.swap import SwapSpace
+from decode.two_batches import TwoBatches
 from engine.collectives import ExpertGroup
 from engine.experts.placement import Topology
 from engine.kvcache.block_pool import BlockPool
@@ -297,6 +298,7 @@ def _decode(
             Rendezvous(ExpertGroup.single(torch.device("cpu")), "unused"), patience_s=WAIT_S
         ),
         least_ranks=1,
+        two_batches=TwoBatches("never", possible=False),
         outbox=gateway,  # type: ignore[arg-type]
         on_membership=lambda: None,
         land=HostMirror(storage, buffer(memory)).load if mirrored else lambda _blocks: None,

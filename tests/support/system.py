@@ -10,7 +10,7 @@ from protocol.requests import GenerateRequest
 from server.generation import TokenChunk
 from server.serving import Serving, open_serving
 from tests.support.polling import eventually
-from tests.support.workers import Fabric, SimulatedDecode, SimulatedPrefill, serve_workers
+from tests.support.workers import Fabric, Pace, SimulatedDecode, SimulatedPrefill, serve_workers
 
 LONG_S = 30.0
 
@@ -97,9 +97,11 @@ async def a_system(
     num_blocks: int = 1000,
     max_waiting: int = 8,
     patience_s: float = 0.0,
+    pace: Pace | None = None,
 ) -> AsyncGenerator[System]:
     fabric = Fabric()
-    prefills = [SimulatedPrefill(f"prefill-{i}", fabric=fabric) for i in range(prefill)]
+    pace = pace or Pace()
+    prefills = [SimulatedPrefill(f"prefill-{i}", fabric=fabric, pace=pace) for i in range(prefill)]
     decodes = [
         SimulatedDecode(
             f"decode-{group}/{rank}",
@@ -108,6 +110,7 @@ async def a_system(
             world_size=ranks,
             group_id=f"decode-{group}",
             num_blocks=num_blocks,
+            pace=pace,
         )
         for group in range(groups)
         for rank in range(ranks)

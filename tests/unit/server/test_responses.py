@@ -41,10 +41,15 @@ def grammars() -> Iterator[GrammarCompiler]:
 
 @contextmanager
 def saying(
-    reply: str, grammars: GrammarCompiler, *, text: Any = TEXT, **script: Any
+    reply: str,
+    grammars: GrammarCompiler,
+    settings: GatewaySettings | None = None,
+    *,
+    text: Any = TEXT,
+    **script: Any,
 ) -> Generator[tuple[Any, ScriptedGenerator]]:
     generator = ScriptedGenerator(text=text, reply=reply, max_model_len=4096, **script)
-    app = create_app(generator, text, GatewaySettings(), grammars=grammars)
+    app = create_app(generator, text, settings or GatewaySettings(), grammars=grammars)
     with (
         serve(app) as url,
         OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20) as client,
@@ -135,6 +140,25 @@ def test_what_is_not_stored_cannot_be_asked_for_again(grammars: GrammarCompiler)
         kept = client.responses.create(model="tiny", input="hi")
         with pytest.raises(openai.BadRequestError, match="background"):
             client.responses.cancel(kept.id)
+
+
+def test_one_of_several_gateways_stores_nothing_and_says_so(grammars: GrammarCompiler) -> None:
+    settings = GatewaySettings(processes=2)
+    with saying("x", grammars, settings) as (client, _):
+        response = client.responses.create(model="tiny", input="hi")
+        assert response.output_text == "x"
+        assert response.store is False
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(response.id)
+        wanted: list[dict[str, Any]] = [
+            {"store": True},
+            {"background": True},
+            {"previous_response_id": response.id},
+        ]
+        for fields in wanted:
+            with pytest.raises(openai.BadRequestError, match="several processes") as refused:
+                client.responses.create(model="tiny", input="hi", **fields)
+            assert refused.value.param in fields
 
 
 def test_an_answer_that_is_cut_is_incomplete(grammars: GrammarCompiler) -> None:
