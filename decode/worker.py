@@ -16,7 +16,7 @@ from decode.loop import DecodeLoop
 from decode.meeting import RankMeeting
 from decode.rebalance import ExpertMoves, RebalanceRule
 from decode.scheduler import DecodeScheduler
-from decode.settings import DecodeSettings
+from decode.settings import DecodeSettings, ExpertSettings
 from decode.swap import SwapSpace
 from decode.two_batches import TwoBatches
 from engine.collectives import ExpertGroup

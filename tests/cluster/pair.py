@@ -146,7 +146,7 @@ class Pair:
         """Every block is free or cached again, on both sides, within a moment."""
         deadline = time.monotonic() + 10
         while time.monotonic() < deadline:
-            decode, prefill = self.decode.load, self.prefill.load
+            decode, prefill = self.decode.account.load, self.prefill.load
             if (
                 decode.free_blocks == decode.total_blocks
                 and decode.quarantined_blocks == 0
@@ -154,7 +154,7 @@ class Pair:
             ):
                 return
             time.sleep(0.02)
-        raise AssertionError(f"still held: {self.decode.load} {self.prefill.load}")
+        raise AssertionError(f"still held: {self.decode.account.load} {self.prefill.load}")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Decode ranks are lost and come back under load; the others go on, and no client sees a token less."""
+"""Decode ranks are lost and come back under load; the others go on, and no client loses a token."""
 
 import signal
 import time
