@@ -19,7 +19,7 @@ TORCH_INDEX ?= $(if $(shell command -v nvidia-smi),,https://download.pytorch.org
 PIP = $(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt
 PACKAGES = protocol runtime engine kvtransfer server prefill decode capacity deploy
 
-.PHONY: help serve test test-slow check format bench clean
+.PHONY: help serve test test-slow check format bench docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -29,6 +29,7 @@ help:
 	@echo 'make test-slow  the slow ones'
 	@echo 'make check      lint, format, types, import contracts'
 	@echo 'make bench      the benchmarks, results in benchmarks/results'
+	@echo 'make docs       the documentation site, in build/site'
 	@echo 'make clean      remove the environment and caches'
 
 serve: $(VENV)/.serve
@@ -56,8 +57,15 @@ bench: $(VENV)/.dev
 	    $(VENV)/bin/python -m benchmarks.$$name --json > benchmarks/results/$$name.json || exit 1; \
 	done
 
+# The references that are written from code, then the site; a dead link or anchor fails.
+docs: $(VENV)/.dev
+	$(VENV)/bin/python -m deploy.metrics_reference > docs/metrics.md
+	$(VENV)/bin/python -m deploy.settings_reference > docs/configuration.md
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@echo 'build/site/index.html'
+
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf build $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 
 # An environment with pip: by venv; where a distribution keeps ensurepip in a package of its own,
 # by virtualenv or by a pip that can install into another environment; else say what to install.

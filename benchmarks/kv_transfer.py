@@ -29,12 +29,13 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 
 from kvtransfer import tcp
+from kvtransfer.carrier import Transport
 from kvtransfer.checksum import Checksum, crc32_of
 from kvtransfer.interface import KVMemory, SinkEvent
 from kvtransfer.limits import TransferLimits
 from kvtransfer.memory import allocate_shared, buffer
 from kvtransfer.plan import Chunk, Geometry
-from kvtransfer.sink import TRANSPORTS, Sink, make_sink
+from kvtransfer.sink import Sink, make_sink
 from kvtransfer.source import Source, make_source
 from protocol.errors import TransferError
 from protocol.ids import (
@@ -70,6 +71,7 @@ SMALL = KVLayout(
     key_width=64,
     value_width=64,
 )  # one block is 4 KB
+TRANSPORTS: tuple[Transport, ...] = ("shm", "tcp")
 SOCKET_BUFFER_BYTES = TransferLimits().socket_buffer_bytes
 ALL_LAYERS = Chunk(0, LAYOUT.num_layers, 0, 0)
 SHM_DEFAULT, SHM_LIMIT = "sampled", 0.8

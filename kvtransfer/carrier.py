@@ -9,6 +9,7 @@ import socket
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from kvtransfer.checksum import Checksum
 from kvtransfer.handshake import Admitted, Connected
 from kvtransfer.inlet import Inlet, Reader
 from kvtransfer.interface import Fence, KVMemory
@@ -38,6 +39,7 @@ class Receiving:
     sock: socket.socket
     reader: Reader
     memory: KVMemory
+    checksum: Checksum
     worker: WorkerRef
     admitted: Admitted
     limits: TransferLimits

@@ -31,7 +31,7 @@ from kvtransfer.frames import (
 from kvtransfer.interface import Fence
 from kvtransfer.limits import TransferLimits
 from kvtransfer.links import PROBE_FRAME_BYTES, Link
-from kvtransfer.outlet import Outlet, send_all
+from kvtransfer.outlet import Outlet, bound_sends, send_all
 from kvtransfer.plan import Chunk, chunks, joined
 from kvtransfer.reports import decode_error, encode_attempt, encode_error
 from protocol.errors import ProtocolError, TransferError, TransferTimeout
@@ -93,6 +93,8 @@ class Pushing:
     error: TransferError | None = None
     deadline: float = float("inf")
     backlog: deque[Command] = field(default_factory=deque)
+    send: Send | None = None  # the one under way, of which these pieces are left
+    pieces: deque[Chunk] = field(default_factory=deque)
     on_finished: OnFinished | None = None
 
 
@@ -121,6 +123,7 @@ class Channel:
         self._lock = threading.Lock()  # over the queue and _ended, so that no command is lost
         self._queue: deque[tuple[Pushing, Command | None]] = deque()
         self._ended: TransferError | None = None
+        self._ready: deque[Pushing] = deque()  # open, with something to send; each gets its turn
         self._asleep = False  # or about to be; a command that is queued then wakes the thread
         self._closing = False
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -165,7 +168,7 @@ class Channel:
         line: Line | None = None
         try:
             line = self._dial()
-            line.sock.setblocking(False)
+            bound_sends(line.sock, self._limits.stall_s)
             self._measure(line)
             error = self._work(line)
         except TransferError as problem:
@@ -199,7 +202,8 @@ class Channel:
         line.outlet.close()
         if line.fence == "one_sided":
             with contextlib.suppress(OSError):
-                line.sock.send(control(Kind.STOPPED, NO_GRANT, line.outgoing))
+                frame = control(Kind.STOPPED, NO_GRANT, line.outgoing)
+                line.sock.send(frame, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         line.sock.close()
 
     def _end(self, error: TransferError) -> None:
@@ -222,33 +226,24 @@ class Channel:
         poller.register(self._wake, select.POLLIN)
         while not self._closing:
             with self._lock:
-                self._asleep = not self._queue
+                self._asleep = not self._queue and not self._ready
             poller.poll(self._wait_ms() if self._asleep else 0)
             self._asleep = False
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake)
             self._listen(line)
-            while self._queue:
-                push, command = self._next(line.outlet.frame_bytes)
-                self._execute(line, push, command)
-            line.outlet.flush()
+            self._unheard_bytes = 0
+            while self._queue or self._ready:
+                if self._closing or self._unheard_bytes >= _LISTEN_BYTES:
+                    break  # a CANCEL may have come meanwhile
+                while self._queue:
+                    self._take(line, *self._queue.popleft())
+                if self._ready:
+                    self._turn(line, self._ready.popleft())
+            if not self._ready:
+                line.outlet.flush()
             self._expire(line)
         return TransferError("the prefill worker is shutting down")
-
-    def _next(self, frame_bytes: int) -> tuple[Pushing, Command | None]:
-        """The next command; sends of neighbouring rectangles are one, up to a frame."""
-        push, command = self._queue.popleft()
-        while isinstance(command, Send) and self._queue:
-            other_push, other = self._queue[0]
-            size = command.chunk.num_layers * command.chunk.num_blocks * self._unit
-            if other_push is not push or not isinstance(other, Send) or size >= frame_bytes:
-                break
-            both = joined(command.chunk, command.source_blocks, other.chunk, other.source_blocks)
-            if both is None:
-                break
-            self._queue.popleft()
-            command = Send(*both)
-        return push, command
 
     def _wait_ms(self) -> float | None:
         deadline = min((push.deadline for push in self._pushes.values()), default=float("inf"))
@@ -256,60 +251,89 @@ class Channel:
             return None
         return max(0.0, deadline - time.monotonic()) * 1000 + 1
 
-    def _execute(self, line: Line, push: Pushing, command: Command | None) -> None:
+    def _take(self, line: Line, push: Pushing, command: Command | None) -> None:
+        """A command has come: open and abort at once, the rest when it is the push's turn."""
+        generation = push.grant.generation
         if command is None:
-            self._pushes[push.grant.generation] = push
+            self._pushes[generation] = push
             push.deadline = time.monotonic() + self._limits.open_s
-            self._say(line, push.grant.generation, Kind.OPEN, encode_attempt(push.grant.ref))
+            self._say(line, generation, Kind.OPEN, encode_attempt(push.grant.ref))
         elif push.state == "ended":
             _answer(command, push.error)
         elif isinstance(command, Abort):
-            self._say(
-                line, push.grant.generation, Kind.ABORT, encode_error(TransferError(command.reason))
-            )
-            self._fail(push, TransferError(command.reason))
+            error = TransferError(command.reason)
+            self._say(line, generation, Kind.ABORT, encode_error(error))
+            self._fail(push, error)
             command.on_done()
-        elif push.state == "opening":
-            push.backlog.append(command)
-        elif isinstance(command, Send):
-            self._send(line, push, command)
         else:
-            push.state, push.on_finished = "finishing", command.on_done
-            push.deadline = time.monotonic() + self._limits.commit_s
-            self._say(line, push.grant.generation, Kind.FINISH, command.payload)
+            push.backlog.append(command)
+            if push.state == "open" and len(push.backlog) == 1 and not push.pieces:
+                self._ready.append(push)
 
-    def _send(self, line: Line, push: Pushing, send: Send) -> None:
-        chunk, granted = send.chunk, push.grant.block_ids
-        pieces = chunks(
-            self._layout,
-            layers=range(chunk.first_layer, chunk.first_layer + chunk.num_layers),
-            first_block=chunk.first_block,
-            num_blocks=chunk.num_blocks,
-            max_bytes=line.outlet.frame_bytes,
-        )
-        for piece in pieces:
-            if self._unheard_bytes >= _LISTEN_BYTES:
-                self._unheard_bytes = 0
-                self._listen(line)  # a CANCEL that has come meanwhile ends the push here
-            if push.state != "open" or self._closing:
+    def _turn(self, line: Line, push: Pushing) -> None:
+        """One frame of this push, then it is another's turn: no push waits for all of another."""
+        if push.state == "ended":
+            return
+        if not push.pieces:
+            command = push.backlog.popleft()
+            if isinstance(command, Finish):
+                push.state, push.on_finished = "finishing", command.on_done
+                push.deadline = time.monotonic() + self._limits.commit_s
+                self._say(line, push.grant.generation, Kind.FINISH, command.payload)
                 return
-            self._unheard_bytes += piece.num_layers * piece.num_blocks * self._unit
-            first = piece.first_block - chunk.first_block
-            started = time.perf_counter()
-            line.outlet.write(
-                push.grant.generation,
-                piece,
-                send.source_blocks[first : first + piece.num_blocks],
-                granted[piece.first_block : piece.first_block + piece.num_blocks],
+            assert isinstance(command, Send)
+            command = self._joined(push, command, line.outlet.frame_bytes)
+            chunk = command.chunk
+            push.send, push.pieces = (
+                command,
+                deque(
+                    chunks(
+                        self._layout,
+                        layers=range(chunk.first_layer, chunk.first_layer + chunk.num_layers),
+                        first_block=chunk.first_block,
+                        num_blocks=chunk.num_blocks,
+                        max_bytes=line.outlet.frame_bytes,
+                    )
+                ),
             )
-            size = piece.num_layers * piece.num_blocks * self._unit
-            self._link.moved(size, time.perf_counter() - started)
+        self._write(line, push, push.pieces.popleft())
+        if push.pieces or push.backlog:
+            self._ready.append(push)
+
+    def _joined(self, push: Pushing, send: Send, frame_bytes: int) -> Send:
+        """Sends of neighbouring rectangles are one, up to a frame."""
+        while push.backlog:
+            other = push.backlog[0]
+            size = send.chunk.num_layers * send.chunk.num_blocks * self._unit
+            if not isinstance(other, Send) or size >= frame_bytes:
+                break
+            both = joined(send.chunk, send.source_blocks, other.chunk, other.source_blocks)
+            if both is None:
+                break
+            push.backlog.popleft()
+            send = Send(*both)
+        return send
+
+    def _write(self, line: Line, push: Pushing, piece: Chunk) -> None:
+        send, granted = push.send, push.grant.block_ids
+        assert send is not None
+        first = piece.first_block - send.chunk.first_block
+        started = time.perf_counter()
+        line.outlet.write(
+            push.grant.generation,
+            piece,
+            send.source_blocks[first : first + piece.num_blocks],
+            granted[piece.first_block : piece.first_block + piece.num_blocks],
+        )
+        size = piece.num_layers * piece.num_blocks * self._unit
+        self._unheard_bytes += size
+        self._link.moved(size, time.perf_counter() - started)
 
     def _listen(self, line: Line) -> None:
         """Act on every whole frame that has arrived; does not wait."""
         while True:
             try:
-                data = line.sock.recv(65536)
+                data = line.sock.recv(65536, socket.MSG_DONTWAIT)
             except BlockingIOError:
                 break
             if not data:
@@ -339,10 +363,8 @@ class Channel:
             return
         elif frame.kind is Kind.OPENED and push.state == "opening":
             push.state, push.deadline = "open", float("inf")
-            # Ahead of what has been queued since, which is for this push or another.
-            with self._lock:
-                self._queue.extendleft((push, command) for command in reversed(push.backlog))
-            push.backlog.clear()
+            if push.backlog:
+                self._ready.append(push)
         elif frame.kind is Kind.REFUSED:
             self._fail(push, decode_error(payload))
         elif frame.kind is Kind.COMMITTED and push.state == "finishing":
@@ -361,13 +383,14 @@ class Channel:
     def _say(self, line: Line, generation: Generation, kind: Kind, payload: bytes) -> None:
         line.outlet.flush()
         frame = control(kind, generation, line.outgoing, payload)
-        send_all(line.sock, [frame], self._limits.stall_s)
+        send_all(line.sock, [frame])
 
     def _fail(self, push: Pushing, error: TransferError) -> None:
         self._finish(push, error)
         for command in push.backlog:
             _answer(command, error)
         push.backlog.clear()
+        push.pieces.clear()
 
     def _finish(self, push: Pushing, error: TransferError | None) -> None:
         push.state, push.error, push.deadline = "ended", error, float("inf")

@@ -12,7 +12,7 @@ Checksum = Literal["full", "sampled", "off"]
 """``full``: both ends read every byte once more. ``sampled``: 4 KB of each layer of each chunk,
 which finds bytes in the wrong place but not a flipped bit. ``off``: nothing is read."""
 ChecksumChoice = Literal["auto", "full", "sampled", "off"]
-"""``auto``: full where bytes cross a wire, sampled where one machine copies its own memory."""
+"""``auto``: full where bytes leave the machine, sampled where it copies its own memory."""
 
 
 def crc32_of(view: memoryview, extents: Iterable[Extent], value: int = 0) -> int:

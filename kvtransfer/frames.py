@@ -2,6 +2,7 @@
 
     prefill -> decode   OPEN, CHUNK, FINISH, ABORT, DRAINED, STOPPED, PROBE
     decode -> prefill   OPENED, REFUSED, COMMITTED, CANCEL, PROBED
+    behind a CHUNK      CHECK, on tcp with a full checksum
     before all others   TERMS, at most one each way, where a transport needs it
 
 With a cluster key every header, its place in the sequence and every control payload are
@@ -36,6 +37,7 @@ class Kind(IntEnum):
     FINISH = 3  # payload: the role's; all chunks went before it
     ABORT = 4  # payload: an error report; the source has stopped writing
     DRAINED = 5  # answer to CANCEL: nothing is being written for the grant, or ever will be
+    CHECK = 8  # the CRC of the CHUNK before it, where the sender learns it while it sends
     STOPPED = 6  # nothing is being written over this connection, or ever will be; its last frame
     OPENED = 16
     REFUSED = 17  # payload: an error report

@@ -189,6 +189,14 @@ def check_local(sock: socket.socket) -> None:
         raise ProtocolError("a remote KV peer, and no cluster key is configured")
 
 
+def is_one_machine(sock: socket.socket) -> bool:
+    """Whether what this socket carries never leaves the machine."""
+    if sock.family == socket.AF_UNIX:
+        return True
+    host: str = sock.getpeername()[0]
+    return host == sock.getsockname()[0] or ipaddress.ip_address(host).is_loopback
+
+
 def check_user(sock: socket.socket) -> None:
     """
     Raises:

@@ -15,7 +15,7 @@ from kvtransfer import tcp
 from kvtransfer.carrier import Carrier, Receiving
 from kvtransfer.checksum import Checksum, ChecksumChoice
 from kvtransfer.frames import FROM_SOURCE, Frame, Kind, Seal, check_tag, control, decode
-from kvtransfer.handshake import Admitted, admit
+from kvtransfer.handshake import Admitted, admit, is_one_machine
 from kvtransfer.inlet import Inlet, Reader
 from kvtransfer.interface import KVMemory
 from kvtransfer.ledger import ConnectionId, GrantLedger, Notice, NoticeKind, Step
@@ -125,7 +125,7 @@ class Inbound:
         try:
             if self._carrier.control == "tcp":
                 tcp.tune(self._sock, sink.limits.socket_buffer_bytes)
-            self._checksum = _checksum(sink.checksum, self._carrier)
+            self._checksum = _checksum(sink.checksum, self._sock)
             admitted = admit(
                 self._sock,
                 decode=sink.worker,
@@ -149,6 +149,7 @@ class Inbound:
                     sock=self._sock,
                     reader=reader,
                     memory=self._memory,
+                    checksum=self._checksum,
                     worker=self._sink.worker,
                     admitted=admitted,
                     limits=self._sink.limits,
@@ -222,11 +223,11 @@ class Inbound:
             inlet.discard(frame.length)
             return
         complete = inlet.receive(chunk, blocks, lambda: sink.may_copy(generation))
-        intact = not complete or frame.crc == inlet.crc(self._checksum, chunk, blocks)
+        intact = not complete or inlet.is_intact(frame.crc, chunk, blocks)
         sink.apply(lambda ledger: ledger.end_chunk(generation, chunk, intact=intact))
 
 
-def _checksum(choice: ChecksumChoice, carrier: Carrier) -> Checksum:
-    if choice == "auto":
-        return "full" if carrier.name == "tcp" else "sampled"
-    return choice
+def _checksum(choice: ChecksumChoice, sock: socket.socket) -> Checksum:
+    if choice != "auto":
+        return choice
+    return "sampled" if is_one_machine(sock) else "full"

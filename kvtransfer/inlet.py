@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from kvtransfer.checksum import Checksum
 from kvtransfer.frames import HEADER_BYTES
 from kvtransfer.plan import Chunk
 from protocol.ids import BlockId
@@ -31,8 +30,8 @@ class Inlet(Protocol):
         """Throw away the bytes of a chunk that must not be written. Raises as ``receive``."""
         ...
 
-    def crc(self, checksum: Checksum, chunk: Chunk, blocks: Sequence[BlockId]) -> int:
-        """The check of the chunk as it is in the blocks now."""
+    def is_intact(self, crc: int, chunk: Chunk, blocks: Sequence[BlockId]) -> bool:
+        """Whether the chunk, all received, is what its sender read; ``crc`` came in its header."""
         ...
 
     def wait_until_quiet(self, stopped: bool) -> None:

@@ -16,8 +16,8 @@ class TransferLimits:
     """From the finish frame until the decode rank has committed."""
     stall_s: float = 10.0
     """A peer that takes or gives no byte in the middle of a frame for this long is cut off."""
-    tcp_frame_bytes: int = 1024 * 1024
-    """Stays in the core's own cache between its checksum and the socket. At most 16 MB."""
+    tcp_frame_bytes: int = 8 * 1024 * 1024
+    """Each costs both ends about 100 us; an abort and other pushes wait for one. At most 16 MB."""
     shm_frame_bytes: int = 4 * 1024 * 1024
     """An abort waits for one frame, and each costs the peer 40 us. At most 16 MB."""
     nixl_frame_bytes: int = 1024 * 1024

@@ -25,7 +25,6 @@ import msgspec
 
 from kvtransfer import nixl_agent, terms
 from kvtransfer.carrier import Receiving, Sending, Transport
-from kvtransfer.checksum import Checksum
 from kvtransfer.frames import NO_GRANT, Frame, Kind, encode
 from kvtransfer.interface import Fence, KVMemory
 from kvtransfer.nixl_agent import Agent, Piece
@@ -160,7 +159,7 @@ class NixlOutlet:
     def _send(self, header: bytes, source: list[Piece]) -> None:
         self._wait(self._has_slot, "given no landing slot back")
         number, self._posted = self._posted, self._posted + 1
-        send_all(self._sock, [header], self._stall_s)
+        send_all(self._sock, [header])
         to = self._landing.address + number % self._landing.num_slots * self._landing.slot_bytes
         target: list[Piece] = []
         for _, size, _ in source:
@@ -213,6 +212,7 @@ class NixlInlet:
         self._sock = receiving.sock
         self._stall_s = limits.stall_s
         self._pages = HostPages(receiving.memory)
+        self._checksum = receiving.checksum
         slot_bytes = max(limits.nixl_frame_bytes, self._pages.geometry.unit)
         self._taken = 0
         self._notes: deque[bytes] = deque()
@@ -249,8 +249,8 @@ class NixlInlet:
         if num_bytes:
             self._agent.say(self._writer, _NOTE.pack(self._arrived()))
 
-    def crc(self, checksum: Checksum, chunk: Chunk, blocks: Sequence[BlockId]) -> int:
-        return self._pages.crc(checksum, chunk, blocks)
+    def is_intact(self, crc: int, chunk: Chunk, blocks: Sequence[BlockId]) -> bool:
+        return crc == self._pages.crc(self._checksum, chunk, blocks)
 
     def wait_until_quiet(self, stopped: bool) -> None:
         """Only this thread writes into the pages."""

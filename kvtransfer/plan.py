@@ -115,6 +115,24 @@ def check_layers(layers: range, layout: KVLayout) -> None:
         raise ValueError(f"layers {layers} are not within 0 ... {layout.num_layers - 1}")
 
 
+def slices(places: Sequence[memoryview], max_bytes: int) -> Iterator[list[memoryview]]:
+    """The places' bytes in order, in parts of ``max_bytes``; only the last one may be shorter."""
+    part: list[memoryview] = []
+    room = max_bytes
+    for place in places:
+        start = 0
+        while start < len(place):
+            piece = place[start : start + room]
+            part.append(piece)
+            start += len(piece)
+            room -= len(piece)
+            if not room:
+                yield part
+                part, room = [], max_bytes
+    if part:
+        yield part
+
+
 class Geometry:
     """Where one rank keeps its blocks. Layers and blocks that come here are in range already."""
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvtransfer.carrier import Receiving, Sending, Transport
-from kvtransfer.checksum import Checksum, chunk_crc
+from kvtransfer.checksum import chunk_crc
 from kvtransfer.frames import Frame, Kind, encode
 from kvtransfer.interface import Fence, KVMemory
 from kvtransfer.memory import buffer, map_shared
@@ -97,6 +97,7 @@ class ShmInlet:
         _share(receiving.sock, receiving.memory)
         self._reader = receiving.reader
         self._pages = HostPages(receiving.memory)
+        self._checksum = receiving.checksum
 
     def receive(
         self,
@@ -109,8 +110,8 @@ class ShmInlet:
     def discard(self, num_bytes: int) -> None:
         """No bytes follow a notice."""
 
-    def crc(self, checksum: Checksum, chunk: Chunk, blocks: Sequence[BlockId]) -> int:
-        return self._pages.crc(checksum, chunk, blocks)
+    def is_intact(self, crc: int, chunk: Chunk, blocks: Sequence[BlockId]) -> bool:
+        return crc == self._pages.crc(self._checksum, chunk, blocks)
 
     def wait_until_quiet(self, stopped: bool) -> None:
         """The end of the stream, as the peer or its death makes it."""
@@ -130,7 +131,6 @@ class ShmOutlet:
         self._sock = sock
         self._seal = connected.outgoing
         self._checksum = connected.checksum
-        self._stall_s = limits.stall_s
         self.frame_bytes = limits.shm_frame_bytes
         self._view = buffer(memory)
         self._geometry = Geometry(memory.layout, memory.num_blocks)
@@ -176,7 +176,7 @@ class ShmOutlet:
     def flush(self) -> None:
         if self._notices:
             notices, self._notices, self._unannounced_bytes = self._notices, [], 0
-            send_all(self._sock, notices, self._stall_s)
+            send_all(self._sock, notices)
 
     def close(self) -> None:
         """This thread alone writes, so nothing is being written now."""

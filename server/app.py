@@ -24,7 +24,7 @@ from server.error_bodies import error_body
 from server.generation import Generator
 from server.messages.plan import CountTokens, plan_message
 from server.metrics import HttpMetrics
-from server.openai.answer import Services
+from server.openai.answer import Services, Spans
 from server.openai.chat import plan_chat
 from server.openai.completions import plan_completion
 from server.openai.endpoint import GenerationEndpoint, OpenRequests
@@ -62,7 +62,8 @@ def create_app(
 ) -> ASGIApp:
     """The ASGI application. ``registry`` is what /metrics shows, the application's own included;
     ``grammars`` stays the caller's to close. Background responses live in ``tasks``, and are
-    refused without. With ``cluster`` there is a status page, whose samples are taken in ``tasks``.
+    refused without. With ``cluster`` there is a status page, whose samples are taken in ``tasks``,
+    and ``spans`` get what requests went through.
 
     Raises:
         ConfigError: the file of API keys cannot be used.
@@ -74,7 +75,7 @@ def create_app(
         text=text,
         limits=settings.limits,
         grammars=grammars or GrammarCompiler(text.tokenizer.vocabulary()),
-        spans=spans,
+        spans=Spans(exporter=spans, records=cluster.records) if spans and cluster else None,
     )
     metrics = HttpMetrics(registry)
     store = ResponseStore()

@@ -16,6 +16,7 @@ from server.openai.logprobs import LogprobsShape
 from server.openai.part_events import ReadAnswer, message_of
 from server.openai.schema import GenerationRequest
 from server.openai.usage import usage_of
+from server.page.records import Records
 from server.settings import LimitSettings
 from server.spans import SpanExporter
 from server.structured.compiler import GrammarCompiler
@@ -54,6 +55,14 @@ class Form(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Spans:
+    """Where spans go, and what they are made of."""
+
+    exporter: SpanExporter
+    records: Records
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Services:
     """What every request needs of the gateway."""
 
@@ -61,7 +70,7 @@ class Services:
     text: ModelText
     limits: LimitSettings
     grammars: GrammarCompiler
-    spans: SpanExporter | None = None  # None: nobody collects them
+    spans: Spans | None = None  # None: nobody collects them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,6 @@ around each event, would cost more than the rest of the gateway.
 """
 
 from collections.abc import Awaitable, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from http import HTTPStatus
 from time import monotonic
@@ -27,12 +26,12 @@ from server.metrics import HttpMetrics, RequestOutcome, outcome_of
 from server.openai.answer import Answer, Kind, Services
 from server.openai.choice import Choice, run_choice
 from server.openai.errors import HttpError, describe
+from server.openai.request_span import request_span
 from server.openai.sse import DONE, EventStream, Outcome, StreamTimes, unless_hung_up
 from server.openai.streaming import AnswerStream, ChoiceStream
 from server.quotas import UNLIMITED, Quota
 from server.responses.background import BackgroundResponses
 from server.responses.form import ResponsesForm
-from server.spans import RequestSpan
 from server.tracing import TraceContext
 
 log = get_log(__name__)
@@ -275,30 +274,6 @@ class AnswerRun:
         wait_s = max(0.0, first_s - times.queue_s - times.compute_s)
         return [("wait", wait_s), ("queue", times.queue_s), ("prefill", times.compute_s)]
 
-    def _span(self, seconds: float) -> RequestSpan:
-        answer = self._answer
-        output_tokens = sum(choice.completion_tokens for choice in answer.choices)
-        stages: list[tuple[str, float]] = []
-        if self._timing is not None:
-            stages = [*self._stages(), ("decode", max(0.0, seconds - self._timing[1]))]
-        return RequestSpan(
-            name=f"{answer.kind} {answer.model.id}",
-            trace=self._trace,
-            started_unix_s=datetime.now(UTC).timestamp() - seconds,
-            seconds=seconds,
-            failed=any(choice.finish_reason is None for choice in answer.choices),
-            stages=stages,
-            attributes={
-                "gen_ai.operation.name": "text_completion"
-                if answer.kind == "completions"
-                else "chat",
-                "gen_ai.request.model": answer.model.id,
-                "gen_ai.response.id": answer.id,
-                "gen_ai.usage.input_tokens": answer.used_tokens() - output_tokens,
-                "gen_ai.usage.output_tokens": output_tokens,
-            },
-        )
-
     def account(self) -> None:
         """Count the tokens, however the answer ended."""
         usage = self._answer.usage()
@@ -309,7 +284,14 @@ class AnswerRun:
         self._metrics.cached_tokens.inc(cached_tokens)
         seconds = monotonic() - self._arrived
         if self._spans is not None:
-            self._spans.add(self._span(seconds))
+            span = request_span(
+                self._answer,
+                self._spans.records,
+                trace=self._trace,
+                arrived=self._arrived,
+                ended=self._arrived + seconds,
+            )
+            self._spans.exporter.add(span)
         log.info(
             "request ended",
             endpoint=self._answer.kind,

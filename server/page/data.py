@@ -13,6 +13,7 @@ from server.page.experts import ExpertGroup
 from server.page.membership import Condition, condition_of
 from server.page.records import AttemptRecord, Event, EventKind, Outcome, RequestRecord, Severity
 from server.page.samples import EVERY_S, Sample
+from server.page.stages import Stage, stages_of
 
 FORMAT = 1
 MAX_LINKS = 200
@@ -254,36 +255,17 @@ def _attempt(attempt: AttemptRecord, record: RequestRecord, ended: float) -> Att
         begin_s=round(attempt.began - record.began, 6),
         tokens=tokens,
         failure=attempt.failure,
-        stages=_stages(attempt, since=record.began, until=attempt.ended or ended),
+        stages=[
+            _stage(stage, record.began)
+            for stage in stages_of(attempt, until=attempt.ended or ended)
+        ],
     )
 
 
-def _stages(attempt: AttemptRecord, *, since: float, until: float) -> list[StageRow]:
-    """Each stage begins where the one before ends; the last one that was reached ends ``until``."""
-    begun = [
-        ("wait", attempt.began),
-        ("reserve", attempt.reserving),
-        *_prefill_stages(attempt),
-        ("hand-over", attempt.first_token),
-        ("decode", attempt.decoding),
-    ]
-    reached = [(stage, at) for stage, at in begun if at is not None]
-    ends = [at for _, at in reached[1:]] + [until]
-    return [
-        StageRow(stage=stage, begin_s=round(at - since, 6), seconds=round(max(0.0, end - at), 6))
-        for (stage, at), end in zip(reached, ends, strict=True)
-    ]
-
-
-def _prefill_stages(attempt: AttemptRecord) -> list[tuple[str, float | None]]:
-    """The worker tells with the first token how long the request has waited there. Until then
-    both are shown as prefill.
-    """
-    asked = attempt.prefilling
-    if asked is None or attempt.times is None or attempt.first_token is None:
-        return [("prefill", asked)]
-    computing = min(asked + attempt.times.queue_s, attempt.first_token)
-    return [("queue", asked), ("prefill", computing)]
+def _stage(stage: Stage, since: float) -> StageRow:
+    return StageRow(
+        stage=stage.name, begin_s=round(stage.begin - since, 6), seconds=round(stage.seconds, 6)
+    )
 
 
 def _event(event: Event, now: float) -> EventRow:

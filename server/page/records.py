@@ -211,6 +211,11 @@ class Records:
         known = [*self._ended, *self._open.values()]
         return sorted(known, key=lambda record: record.began, reverse=True)[:limit]
 
+    def find(self, request_id: RequestId) -> RequestRecord | None:
+        """None: it has ended before all that are remembered, or was never here."""
+        ended = (r for r in reversed(self._ended) if r.request_id == request_id)
+        return self._open.get(request_id) or next(ended, None)
+
     @property
     def open_requests(self) -> int:
         return len(self._open)

@@ -17,6 +17,7 @@ import pytest
 from kvtransfer import shm
 from kvtransfer.carrier import Receiving, Transport
 from kvtransfer.carriers import make_carriers
+from kvtransfer.checksum import ChecksumChoice
 from kvtransfer.frames import Frame, Kind, control
 from kvtransfer.handshake import admit
 from kvtransfer.inlet import Reader
@@ -107,12 +108,19 @@ def a_pair(
     layout: KVLayout = LAYOUT,
     num_blocks: int = NUM_BLOCKS,
     cluster_key: bytes | None = None,
+    checksum: ChecksumChoice = "auto",
     limits: TransferLimits | None = None,
 ) -> Generator[Pair]:
     decode, events = a_worker(), Events()
     target, memory = patterned(layout, num_blocks, 1), patterned(layout, num_blocks + 3, 2)
     sink = make_sink(
-        target, decode, events, transport=transport, cluster_key=cluster_key, limits=limits
+        target,
+        decode,
+        events,
+        transport=transport,
+        cluster_key=cluster_key,
+        checksum=checksum,
+        limits=limits,
     )
     source = make_source(
         memory, a_worker("prefill-0"), transport=transport, cluster_key=cluster_key, limits=limits
@@ -403,15 +411,21 @@ def test_late_bytes_of_an_ended_grant_never_reach_the_pages(pair: Pair) -> None:
     until(lambda: not pair.sink.stats()["live_grants"], "the later grant has not ended")
 
 
-def test_bytes_that_do_not_match_their_checksum_fail_the_grant(pair: Pair) -> None:
-    peer = HandMadeSource(pair.transport, pair.decode, pair.sink.endpoint.addresses[pair.transport])
-    grant = pair.grant([6])
-    peer.open(grant)
-    peer.chunk(grant.generation, Chunk(0, 1, 0, 1))
-    assert isinstance(pair.events.failed().error, TransferCorrupt)
-    assert pair.sink.stats()["corrupt"] == 1
-    peer.close()
-    pair.events.quiet()
+@pytest.mark.parametrize("checksum", ["full", "sampled"])
+def test_bytes_that_do_not_match_their_checksum_fail_the_grant(
+    transport: Transport, checksum: ChecksumChoice
+) -> None:
+    with a_pair(transport, checksum=checksum) as pair:
+        pair.carry([3, 1, 2], [1, 2, 3])
+        address = pair.sink.endpoint.addresses[transport]
+        peer = HandMadeSource(transport, pair.decode, address, damaged=True)
+        grant = pair.grant([6])
+        peer.open(grant)
+        peer.chunk(grant.generation, Chunk(0, 1, 0, 1))
+        assert isinstance(pair.events.failed().error, TransferCorrupt)
+        assert pair.sink.stats()["corrupt"] == 1
+        peer.close()
+        pair.events.quiet()
 
 
 @pytest.mark.parametrize(
@@ -600,6 +614,7 @@ def a_deaf_sink(pair: Pair, answers: list[Kind], blocks: int = 1) -> Generator[G
                 sock=sock,
                 reader=Reader(sock, WAIT_S),
                 memory=pair.target,
+                checksum="off",
                 worker=decode,
                 admitted=admitted,
                 limits=TransferLimits(),

@@ -3,7 +3,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.plan import Chunk, Geometry, chunks, runs
+from kvtransfer.plan import Chunk, Geometry, chunks, runs, slices
 from protocol.ids import BlockId
 from protocol.kv import KVLayout
 
@@ -109,3 +109,13 @@ def test_both_sides_read_a_chunk_in_the_same_order(
         )
     assert orders[0] == orders[1]
     assert len(orders[0]) == layout.num_layers * len(source_blocks)
+
+
+@given(st.lists(st.binary(max_size=40), max_size=12), st.integers(1, 64))
+def test_slices_keep_every_byte_in_order_and_are_full_but_for_the_last(
+    places: list[bytes], max_bytes: int
+) -> None:
+    parts = [b"".join(part) for part in slices([memoryview(p) for p in places], max_bytes)]
+    assert b"".join(parts) == b"".join(places)
+    assert all(len(part) == max_bytes for part in parts[:-1])
+    assert all(0 < len(part) <= max_bytes for part in parts[-1:])

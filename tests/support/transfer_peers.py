@@ -82,7 +82,10 @@ class HandMadeSource:
         decode: WorkerRef,
         address: str,
         cluster_key: bytes | None = None,
+        *,
+        damaged: bool = False,
     ) -> None:
+        self._damaged = damaged
         self._carrier = make_carriers()[transport]
         self._memory = patterned(LAYOUT, NUM_BLOCKS, 9)
         worker = a_worker("prefill-8")
@@ -101,7 +104,7 @@ class HandMadeSource:
                 sock=self.sock,
                 memory=self._memory,
                 worker=worker,
-                connected=replace(self.connected, checksum="off"),
+                connected=replace(self.connected, checksum="off") if damaged else self.connected,
                 limits=TransferLimits(),
             )
         )
@@ -115,12 +118,16 @@ class HandMadeSource:
         self.send(Frame(Kind.OPEN, grant.generation, length=len(payload)), payload)
 
     def chunk(self, generation: Generation, chunk: Chunk) -> None:
-        """A chunk of made-up bytes, which have no checksum. One that is written straight into the
-        pages is announced only.
+        """A chunk, with a wrong checksum if it is to be damaged. One that would be written straight
+        into the pages is announced only.
         """
+        length = chunk.num_layers * chunk.num_blocks * LAYOUT.layer_block_bytes
         if self._carrier.fence == "one_sided":
-            length = chunk.num_layers * chunk.num_blocks * LAYOUT.layer_block_bytes
             self.send(Frame(Kind.CHUNK, generation, chunk, length))
+            return
+        if self._damaged and (self._carrier.name, self.connected.checksum) == ("tcp", "full"):
+            self.send(Frame(Kind.CHUNK, generation, chunk, length), body=bytes(length))
+            self.send(Frame(Kind.CHECK, generation, crc=1))
             return
         blocks = [BlockId(block) for block in range(chunk.num_blocks)]
         self._outlet.write(generation, chunk, blocks, blocks)

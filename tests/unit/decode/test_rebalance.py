@@ -12,6 +12,7 @@ from decode.lockstep import Rebalancing
 from decode.rebalance import ExpertMoves, RebalanceRule
 from engine.collectives import ExpertGroup
 from engine.experts.counting import ExpertCounts
+from engine.experts.exchange import ExchangeChoice
 from engine.experts.grouped_gemm import ExpertWeights
 from engine.experts.layer import ExpertLayer
 from engine.experts.placement import Topology, place_evenly
@@ -210,3 +211,26 @@ def test_where_experts_stay_windows_are_only_reported() -> None:
 def test_ranks_with_other_rules_did_not_start_alike(other: RebalanceRule) -> None:
     assert Rank(rule(1, 3)).moves.row()[2] != Rank(other).moves.row()[2]
     assert Rank(rule(1, 3)).moves.row()[2] == Rank(rule(1, 3)).moves.row()[2]
+
+
+def test_ranks_with_another_exchange_of_rows_did_not_start_alike() -> None:
+    def started(choice: ExchangeChoice) -> int:
+        moves = ExpertMoves(
+            exchanges={},
+            placements={},
+            counts=None,
+            rank=0,
+            topology=Topology(2),
+            mode="global",
+            rule=rule(1, 3),
+            alike=choice,
+        )
+        return moves.row()[2]
+
+    assert started(ExchangeChoice()) == started(ExchangeChoice())
+    others = [
+        ExchangeChoice(transport="padded"),
+        ExchangeChoice(payload="bf16"),
+        ExchangeChoice(max_tokens_per_rank=32),
+    ]
+    assert started(ExchangeChoice()) not in {started(other) for other in others}

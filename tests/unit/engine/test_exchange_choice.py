@@ -1,7 +1,9 @@
 """Which way expert rows travel, what is refused with which words, and how many bytes it takes."""
 
+import re
 from collections.abc import Collection
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +31,7 @@ R1 = ExchangeShape(
     on_gpu=True,
 )
 LIBRARIES = ("deep_ep", "nccl.ep")
+PAGE = Path(__file__).parents[3] / "docs" / "wide-ep.md"
 
 
 @pytest.mark.parametrize(
@@ -158,6 +161,18 @@ def test_replicas_and_empty_slots_count_in_deepeps_memory() -> None:
 
 def test_only_what_sums_on_the_way_is_not_exact() -> None:
     assert {name for name, can in CAPABILITIES.items() if not can.exact} == {"deepep", "nccl_ep"}
+
+
+def test_the_documented_bytes_are_those_that_are_computed() -> None:
+    ways = [("fast", "native"), ("fast", "fp8"), ("exact", "native")]
+    rows = re.findall(r"^\| `(\w+)`[^|]*\|((?: [^|]*GB \|| - \|){3})$", PAGE.read_text(), re.M)
+    assert {name for name, _ in rows} == CAPABILITIES.keys() - {"local"}
+    for name, cells in rows:
+        for (numerics, payload), told in zip(ways, cells.split("|"), strict=False):
+            if told.strip() == "-":
+                continue
+            shape = replace(R1, numerics=numerics, payload=payload)  # type: ignore[arg-type]
+            assert told.strip() == f"{buffer_bytes(name, shape) / 1e9:.2f} GB"
 
 
 def test_a_third_exchange_at_once_is_refused_and_a_new_life_starts_afresh() -> None:

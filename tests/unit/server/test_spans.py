@@ -6,10 +6,11 @@ import pytest
 
 from server.app import create_app
 from server.settings import GatewaySettings
-from server.spans import MAX_WAITING, RequestSpan, SpanExporter
+from server.spans import MAX_WAITING, RequestSpan, SpanExporter, StageSpan
 from server.tracing import TraceContext
-from tests.support.generator import ScriptedGenerator
+from tests.support.arithmetic import MODEL
 from tests.support.model_text import byte_model_text
+from tests.support.system import a_system
 
 pytestmark = pytest.mark.anyio
 TRACE = TraceContext("4b" * 16, "ab" * 8, "cd" * 8, "01")
@@ -22,7 +23,20 @@ def a_span(trace: TraceContext | None = TRACE) -> RequestSpan:
         started_unix_s=1000.0,
         seconds=2.0,
         failed=False,
-        stages=[("wait", 0.25), ("prefill", 0.75), ("decode", 1.0)],
+        stages=[
+            StageSpan(name="wait", begin_s=0.0, seconds=0.25),
+            StageSpan(
+                name="prefill", begin_s=0.25, seconds=0.75, service="prefill", worker="prefill-0"
+            ),
+            StageSpan(
+                name="decode",
+                begin_s=1.0,
+                seconds=1.0,
+                service="decode",
+                worker="decode-0/1",
+                failure="lost",
+            ),
+        ],
         attributes={"gen_ai.usage.output_tokens": 7, "gen_ai.request.model": "tiny"},
     )
 
@@ -49,19 +63,38 @@ async def test_a_request_is_a_span_in_the_callers_trace_with_its_stages_below() 
     exporter = collector.exporter()
     exporter.add(a_span())
     await exporter.export()
-    (scope,) = collector.received[0]["resourceSpans"][0]["scopeSpans"]
-    whole, *stages = scope["spans"]
+    by_worker = spans_by_worker(collector)
+    whole, wait = by_worker["headrace-gateway", ""]
+    (prefill,) = by_worker["headrace-prefill", "prefill-0"]
+    (decode,) = by_worker["headrace-decode", "decode-0/1"]
     assert (whole["traceId"], whole["spanId"], whole["parentSpanId"]) == (
         TRACE.trace_id,
         TRACE.span_id,
         TRACE.parent_id,
     )
     assert whole["attributes"][0]["value"] == {"intValue": "7"}
+    stages = [wait, prefill, decode]
     assert [stage["name"] for stage in stages] == ["wait", "prefill", "decode"]
     assert {stage["parentSpanId"] for stage in stages} == {TRACE.span_id}
-    assert stages[0]["startTimeUnixNano"] == whole["startTimeUnixNano"] == str(1000 * 10**9)
-    assert stages[1]["startTimeUnixNano"] == stages[0]["endTimeUnixNano"]
-    assert stages[2]["endTimeUnixNano"] == whole["endTimeUnixNano"]
+    assert wait["startTimeUnixNano"] == whole["startTimeUnixNano"] == str(1000 * 10**9)
+    assert prefill["startTimeUnixNano"] == wait["endTimeUnixNano"]
+    assert decode["endTimeUnixNano"] == whole["endTimeUnixNano"]
+    assert (whole["status"], prefill["status"]) == ({"code": 1}, {"code": 1})
+    assert decode["status"] == {"code": 2, "message": "lost"}
+
+
+def spans_by_worker(collector: Collector) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """All that was sent, by service and worker."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for sent in collector.received:
+        for resource in sent["resourceSpans"]:
+            named = {
+                a["key"]: a["value"]["stringValue"] for a in resource["resource"]["attributes"]
+            }
+            key = (named["service.name"], named.get("service.instance.id", ""))
+            (scope,) = resource["scopeSpans"]
+            found.setdefault(key, []).extend(scope["spans"])
+    return found
 
 
 async def test_a_request_without_a_trace_begins_one() -> None:
@@ -84,18 +117,35 @@ async def test_what_cannot_be_sent_is_dropped_and_counted() -> None:
     assert exporter.dropped == 4
 
 
-async def test_every_answered_request_leaves_a_span() -> None:
+async def test_every_answered_request_leaves_a_span_and_each_stage_one_of_its_worker() -> None:
     collector = Collector()
     exporter = collector.exporter()
-    text = byte_model_text()
-    app = create_app(ScriptedGenerator(text=text), text, GatewaySettings(), spans=exporter)
-    transport = httpx.ASGITransport(app=app)
-    headers = {"traceparent": f"00-{TRACE.trace_id}-{TRACE.parent_id}-01"}
-    async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-        body = {"model": "tiny", "prompt": "secret words", "max_tokens": 3}
-        await client.post("/v1/completions", json=body, headers=headers)
+    async with a_system() as system:
+        app = create_app(
+            system.serving,
+            byte_model_text(),
+            GatewaySettings(),
+            spans=exporter,
+            cluster=system.serving.cluster,
+        )
+        transport = httpx.ASGITransport(app=app)
+        headers = {"traceparent": f"00-{TRACE.trace_id}-{TRACE.parent_id}-01"}
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            body = {"model": MODEL, "prompt": "secret words", "max_tokens": 3, "n": 2}
+            answer = await client.post("/v1/completions", json=body, headers=headers)
+    assert answer.status_code == 200
     await exporter.export()
-    whole, *stages = collector.received[0]["resourceSpans"][0]["scopeSpans"][0]["spans"]
+    by_worker = spans_by_worker(collector)
+    whole, *ours = by_worker.pop(("headrace-gateway", ""))
     assert whole["parentSpanId"] == TRACE.parent_id
-    assert [stage["name"] for stage in stages] == ["wait", "queue", "prefill", "decode"]
+    stages = {key: sorted(span["name"] for span in spans) for key, spans in by_worker.items()}
+    assert stages == {
+        ("headrace-prefill", "prefill-0"): sorted(["queue", "prefill"] * 2),
+        ("headrace-decode", "decode-0/0"): sorted(["reserve", "hand-over", "decode"] * 2),
+    }
+    assert sorted(span["name"] for span in ours) == ["read", "read", "wait", "wait"]
+    for span in (*ours, *(span for spans in by_worker.values() for span in spans)):
+        assert span["parentSpanId"] == whole["spanId"]
+        assert int(whole["startTimeUnixNano"]) <= int(span["startTimeUnixNano"])
+        assert int(span["endTimeUnixNano"]) <= int(whole["endTimeUnixNano"])
     assert "secret" not in json.dumps(collector.received)
