@@ -221,20 +221,56 @@ def test_chunks_and_layer_groups_may_come_in_any_order(pair: Pair) -> None:
         assert block_bytes(pair.memory, here) == block_bytes(pair.target, there)
 
 
-def test_sixteen_transfers_at_once_do_not_mix(pair: Pair) -> None:
-    pushes = [pair.source.open(pair.grant([2 * i, 2 * i + 1])) for i in range(16)]
-    done = [Done() for _ in pushes]
-    for layer in ALL:
-        for i, push in enumerate(pushes):
-            send(push, range(layer, layer + 1), 0, [2 * i + 1, 2 * i])
-    for push, callback in zip(pushes, done, strict=True):
-        push.finish(b"", callback)
-    for callback in done:
-        pair.events.committed()
-        assert callback.wait() is None
-    for i in range(16):
-        assert block_bytes(pair.target, 2 * i) == block_bytes(pair.memory, 2 * i + 1)
-        assert block_bytes(pair.target, 2 * i + 1) == block_bytes(pair.memory, 2 * i)
+def test_sixty_four_transfers_at_once_do_not_mix(transport: Transport) -> None:
+    with a_pair(transport, num_blocks=128) as pair:
+        pushes = [pair.source.open(pair.grant([2 * i, 2 * i + 1])) for i in range(64)]
+        done = [Done() for _ in pushes]
+        for layer in ALL:
+            for i, push in enumerate(pushes):
+                send(push, range(layer, layer + 1), 0, [2 * i + 1, 2 * i])
+        for push, callback in zip(pushes, done, strict=True):
+            push.finish(b"", callback)
+        for callback in done:
+            pair.events.committed()
+            assert callback.wait() is None
+        for i in range(64):
+            assert block_bytes(pair.target, 2 * i) == block_bytes(pair.memory, 2 * i + 1)
+            assert block_bytes(pair.target, 2 * i + 1) == block_bytes(pair.memory, 2 * i)
+
+
+@pytest.mark.slow
+def test_a_gigabyte_arrives(transport: Transport) -> None:
+    layout = KVLayout(
+        kind="gqa",
+        dtype="bfloat16",
+        num_layers=64,
+        block_tokens=16,
+        kv_heads=8,
+        key_width=128,
+        value_width=128,
+    )
+    num_blocks = (1 << 30) // layout.block_bytes
+    with a_pair(transport, layout=layout, num_blocks=num_blocks) as pair:
+        blocks = list(range(num_blocks))
+        pair.carry(blocks, random.Random(6).sample(blocks, num_blocks))
+
+
+def resources() -> tuple[int, int, int]:
+    """(descriptors, threads, resident megabytes) of this process."""
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    return len(os.listdir("/proc/self/fd")), threading.active_count(), resident >> 20
+
+
+@pytest.mark.slow
+def test_ten_thousand_transfers_leave_nothing_behind(pair: Pair) -> None:
+    for i in range(1000):
+        pair.carry([i % 32], [(7 * i) % 32])
+    descriptors, threads, resident = resources()
+    for i in range(9000):
+        pair.carry([i % 32], [(7 * i) % 32])
+    assert resources()[:2] == (descriptors, threads)
+    assert resources()[2] <= resident + 8
+    assert pair.sink.stats()["live_grants"] == 0
 
 
 def test_three_hundred_transfers_leave_nothing_open(pair: Pair) -> None:
@@ -426,6 +462,64 @@ def test_bytes_that_do_not_match_their_checksum_fail_the_grant(
         assert pair.sink.stats()["corrupt"] == 1
         peer.close()
         pair.events.quiet()
+
+
+def hand_made(pair: Pair) -> HandMadeSource:
+    address = pair.sink.endpoint.addresses[pair.transport]
+    return HandMadeSource(pair.transport, pair.decode, address)
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [Chunk(0, 1, 1, 2), Chunk(0, 1, 2, 1), Chunk(2, 2, 0, 1), Chunk(3, 1, 0, 1)],
+    ids=["over its end", "behind its end", "over the last layer", "behind the last layer"],
+)
+def test_a_page_outside_the_grant_fails_the_grant_and_is_not_written(
+    pair: Pair, chunk: Chunk
+) -> None:
+    peer, before = hand_made(pair), bytes(buffer(pair.target))
+    grant = pair.grant([4, 9])
+    peer.open(grant)
+    length = chunk.num_layers * chunk.num_blocks * PIECE
+    if pair.transport == "tcp":
+        peer.send(Frame(Kind.CHUNK, grant.generation, chunk, length), body=bytes(length))
+    else:
+        peer.send(Frame(Kind.CHUNK, grant.generation, chunk, length))
+    assert "not within" in str(pair.events.failed().error)
+    peer.close()
+    pair.events.quiet()
+    assert bytes(buffer(pair.target)) == before
+    pair.carry([1], [4])
+
+
+def test_a_chunk_from_another_peer_than_the_grants_is_counted_and_not_written(pair: Pair) -> None:
+    owner, stranger = hand_made(pair), hand_made(pair)
+    grant = pair.grant([6])
+    owner.open(grant)
+    heard = owner.hear()
+    assert heard is not None
+    assert heard.kind is Kind.OPENED
+    before, stale = block_bytes(pair.target, 6), pair.sink.stats()["stale"]
+    stranger.chunk(grant.generation, Chunk(0, LAYOUT.num_layers, 0, 1))
+    until(lambda: pair.sink.stats()["stale"] == stale + 1, "the chunk was not counted")
+    stranger.open(grant)
+    heard = stranger.hear()
+    assert heard is not None
+    assert heard.kind is Kind.REFUSED
+    assert pair.sink.stats()["refused"] == 1
+    assert block_bytes(pair.target, 6) == before
+    stranger.close()
+    owner.close()
+    pair.events.failed()
+    pair.events.quiet()
+
+
+def test_a_chunk_of_a_grant_that_was_never_made_is_counted_and_not_written(pair: Pair) -> None:
+    peer, before = hand_made(pair), bytes(buffer(pair.target))
+    peer.chunk(Generation(777), Chunk(0, 1, 0, 1))
+    until(lambda: pair.sink.stats()["unknown"] == 1, "the chunk was not counted")
+    assert bytes(buffer(pair.target)) == before
+    peer.close()
 
 
 @pytest.mark.parametrize(
