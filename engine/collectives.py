@@ -311,5 +311,6 @@ def losing(what: str) -> Generator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+        # gloo begins with a source line of its own and ends with advice.
+        reason = str(error).splitlines()[0].split("] ", 1)[-1].split(". This is", 1)[0]
         raise WorkerLost(f"a rank was lost during the {what}: {reason}", stage="decode") from error

@@ -1,5 +1,6 @@
 """One attempt of a rank to come by a roll: from a lower rank, or by calling it."""
 
+import math
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -15,6 +16,7 @@ from protocol.errors import WorkerLost
 _POLL_S = 0.02
 _LEAD_S = 0.5  # then lower ranks are looked for again
 _PROBES = 16
+_AGAIN_S = 2.0  # then a rank that was gone is looked for again; it costs a second if it is frozen
 
 
 class Gathering:
@@ -41,7 +43,7 @@ class Gathering:
         self._key = key
         self._late_s = late_s
         self._waiting = waiting
-        self._gone: set[int] = set()
+        self._gone: dict[int, float] = {}  # rank -> when it was last found gone
 
     def roll(self, open_store: Callable[[], str]) -> Roll:
         """Called, or heard, and then this rank is on it. ``open_store`` is called by who leads.
@@ -50,6 +52,7 @@ class Gathering:
             WorkerLost: another attempt is needed.
             DeadlineExceeded: from ``Waiting``.
         """
+        self._doorman.seen()
         self._doorman.keep()
         while True:
             heard = self._look_below()
@@ -61,15 +64,14 @@ class Gathering:
 
     def _look_below(self) -> Roll | None:
         """The roll of a lower rank; None where none answers."""
-        self._gone.discard(0)  # a new process may be there at any moment, where all find it
         for rank in sorted(self._addresses):
             if rank >= self._ticket.rank:
                 break
-            if rank in self._gone or rank in self._leaving:
+            if self._lately_gone(rank) or rank in self._leaving:
                 continue
             answer = self._visit(rank)
             if isinstance(answer, Follow):
-                if answer.rank in self._gone:
+                if self._lately_gone(answer.rank):
                     raise WorkerLost(f"rank {rank} still follows rank {answer.rank}, who is gone")
                 self._addresses[answer.rank] = answer.address
                 answer = self._visit(answer.rank)
@@ -84,13 +86,19 @@ class Gathering:
             self._doorman.send_on(rank, self._addresses[rank])
             self._waiting.check()
 
+        self._doorman.seen()
         try:
-            return visit(self._addresses[rank], self._ticket, key=self._key, on_wait=wait)
+            answer = visit(self._addresses[rank], self._ticket, key=self._key, on_wait=wait)
         except WorkerLost as error:
             self._waiting.last_failure = f"rank {rank}: {error}"
-            self._gone.add(rank)
+            self._gone[rank] = time.monotonic()
             self._doorman.keep()
             return None
+        self._gone.pop(rank, None)
+        return answer
+
+    def _lately_gone(self, rank: int) -> bool:
+        return time.monotonic() - self._gone.get(rank, -math.inf) < _AGAIN_S
 
     def _lead(self) -> tuple[int, ...] | None:
         """The members of the next group; None when it is time to look for lower ranks again."""
@@ -112,15 +120,17 @@ class Gathering:
         return None
 
     def _note_gone(self, missing: Iterable[int]) -> None:
-        known = [rank for rank in missing if rank in self._addresses and rank not in self._gone]
-        if self._waiting.waited_s() > self._late_s:
-            self._gone.update(known)
-        elif known:
-            with ThreadPoolExecutor(min(_PROBES, len(known))) as threads:
-                living = threads.map(lambda rank: answers(self._addresses[rank]), known)
-                self._gone.update(
-                    rank for rank, lives in zip(known, living, strict=True) if not lives
-                )
+        known = [r for r in missing if r in self._addresses and not self._lately_gone(r)]
+        if not known:
+            return
+        with ThreadPoolExecutor(min(_PROBES, len(known))) as threads:
+            living = list(threads.map(lambda rank: answers(self._addresses[rank]), known))
+        late = self._waiting.waited_s() > self._late_s
+        for rank, lives in zip(known, living, strict=True):
+            if late or not lives:
+                self._gone[rank] = time.monotonic()
+            else:
+                self._gone.pop(rank, None)
 
     def _call(self, members: tuple[int, ...], open_store: Callable[[], str]) -> Roll:
         present = {**self._doorman.visitors, self._ticket.rank: self._ticket}
