@@ -8,7 +8,8 @@ Reported are
 - the parts of a step: attention, dispatch, experts, combine, row exchange (from the last rank's
   arrival on), skew (first to last rank's arrival), and the rest;
 - bytes that a token sends to other ranks, over those of the formula;
-- the longest step over the median, with experts at rest and moving every three steps;
+- the longest step over the median, with experts at rest and moving every three steps, and the
+  longest time that a step waited for experts to move;
 - max / mean of ranks' tokens on 72 ranks with 288 slots, evenly placed and balanced, over a window
   of tokens that choose by Zipf's law, over the next window, and over one step.
 """
@@ -129,7 +130,13 @@ def _moving(at_rest: Sequence[Outcome], moving: Sequence[Outcome]) -> dict[str, 
         "median step moving, ms": 1000 * median(busy),
         "longest / median step, at rest": max(resting) / median(resting),
         "longest / median step, moving": max(busy) / median(busy),
+        "longest move / median step": _longest_move(moving) / median(busy),
     }
+
+
+def _longest_move(outcomes: Sequence[Outcome]) -> float:
+    """What moving experts adds to a step at most: from the first rank's begin to the last's end."""
+    return max(step.moving_s for outcome in outcomes for step in outcome.steps)
 
 
 # -- bytes ----------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch import Tensor
 from decode.lockstep import RankState, StepRow, decide
 from decode.rebalance import ExpertMoves, RebalanceRule
 from engine.collectives import ExpertGroup, StepGroup
+from engine.experts.exchange import ExchangeChoice, TransportChoice
 from engine.experts.meter import ExchangeMeter
 from engine.experts.replicas import request_key
 from engine.experts.spread import ExpertSpread
@@ -40,6 +41,7 @@ class Work:
     steps: int
     redundant: int
     rule: RebalanceRule | None
+    transport: TransportChoice = "auto"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -49,6 +51,7 @@ class Step:
     arrived: float
     left: float
     ended: float
+    moving_s: float  # in what all ranks do together to move experts
     parts: dict[str, float]
 
 
@@ -106,6 +109,9 @@ class Rank:
             numerics="exact",
             group=self._group,
             spread=spread,
+            exchange=ExchangeChoice(
+                transport=work.transport, max_tokens_per_rank=work.batch * PROMPT_TOKENS
+            ),
         )
         self._clock = Clock()
         self._put_clocks(loaded)
@@ -168,14 +174,22 @@ class Rank:
         plan = decide(
             [StepRow.from_ints(ints) for ints in rows], least_ranks=self._step_group.world_size
         )
+        began = time.perf_counter()
         self._moves.follow(plan.experts, self._step_group)
+        moving_s = time.perf_counter() - began
         self._group.begin_step(plan.tokens_of_rank)
         before = _seconds_of(self._meter)
         self._compute()
         self._moves.after_step()
         ended = time.perf_counter()
         parts = {part: now - before[part] for part, now in _seconds_of(self._meter).items()}
-        return Step(arrived=arrived, left=left, ended=ended, parts=parts | self._clock.take())
+        return Step(
+            arrived=arrived,
+            left=left,
+            ended=ended,
+            moving_s=moving_s,
+            parts=parts | self._clock.take(),
+        )
 
     def _compute(self) -> None:
         steps = [
