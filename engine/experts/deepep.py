@@ -11,6 +11,7 @@ M tokens that a rank may bring   B arrived rows, S * N * M   D model width
 
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -57,13 +58,16 @@ class DeepEpGroup(Protocol):
     @property
     def lives(self) -> int: ...
 
+    @property
+    def world_size(self) -> int: ...
+
 
 class DeepEpTransport:
     def __init__(
         self, group: DeepEpGroup, shape: ExchangeShape, connect: Callable[[], LowLatencyBuffer]
     ) -> None:
         """``connect`` makes the buffer of one life of the group; all ranks call it together."""
-        self.shape = shape
+        self._shape = shape
         self._group = group
         self._connect = connect
         self._life = 0
@@ -71,12 +75,11 @@ class DeepEpTransport:
 
     def send(self, payloads: Sequence[Tensor], slot_TK: Tensor) -> Dispatch:
         x_TD, weights_TK = payloads
-        return _DeepEpDispatch(self.buffer(), self.shape, x_TD, weights_TK, slot_TK)
-
-    def buffer(self) -> LowLatencyBuffer:
         if self._buffer is None or self._life != self._group.lives:
             self._buffer, self._life = self._connect(), self._group.lives
-        return self._buffer
+        # The ranks that are there now; buffers are large enough for all.
+        present = replace(self._shape, num_ranks=self._group.world_size)
+        return _DeepEpDispatch(self._buffer, present, x_TD, weights_TK, slot_TK)
 
 
 def deepep_transport(group: ExpertGroup, shape: ExchangeShape) -> DeepEpTransport:

@@ -10,6 +10,7 @@ B arrived rows, N * M   D model width
 
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +44,9 @@ class NcclEpGroup(Protocol):
     @property
     def lives(self) -> int: ...
 
+    @property
+    def world_size(self) -> int: ...
+
 
 class NcclEpTransport:
     def __init__(
@@ -63,6 +67,7 @@ class NcclEpTransport:
     def send(self, payloads: Sequence[Tensor], slot_TK: Tensor) -> Dispatch:
         if self._life != self._group.lives:
             self._free, self._life = list(self._connect()), self._group.lives
+            self.shape = replace(self.shape, num_ranks=self._group.world_size)
         assert self._free, "too many exchanges of expert rows are under way"
         x_TD, weights_TK = payloads
         return _NcclEpDispatch(self, self._free.pop(0), x_TD, weights_TK, slot_TK)
@@ -128,18 +133,19 @@ def nccl_ep_transport(group: ExpertGroup, shape: ExchangeShape) -> NcclEpTranspo
     library: Any = importlib.import_module("nccl.ep")
 
     def connect() -> Sequence[RankMajorExchange]:
+        present = replace(shape, num_ranks=group.world_size)
         own = core.get_unique_id(empty=group.rank != 0).as_bytes
         told = LibrarySeat(group).allgather(bytes(own))
         identity = core.UniqueId.from_bytes(told[0])
         communicator = core.Communicator.init(group.world_size, group.rank, identity)
         config = library.GroupConfig(
             algorithm=library.Algorithm.LOW_LATENCY,
-            num_experts=shape.num_slots,
+            num_experts=present.num_slots,
             max_dispatch_tokens_per_rank=shape.max_tokens_per_rank,
             max_token_bytes=2 * shape.hidden,
         )
         ranks = library.Group.create(communicator, config)
-        return [_NcclEpExchange(library, ranks, shape, group.device) for _ in range(2)]
+        return [_NcclEpExchange(library, ranks, present, group.device) for _ in range(2)]
 
     return NcclEpTransport(group, shape, connect)
 

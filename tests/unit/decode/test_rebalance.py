@@ -219,7 +219,7 @@ def test_ranks_with_another_exchange_of_rows_did_not_start_alike() -> None:
             exchanges={},
             placements={},
             counts=None,
-            rank=0,
+            seat=0,
             topology=Topology(2),
             mode="global",
             rule=rule(1, 3),
