@@ -2,7 +2,8 @@
 
 Pure, and a hint: whoever acts on a view that is out of date is corrected by the worker itself. A
 decode group counts only when all of its ranks are members and agree on the epoch, because a
-rank cannot step alone. Ranks that the group itself goes on without are not waited for.
+rank cannot step alone. Ranks that the group itself goes on without are not waited for, and while
+so few are missing that it will go on without them, the others take requests.
 """
 
 from collections.abc import Iterable
@@ -35,15 +36,14 @@ class DecodeGroup:
 
     @property
     def taking(self) -> tuple[WorkerState, ...]:
-        """Ranks that take requests; none where too few will be left of the group."""
+        """Ranks that take requests; none where too few are, or will be, left of the group."""
         staying = tuple(state for state in self.ranks if not state.load.draining)
-        least = self.world_size - self.spare_ranks
-        whole = len(staying) == len(self.ranks)
-        return staying if self.complete and (whole or len(staying) >= least) else ()
+        enough = len(staying) >= self.world_size - self.spare_ranks
+        return staying if enough or (self.complete and len(staying) == len(self.ranks)) else ()
 
     @property
     def serving(self) -> bool:
-        """Complete, and not on its way out."""
+        """It takes requests, or will as soon as its ranks have met."""
         return bool(self.taking)
 
     @property
@@ -105,7 +105,7 @@ class ClusterView:
 
 
 def view_of(workers: Iterable[WorkerState]) -> ClusterView:
-    """The view of a membership. Of ranks of one group only those of the latest epoch are in it."""
+    """The view of a membership. Who is in a group, its ranks of the latest epoch say."""
     prefill: list[WorkerState] = []
     ranks: dict[str, list[WorkerState]] = {}
     for state in workers:
@@ -124,15 +124,21 @@ def view_of(workers: Iterable[WorkerState]) -> ClusterView:
 
 
 def _group(group_id: str, members: Iterable[WorkerState]) -> DecodeGroup:
-    ranks = sorted(members, key=lambda state: (-state.info.epoch, state.info.rank))
-    latest = ranks[0].info
+    ranks = list(members)
+    latest = max((state.info for state in ranks), key=lambda info: info.epoch)
     return DecodeGroup(
         group_id=group_id,
         epoch=latest.epoch,
         world_size=latest.world_size,
         absent=latest.absent,
         spare_ranks=latest.spare_ranks,
-        ranks=tuple(state for state in ranks if state.info.epoch == latest.epoch),
+        # Those of an earlier epoch are in it too, and about to say so.
+        ranks=tuple(
+            sorted(
+                (state for state in ranks if state.info.rank not in latest.absent),
+                key=lambda state: state.info.rank,
+            )
+        ),
     )
 
 

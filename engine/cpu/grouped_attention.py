@@ -19,10 +19,10 @@ from engine.config import GqaConfig
 from engine.cpu.paged_attention import (
     Shape,
     attend_to_context,
-    norm_row,
     rotate_row,
     serves_rows,
 )
+from engine.cpu.rows import norm_row
 from engine.cpu.threads import Kernel, end_item, first_item, own_part
 from engine.cpu.values import FORMATS, bits_of, float_of, load, load_integer, store
 from engine.kvcache.storage import LayerCache
@@ -130,7 +130,7 @@ def _kernel(shape: Shape) -> Kernel:
             newest = blocks + block * stride + (context - 1) % block_tokens * row_bytes
             key = qkv + (heads * queries + head) * row_bytes
             if key_norm:
-                norm(key, key_norm, epsilon)
+                norm(key, key_norm, epsilon, key)
             rotate(key, cos, sin, newest)
             for d in range(width):
                 value = load(key + heads * row_bytes, d, format_)
@@ -138,7 +138,8 @@ def _kernel(shape: Shape) -> Kernel:
             mine = qkv + head * queries * row_bytes
             for query in range(queries):
                 if query_norm:
-                    norm(mine + query * row_bytes, query_norm, epsilon)
+                    one = mine + query * row_bytes
+                    norm(one, query_norm, epsilon, one)
                 rotate(mine + query * row_bytes, cos, sin, mine + query * row_bytes)
             attend(
                 mine, context, table, blocks, stride, heads * block_bytes, scale, scratch,

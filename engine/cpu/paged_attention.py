@@ -8,7 +8,6 @@ tokens alone, whatever its batch-mates and however many threads there are.
 What a block holds beside these keys and values, and where, the caller knows.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,22 +143,6 @@ def rotate_row(width: int, format_: int) -> Any:
             store(target, half + d, high * c + low * s, format_)
 
     return rotate
-
-
-def norm_row(width: int, format_: int) -> Any:
-    """For kernels: ``(row, weight, epsilon)``, the RMS norm of a row in its place."""
-
-    @njit(inline="always")
-    def norm(row: int, weight: int, epsilon: float) -> None:
-        total = np.float32(0.0)
-        for d in range(width):
-            element = load(row, d, format_)
-            total += element * element
-        factor = np.float32(1.0) / np.float32(math.sqrt(total / width + epsilon))
-        for d in range(width):
-            store(row, d, load(row, d, format_) * factor * load(weight, d, format_), format_)
-
-    return norm
 
 
 def _score(shape: Shape) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numba import njit
 from torch import Tensor
 
 from engine.cpu.products import gate_rows
@@ -52,6 +53,22 @@ def prepare(norm_widths: Iterable[int], gate_widths: Iterable[int], dtype: torch
     for width in gate_widths:
         if width % LANES == 0:
             _gate_kernel(width, FORMATS[dtype])
+
+
+def norm_row(width: int, format_: int) -> Any:
+    """For kernels: ``(source, weight, epsilon, target)``, the RMS norm of a row, also in place."""
+
+    @njit(inline="always")
+    def norm(source: int, weight: int, epsilon: float, target: int) -> None:
+        total = np.float32(0.0)
+        for d in range(width):
+            element = load(source, d, format_)
+            total += element * element
+        factor = np.float32(1.0) / np.float32(math.sqrt(total / width + epsilon))
+        for d in range(width):
+            store(target, d, load(source, d, format_) * factor * load(weight, d, format_), format_)
+
+    return norm
 
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -105,18 +122,13 @@ def _threads(out: Tensor) -> int:
 @cache
 def _norm_kernel(width: int, format_: int) -> Kernel:
     row_bytes = width * ELEMENT_BYTES[format_]
+    norm_one = norm_row(width, format_)
 
     def norm(arguments: Any) -> None:
         weight, eps = arguments[2], float_of(arguments[5])
         for n in range(first_item(arguments[4]), end_item(arguments[4])):
             row, out = arguments[0] + n * arguments[1], arguments[3] + n * row_bytes
-            total = np.float32(0.0)
-            for d in range(width):
-                element = load(row, d, format_)
-                total += element * element
-            factor = np.float32(1.0) / np.float32(math.sqrt(total / width + eps))
-            for d in range(width):
-                store(out, d, load(row, d, format_) * factor * load(weight, d, format_), format_)
+            norm_one(row, weight, eps, out)
 
     return Kernel(norm, (width, format_))
 
@@ -124,6 +136,7 @@ def _norm_kernel(width: int, format_: int) -> Kernel:
 @cache
 def _add_norm_kernel(width: int, format_: int) -> Kernel:
     row_bytes = width * ELEMENT_BYTES[format_]
+    norm_one = norm_row(width, format_)
 
     def add_norm(arguments: Any) -> None:
         weight, eps = arguments[2], float_of(arguments[6])
@@ -132,13 +145,7 @@ def _add_norm_kernel(width: int, format_: int) -> Kernel:
             out, added = arguments[3] + n * row_bytes, arguments[4] + n * row_bytes
             for d in range(width):
                 store(added, d, load(row, d, format_) + load(residual, d, format_), format_)
-            total = np.float32(0.0)
-            for d in range(width):
-                element = load(added, d, format_)
-                total += element * element
-            factor = np.float32(1.0) / np.float32(math.sqrt(total / width + eps))
-            for d in range(width):
-                store(out, d, load(added, d, format_) * factor * load(weight, d, format_), format_)
+            norm_one(added, weight, eps, out)
 
     return Kernel(add_norm, (width, format_))
 

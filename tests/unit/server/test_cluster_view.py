@@ -1,5 +1,6 @@
 """When a membership can serve, and why not."""
 
+import msgspec
 import pytest
 
 from protocol.workers import WorkerLoad, WorkerState
@@ -44,10 +45,6 @@ def test_a_group_serves_when_all_its_ranks_are_members() -> None:
             "no decode worker: waiting for 2 of 4 ranks of decode-0",
         ),
         (
-            [a_prefill(), a_rank(0, 2, epoch=1), a_rank(1, 2, epoch=2)],
-            "no decode worker: waiting for 1 of 2 ranks of decode-0",
-        ),
-        (
             [a_prefill(), a_rank(0, 2), a_rank(1, 2, draining=True)],
             "no decode worker: draining",
         ),
@@ -58,7 +55,6 @@ def test_a_group_serves_when_all_its_ranks_are_members() -> None:
         "prefill drains",
         "no decode",
         "ranks missing",
-        "epochs differ",
         "a rank drains",
         "other model",
     ],
@@ -67,6 +63,39 @@ def test_what_is_missing_is_named(workers: list[WorkerState], reason: str) -> No
     view = view_of(workers)
     assert view.lack(MODEL) == reason
     assert view.pairs() == []
+
+
+def of_four(
+    rank: int, *, epoch: int = 1, absent: tuple[int, ...] = (), draining: bool = False
+) -> WorkerState:
+    """A rank of a group that goes on with three of four."""
+    state = a_rank(rank, 4, epoch=epoch, draining=draining)
+    info = msgspec.structs.replace(state.info, absent=absent, spare_ranks=1)
+    return msgspec.structs.replace(state, info=info)
+
+
+def taking(*ranks: WorkerState) -> list[int]:
+    return [state.info.rank for state in view_of([a_prefill(), *ranks]).decode]
+
+
+def test_the_others_take_requests_while_a_lost_rank_is_left_behind() -> None:
+    lost = [of_four(rank) for rank in (0, 1, 3)]
+    assert taking(*lost) == [0, 1, 3]
+    left_behind = of_four(0, epoch=2, absent=(2,))
+    assert taking(left_behind, lost[1], of_four(2), lost[2]) == [0, 1, 3]
+    met = [of_four(rank, epoch=2, absent=(2,)) for rank in (0, 1, 3)]
+    assert taking(*met) == [0, 1, 3]
+    assert view_of(met).groups[0].complete
+
+
+def test_a_group_without_too_many_ranks_takes_nothing() -> None:
+    assert taking(of_four(0), of_four(3)) == []
+    assert taking(*(of_four(rank, epoch=2, absent=(2,)) for rank in (0, 1))) == []
+
+
+def test_a_rank_that_drains_takes_nothing_and_the_others_go_on_if_they_are_enough() -> None:
+    assert taking(*(of_four(rank, draining=rank == 0) for rank in range(4))) == [1, 2, 3]
+    assert taking(*(of_four(rank, draining=rank < 2) for rank in range(4))) == []
 
 
 def test_models_are_known_before_they_can_be_served() -> None:
