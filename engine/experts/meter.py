@@ -55,9 +55,10 @@ class ExchangeMeter:
         self._calls += 1
         if self._on_host:
             return _HostLap(self._seconds)
+        if torch.cuda.is_current_stream_capturing():
+            return _UNTIMED
         self._read()
-        busy = self._sampled is not None or torch.cuda.is_current_stream_capturing()
-        if busy or self._calls % SAMPLED:
+        if self._sampled is not None or self._calls % SAMPLED:
             return _UNTIMED
         self._sampled = _DeviceLap()
         return self._sampled
