@@ -13,13 +13,14 @@ from functools import partial
 from kvtransfer import shm, tcp
 from kvtransfer.carrier import Sending, Transport, TransportChoice
 from kvtransfer.carriers import make_carriers
-from kvtransfer.channel import Abort, Channel, Finish, Line, Pushing, Send
+from kvtransfer.channel import Channel, Line
 from kvtransfer.choice import Here, Route, routes
 from kvtransfer.handshake import connect
 from kvtransfer.interface import KVMemory
 from kvtransfer.limits import MAX_CONTROL_BYTES, TransferLimits
 from kvtransfer.links import Link
 from kvtransfer.plan import Chunk, check_blocks, check_layers
+from kvtransfer.pushing import Abort, Finish, Pushing, Send
 from protocol.errors import ConfigError, LayoutMismatch, ServingError, TransferError
 from protocol.ids import BlockId, WorkerId, WorkerRef
 from protocol.kv import Grant
