@@ -73,10 +73,10 @@ def main() -> int:
     skewed = _skewed(EXPONENT, options.window_steps)
     figures |= {f"Zipf {EXPONENT}: {name}": value for name, value in skewed.items()}
     if not options.quick:
-        figures |= {
-            f"Zipf {STEEP}: {name}": value
-            for name, value in _skewed(STEEP, options.window_steps).items()
-        }
+        steep = _skewed(STEEP, options.window_steps)
+        figures |= {f"Zipf {STEEP}: {name}": value for name, value in steep.items()}
+        over_bound = steep["balanced, planned"] / steep["balanced, bound"]
+        bars.append(Bar(f"Zipf {STEEP}: planned / bound", over_bound, at_most=1.01))
     bars.append(Bar("max / mean, balanced, window", skewed["balanced, window"], at_most=1.05))
     bars += [
         Bar(f"{ranks} ranks: longest move / median step", value, at_most=0.5)
