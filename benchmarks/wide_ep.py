@@ -65,7 +65,7 @@ def main() -> int:
             at_rest = _run(checkpoint, ranks, options.steps, None, options.transport)
             figures |= _named(_parts(at_rest), ranks)
             if ranks > 1:
-                figures |= _named(_sent(at_rest), ranks)
+                figures |= _named(_sent(at_rest, options.transport), ranks)
                 moving = _run(checkpoint, ranks, options.steps, MOVING, options.transport)
                 figures |= _named(_moving(at_rest, moving), ranks)
             if ranks == max(options.ranks):
@@ -172,10 +172,12 @@ def _longest_move(outcomes: Sequence[Outcome]) -> float:
 # -- bytes ----------------------------------------------------------------------------------------
 
 
-def _sent(outcomes: Sequence[Outcome]) -> dict[str, Figure]:
+def _sent(outcomes: Sequence[Outcome], transport: TransportChoice) -> dict[str, Figure]:
     ranks = len(outcomes)
     tokens = sum(outcome.tokens for outcome in outcomes) * outcomes[0].layers
     measured = sum(outcome.sent_bytes for outcome in outcomes) / tokens
+    if transport != "all_to_all":
+        return {"form of exchange": transport, "bytes a token and layer": measured}
     padded = outcomes[0].padded_layers > 0
     expected = _expected_bytes(ranks, padded=padded)
     return {
