@@ -228,6 +228,7 @@ class DecodeLoop:
         if plan.kind == "decode":
             group.expert_group.begin_step(plan.tokens_of_rank)
             in_two = self._two_batches.decide(plan.tokens_of_rank, plan.computed_us)
+            self._meter.add_step(in_two=in_two)
             began = time.perf_counter()
             self._compute(step, in_two=in_two)
             self._computed_us = round((time.perf_counter() - began) * 1e6)
