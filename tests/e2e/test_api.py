@@ -120,6 +120,18 @@ def test_constrained_output_matches_at_a_high_temperature(system: LocalSystem, k
             assert 0 <= person["age"] <= 120
 
 
+def test_bad_words_and_allowed_tokens_hold_at_a_high_temperature(system: LocalSystem) -> None:
+    asked = {"prompt": "The sea", "temperature": 1.5, "max_tokens": 40, "n": 4, "seed": 3}
+    without = complete(system, **asked, bad_words=["e", " the"])
+    assert all("e" not in choice["text"] for choice in without["choices"])
+    allowed = list(range(300, 340))
+    asked["return_token_ids"] = True
+    only = complete(system, **asked, allowed_token_ids=allowed)
+    for choice in only["choices"]:
+        used = choice["token_ids"][: -1 if choice["finish_reason"] == "stop" else None]
+        assert set(used) <= set(allowed)
+
+
 def test_forced_calls_parse_at_a_high_temperature(system: LocalSystem) -> None:
     parameters = {
         "type": "object",
