@@ -18,7 +18,6 @@ from protocol.errors import ConfigError
 
 TransportName = Literal["local", "all_to_all", "padded", "all_gather", "deepep", "nccl_ep"]
 TransportChoice = Literal["auto", "all_to_all", "padded", "all_gather", "deepep", "nccl_ep"]
-Layout = Literal["rank_major", "expert_major"]
 
 _DEEPEP_HIDDEN = (2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192)
 _DEEPEP_MOST_TOKENS = 1024  # the tag of a message has no room for more
@@ -33,12 +32,8 @@ _AUTO_MOST_PADDED_BYTES = 2 * 2**30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportCapabilities:
-    """What a way to exchange rows can do. A limit of None is none.
+    """What a way to exchange rows can do. A limit of None is none."""
 
-    ``layout`` is how rows arrive inside it; the layer always sees rank-major ones.
-    """
-
-    layout: Layout
     on_cpu: bool
     on_gpu: bool
     graph_safe: bool  # fixed shapes, nothing waits on the host: a CUDA graph may capture it
@@ -46,7 +41,6 @@ class TransportCapabilities:
     max_in_flight: int  # exchanges begun and not collected
     exact: bool  # every result can return by itself, so that the sum has one order
     payloads: frozenset[str]
-    rank_mask: bool  # goes on without a lost rank, without forming a new group
     library: str | None  # what must be importable
     max_tokens_per_rank: int | None = None
     max_experts_per_token: int | None = None
@@ -57,7 +51,6 @@ _ANY = frozenset({"native", "bf16", "fp8"})
 CAPABILITIES: Mapping[TransportName, TransportCapabilities] = MappingProxyType(
     {
         "local": TransportCapabilities(
-            layout="rank_major",
             on_cpu=True,
             on_gpu=True,
             graph_safe=False,
@@ -65,11 +58,9 @@ CAPABILITIES: Mapping[TransportName, TransportCapabilities] = MappingProxyType(
             max_in_flight=1,
             exact=True,
             payloads=frozenset({"native"}),
-            rank_mask=False,
             library=None,
         ),
         "all_to_all": TransportCapabilities(
-            layout="rank_major",
             on_cpu=True,
             on_gpu=True,
             graph_safe=False,
@@ -77,11 +68,9 @@ CAPABILITIES: Mapping[TransportName, TransportCapabilities] = MappingProxyType(
             max_in_flight=2,
             exact=True,
             payloads=_ANY,
-            rank_mask=False,
             library=None,
         ),
         "padded": TransportCapabilities(
-            layout="rank_major",
             on_cpu=True,
             on_gpu=True,
             graph_safe=True,
@@ -89,11 +78,9 @@ CAPABILITIES: Mapping[TransportName, TransportCapabilities] = MappingProxyType(
             max_in_flight=2,
             exact=True,
             payloads=_ANY,
-            rank_mask=False,
             library=None,
         ),
         "all_gather": TransportCapabilities(
-            layout="rank_major",
             on_cpu=True,
             on_gpu=True,
             graph_safe=True,
@@ -101,11 +88,9 @@ CAPABILITIES: Mapping[TransportName, TransportCapabilities] = MappingProxyType(
             max_in_flight=2,
             exact=True,
             payloads=_ANY,
-            rank_mask=False,
             library=None,
         ),
         "deepep": TransportCapabilities(
-            layout="expert_major",
             on_cpu=False,
             on_gpu=True,
             graph_safe=True,
@@ -113,14 +98,12 @@ CAPABILITIES: Mapping[TransportName, TransportCapabilities] = MappingProxyType(
             max_in_flight=2,  # it has two buffers
             exact=False,
             payloads=frozenset({"native", "bf16", "fp8"}),
-            rank_mask=True,
             library="deep_ep",
             max_tokens_per_rank=_DEEPEP_MOST_TOKENS,
             max_experts_per_token=_DEEPEP_MOST_CHOSEN,
             hidden_widths=_DEEPEP_HIDDEN,
         ),
         "nccl_ep": TransportCapabilities(
-            layout="rank_major",
             on_cpu=False,
             on_gpu=True,
             graph_safe=True,
@@ -128,7 +111,6 @@ CAPABILITIES: Mapping[TransportName, TransportCapabilities] = MappingProxyType(
             max_in_flight=2,
             exact=False,
             payloads=frozenset({"native", "bf16"}),
-            rank_mask=True,
             library="nccl.ep",
         ),
     }

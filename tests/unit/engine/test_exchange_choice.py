@@ -175,6 +175,17 @@ def test_the_documented_bytes_are_those_that_are_computed() -> None:
             assert told.strip() == f"{buffer_bytes(name, shape) / 1e9:.2f} GB"
 
 
+def test_the_documented_abilities_are_those_of_the_records() -> None:
+    row = r"^\| `(\w+)` \|[^|]*\|[^|]*\| (\w+)[^|]*\| (\w+)[^|]*\| ([^|]*) \|$"
+    rows = re.findall(row, PAGE.read_text(), re.M)
+    told = {name: (exact == "yes", graph == "yes", places) for name, exact, graph, places in rows}
+    assert told == {
+        name: (can.exact, can.graph_safe, "CPU, GPU" if can.on_cpu else "GPU")
+        for name, can in CAPABILITIES.items()
+        if name != "local"
+    }
+
+
 def test_a_third_exchange_at_once_is_refused_and_a_new_life_starts_afresh() -> None:
     shape = replace(R1, hidden=8, max_tokens_per_rank=1, num_ranks=2)
     workspaces = Workspaces("padded", shape, in_flight=2, device=torch.device("cpu"))
