@@ -330,7 +330,8 @@ class DecodeLoop:
             self._scheduler.finish(request.ref)
             self._clients.disown(request.ref)
             return
-        self._land(arrived.block_ids)
+        if not arrived.on_device:
+            self._land(arrived.block_ids)
         outputs = (*request.output_token_ids, hand_off.token_id)
         self._running[request.ref] = _Running(
             request=request, key=request_key(request.request_id), num_output=len(outputs)

@@ -276,13 +276,14 @@ class Channel:
             if both is None:
                 break
             push.backlog.popleft()
-            send = Send(*both)
+            send = Send(*both, other.ready)  # which has come later
         return send
 
     def _write(self, line: Line, push: Pushing, piece: Chunk) -> None:
         send, granted = push.send, push.grant.block_ids
         assert send is not None
         first = piece.first_block - send.chunk.first_block
+        line.outlet.after(send.ready)
         started = time.perf_counter()
         line.outlet.write(
             push.grant.generation,

@@ -17,6 +17,7 @@ OnFinished = Callable[[TransferError | None], None]
 class Send:
     chunk: Chunk
     source_blocks: tuple[BlockId, ...]
+    ready: object = None  # the engine's event behind which the blocks are final, on a GPU
 
 
 @dataclass(frozen=True, slots=True)

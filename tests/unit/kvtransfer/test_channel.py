@@ -27,6 +27,8 @@ class GatedOutlet:
     written: list[Generation] = field(default_factory=list)
     frame_bytes: int = LAYOUT.layer_block_bytes
 
+    def after(self, ready: object) -> None: ...
+
     def write(
         self,
         generation: Generation,

@@ -1,7 +1,7 @@
 """Blocks to a row and back, on the CPU and by the Triton kernel in Triton's interpreter."""
 
 import importlib
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 
 import pytest
@@ -17,11 +17,11 @@ LAYERS, BLOCKS = 3, 6
 
 
 @pytest.fixture
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Generator[ModuleType]:
+def kernels(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     module = importlib.import_module("kvtransfer.gather_kernels")
-    yield importlib.reload(module)
+    return importlib.reload(module)
 
 
 def some_pages(unit: int) -> Tensor:
