@@ -5,7 +5,8 @@ cannot serve is refused with the rule that it breaks and what to change. Pure: n
 whether an optional library is installed is told. How a way works inside is unknown here.
 
 Sources of the libraries' rules: DeepEP's low-latency kernels (deepseek-ai/DeepEP, csrc/config.hpp
-and csrc/kernels/internode_ll.cu), NCCL EP (NVIDIA/nccl-extensions, nccl_ep/README.md).
+and csrc/kernels/internode_ll.cu), NCCL EP (NVIDIA/nccl-extensions 0.1.0, nccl_ep/README.md and
+device/ll_ep.cuh).
 """
 
 from collections.abc import Collection, Mapping
@@ -45,6 +46,7 @@ class TransportCapabilities:
     max_tokens_per_rank: int | None = None
     max_experts_per_token: int | None = None
     hidden_widths: tuple[int, ...] | None = None
+    hidden_multiple: int = 1
 
 
 _ANY = frozenset({"native", "bf16", "fp8"})
@@ -112,6 +114,7 @@ CAPABILITIES: Mapping[TransportName, TransportCapabilities] = MappingProxyType(
             exact=False,
             payloads=frozenset({"native", "bf16"}),
             library="nccl.ep",
+            hidden_multiple=256,
         ),
     }
 )
@@ -236,6 +239,11 @@ def _size_rules(can: TransportCapabilities, shape: ExchangeShape) -> list[str]:
         rules.append(
             f"it is compiled for widths {listed} and the model's is {shape.hidden}: choose another "
             "transport"
+        )
+    if shape.hidden % can.hidden_multiple:
+        rules.append(
+            f"it carries widths that are multiples of {can.hidden_multiple} and the model's is "
+            f"{shape.hidden}: choose another transport"
         )
     if (can.on_cpu, can.on_gpu) == (False, True) and shape.element_bytes != 2:  # noqa: PLR2004
         rules.append("it carries bfloat16 rows only: set decode.model.dtype to bfloat16")

@@ -88,6 +88,7 @@ def test_auto_follows_from_device_numerics_and_sizes(
         ("deepep", replace(R1, on_gpu=False), LIBRARIES, "does not run on decode.device cpu"),
         ("deepep", replace(R1, element_bytes=4), LIBRARIES, "decode.model.dtype to bfloat16"),
         ("nccl_ep", replace(R1, payload="fp8"), LIBRARIES, "cannot carry .* choose one of bf16"),
+        ("nccl_ep", replace(R1, hidden=2880), LIBRARIES, "multiples of 256 .* 2880"),
         ("padded", replace(R1, max_tokens_per_rank=None), (), "no limit"),
         ("all_to_all", replace(R1, numerics="exact", payload="fp8"), (), "set it to native"),
         (
