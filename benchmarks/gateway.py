@@ -11,6 +11,9 @@ pace, and through FastAPI with httpx. Gateway and mock are measured in turns, se
 their ratio says something on a machine that others use too; CPU, which is user and system time of
 the process between client and workers, is the median over the turns, and times to the first token
 are those of all turns together. Added time to first token is the difference from the mock's.
+
+The full form then sends 100,000 short requests and watches the gateway's resident memory: what it
+has grown by over the last four fifths of them, after everything that is kept is full.
 """
 
 import argparse
@@ -45,8 +48,14 @@ STEP_S = 0.01
 TOKENS = 64
 DECODE_RANKS = 2
 PROMPT_WORDS = 120
-CPU_MS_PER_1000_TOKENS = 20.0
+CPU_MS_PER_1000_TOKENS = 12.0
 BARS_AT = (64, 256)  # concurrencies
+ADDED_TTFT_AT = 64
+ADDED_TTFT_MS = {50: 2.0, 99: 15.0}  # by percentile
+MEMORY_CONCURRENCY = 64
+MEMORY_TOKENS = 2
+MEMORY_LOOKS = 10  # at equal distances; the first two are not compared
+MEMORY_GROWTH_MB = 10.0
 PATH = "/v1/chat/completions"
 PROMPTS = random.Random(0)
 WORDS = ["water", "flows", "from", "the", "headrace", "to", "a", "turbine", "below", "and", "on"]
@@ -58,10 +67,11 @@ class Plan:
     concurrencies: tuple[int, ...]
     turns: int
     rounds: int  # streams a connection, in a turn
+    memory_requests: int  # after which memory is to be what it was; 0 leaves that out
 
 
-QUICK = Plan(concurrencies=BARS_AT, turns=3, rounds=2)
-FULL = Plan(concurrencies=(1, 16, *BARS_AT), turns=5, rounds=4)
+QUICK = Plan(concurrencies=BARS_AT, turns=3, rounds=2, memory_requests=0)
+FULL = Plan(concurrencies=(1, 16, *BARS_AT), turns=5, rounds=4, memory_requests=100_000)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,15 +134,44 @@ def main() -> int:
                         found[name].turns.append(measured)
             for name in systems:
                 keep(figures, f"{name}_c{concurrency}", found[name], found["direct"])
-    bars = [
-        Bar(
+        if plan.memory_requests:
+            figures |= watch_memory(client, systems["gateway"], plan.memory_requests)
+    return print_report("gateway", figures, list(bars_of(figures)), only_json=chosen.json)
+
+
+def bars_of(figures: dict[str, float]) -> Generator[Bar]:
+    for concurrency in BARS_AT:
+        name = f"gateway_c{concurrency}_cpu_ms_per_1000_tokens"
+        yield Bar(
             f"gateway CPU ms per 1000 tokens at concurrency {concurrency}",
-            figures[f"gateway_c{concurrency}_cpu_ms_per_1000_tokens"],
+            figures[name],
             at_most=CPU_MS_PER_1000_TOKENS,
         )
-        for concurrency in BARS_AT
-    ]
-    return print_report("gateway", figures, bars, only_json=chosen.json)
+    for percent, limit_ms in ADDED_TTFT_MS.items():
+        name = f"gateway_c{ADDED_TTFT_AT}_added_ttft_p{percent}_ms"
+        what = f"added time to first token p{percent} ms at concurrency {ADDED_TTFT_AT}"
+        yield Bar(what, figures[name], at_most=limit_ms)
+    if "gateway_rss_growth_mb" in figures:
+        growth = figures["gateway_rss_growth_mb"]
+        yield Bar("gateway memory growth MB", growth, at_most=MEMORY_GROWTH_MB)
+
+
+def watch_memory(client: ProcessPoolExecutor, system: System, requests: int) -> dict[str, float]:
+    """Resident MB of the gateway after every tenth of ``requests``, and how it has grown."""
+    rounds = -(-requests // (MEMORY_LOOKS * MEMORY_CONCURRENCY))
+    chats = [{**a_chat(), "max_tokens": MEMORY_TOKENS} for _ in range(MAX_CHATS)]
+    resident_mb: list[float] = []
+    for _ in range(MEMORY_LOOKS):
+        client.submit(
+            run_load, system.url + PATH, chats, concurrency=MEMORY_CONCURRENCY, rounds=rounds
+        ).result()
+        resident_mb.append(system.process.memory_info().rss / 1e6)
+    return {
+        "gateway_rss_requests": rounds * MEMORY_CONCURRENCY * MEMORY_LOOKS,
+        "gateway_rss_first_mb": round(resident_mb[0], 1),
+        "gateway_rss_last_mb": round(resident_mb[-1], 1),
+        "gateway_rss_growth_mb": round(resident_mb[-1] - resident_mb[1], 1),
+    }
 
 
 def keep(figures: dict[str, float], name: str, found: Figures, direct: Figures) -> None:

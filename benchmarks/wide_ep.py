@@ -18,7 +18,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
-from itertools import count
+from itertools import accumulate, count
 from pathlib import Path
 from statistics import fmean, median
 
@@ -29,6 +29,7 @@ from benchmarks.report import Bar, Figure, print_report
 from benchmarks.wide_ep_rank import Outcome, Work, run_rank
 from decode.rebalance import RebalanceRule
 from engine.experts.balancer import balance, balance_of
+from engine.experts.exchange import TransportChoice
 from engine.experts.placement import ExpertPlacement, Topology, place_evenly
 from engine.experts.replicas import ReplicaTable, token_keys
 from tests.support.ranks import run_ranks
@@ -37,6 +38,7 @@ MODEL = "deepseek_v3_256_experts"
 EXPERTS, CHOSEN, HIDDEN = 256, 8, 64  # of that model
 BATCH, REDUNDANT, STEPS, QUICK_STEPS = 4, 32, 40, 15
 TIMEOUT_S = 900.0
+_MOVE = "longest move / median step"
 PARTS = ("attention", "dispatch", "experts", "combine")
 MOVING = RebalanceRule(window=3, interval=3, above=1.0)
 
@@ -44,7 +46,7 @@ NVL72 = Topology(72, 4)
 SLOTS = 4
 EXPONENT, STEEP = 0.9, 1.0  # at the second, 288 slots do not allow 1.05
 TOKENS_OF_RANK = 128
-WINDOW_STEPS = 30
+WINDOW_STEPS, QUICK_WINDOW_STEPS = 200, 30
 
 FLOAT_BYTES, SLOT_BYTES, COUNT_BYTES = 4, 4, 8
 
@@ -60,35 +62,63 @@ def main() -> int:
         checkpoint = make_checkpoint(MODEL, Path(folder))
         for ranks in options.ranks:
             print(f"{ranks} ranks", file=sys.stderr, flush=True)
-            at_rest = _run(checkpoint, ranks, options.steps, None)
+            at_rest = _run(checkpoint, ranks, options.steps, None, options.transport)
             figures |= _named(_parts(at_rest), ranks)
             if ranks > 1:
-                figures |= _named(_sent(at_rest), ranks)
-                moving = _run(checkpoint, ranks, options.steps, MOVING)
+                figures |= _named(_sent(at_rest, options.transport), ranks)
+                moving = _run(checkpoint, ranks, options.steps, MOVING, options.transport)
                 figures |= _named(_moving(at_rest, moving), ranks)
             if ranks == max(options.ranks):
                 figures |= _recorded(at_rest)
-    skewed = _skewed(EXPONENT)
+    skewed = _skewed(EXPONENT, options.window_steps)
     figures |= {f"Zipf {EXPONENT}: {name}": value for name, value in skewed.items()}
     if not options.quick:
-        figures |= {f"Zipf {STEEP}: {name}": value for name, value in _skewed(STEEP).items()}
+        steep = _skewed(STEEP, options.window_steps)
+        figures |= {f"Zipf {STEEP}: {name}": value for name, value in steep.items()}
+        over_bound = steep["balanced, planned"] / steep["balanced, bound"]
+        bars.append(Bar(f"Zipf {STEEP}: planned / bound", over_bound, at_most=1.01))
     bars.append(Bar("max / mean, balanced, window", skewed["balanced, window"], at_most=1.05))
+    bars += [
+        Bar(f"{ranks} ranks: longest move / median step", value, at_most=0.5)
+        for ranks in options.ranks
+        if isinstance(value := figures.get(f"{ranks} ranks: {_MOVE}"), float)
+    ]
     return print_report("wide_ep", figures, bars, only_json=options.json)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", default="1,8,32,72", help="default: %(default)s")
+    parser.add_argument(
+        "--transport",
+        default="all_to_all",
+        choices=("all_to_all", "padded", "all_gather"),
+        help="how rows travel (default: %(default)s)",
+    )
     parser.add_argument("--json", action="store_true", help="only the line of JSON")
     parser.add_argument("--quick", action="store_true", help="1 and 4 ranks, fewer steps")
     chosen = parser.parse_args()
     chosen.ranks = [1, 4] if chosen.quick else [int(ranks) for ranks in chosen.ranks.split(",")]
     chosen.steps = QUICK_STEPS if chosen.quick else STEPS
+    chosen.window_steps = QUICK_WINDOW_STEPS if chosen.quick else WINDOW_STEPS
     return chosen
 
 
-def _run(folder: Path, ranks: int, steps: int, rule: RebalanceRule | None) -> list[Outcome]:
-    work = Work(folder=folder, batch=BATCH, steps=steps, redundant=REDUNDANT, rule=rule)
+def _run(
+    folder: Path,
+    ranks: int,
+    steps: int,
+    rule: RebalanceRule | None,
+    transport: TransportChoice,
+) -> list[Outcome]:
+    work = Work(
+        folder=folder,
+        batch=BATCH,
+        steps=steps,
+        redundant=REDUNDANT,
+        rule=rule,
+        transport=transport,
+    )
     return run_ranks(run_rank, ranks, work, timeout_s=TIMEOUT_S)
 
 
@@ -130,7 +160,7 @@ def _moving(at_rest: Sequence[Outcome], moving: Sequence[Outcome]) -> dict[str, 
         "median step moving, ms": 1000 * median(busy),
         "longest / median step, at rest": max(resting) / median(resting),
         "longest / median step, moving": max(busy) / median(busy),
-        "longest move / median step": _longest_move(moving) / median(busy),
+        _MOVE: _longest_move(moving) / median(busy),
     }
 
 
@@ -142,10 +172,12 @@ def _longest_move(outcomes: Sequence[Outcome]) -> float:
 # -- bytes ----------------------------------------------------------------------------------------
 
 
-def _sent(outcomes: Sequence[Outcome]) -> dict[str, Figure]:
+def _sent(outcomes: Sequence[Outcome], transport: TransportChoice) -> dict[str, Figure]:
     ranks = len(outcomes)
     tokens = sum(outcome.tokens for outcome in outcomes) * outcomes[0].layers
     measured = sum(outcome.sent_bytes for outcome in outcomes) / tokens
+    if transport != "all_to_all":
+        return {"form of exchange": transport, "bytes a token and layer": measured}
     padded = outcomes[0].padded_layers > 0
     expected = _expected_bytes(ranks, padded=padded)
     return {
@@ -185,17 +217,17 @@ def _recorded(outcomes: Sequence[Outcome]) -> dict[str, Figure]:
     }
 
 
-def _skewed(exponent: float) -> dict[str, float]:
+def _skewed(exponent: float, window_steps: int) -> dict[str, float]:
     """Tokens really counted on ranks, as the hash spreads them over replicas."""
     generator = torch.Generator().manual_seed(1)
     popularity_E = torch.arange(1, EXPERTS + 1).float().pow(-exponent)
     popularity_E = popularity_E[torch.randperm(EXPERTS, generator=generator)]
     request = count()
     load_E = torch.zeros(EXPERTS, dtype=torch.int64)
-    window = [_a_step(popularity_E, generator, next(request)) for _ in range(WINDOW_STEPS)]
+    window = [_a_step(popularity_E, generator, next(request)) for _ in range(window_steps)]
     for ids_TK, _ in window:
         load_E += ids_TK.flatten().bincount(minlength=EXPERTS)
-    following = [_a_step(popularity_E, generator, next(request)) for _ in range(WINDOW_STEPS)]
+    following = [_a_step(popularity_E, generator, next(request)) for _ in range(window_steps)]
     even = place_evenly(EXPERTS, NVL72.num_ranks, REDUNDANT)
     balanced = balance(load_E.tolist(), NVL72, SLOTS, mode="hierarchical")
     found = balance_of(load_E.tolist(), balanced)
@@ -203,11 +235,33 @@ def _skewed(exponent: float) -> dict[str, float]:
         "busiest expert's share": float(load_E.max() / load_E.sum()),
         "evenly placed, window": _max_over_mean(even, window),
         "balanced, planned": found.max_over_mean,
-        "balanced, bound": found.bound,
+        "balanced, bound": max(found.bound, _least_of_the_slots(load_E.tolist())),
         "balanced, window": _max_over_mean(balanced, window),
         "balanced, next window": _max_over_mean(balanced, following),
         "balanced, one step": _max_over_mean(balanced, window[:1]),
     }
+
+
+def _least_of_the_slots(load: Sequence[int]) -> float:
+    """No placement has a lower max / mean, whatever shares replicas get.
+
+    The ranks that hold an expert carry it, and in their other slots at least as many of the
+    lightest experts; that tells how many replicas a limit needs, and the slots how many there may
+    be. A slot that is left empty, or filled with less, gains less than a further replica would.
+    """
+    mean = sum(load) / NVL72.num_ranks
+    lightest = [0.0, *accumulate(amount / mean for amount in sorted(load))]
+
+    def copies(amount: float, limit: float) -> int:
+        ranks = range(1, len(load) // SLOTS)
+        return next((n for n in ranks if n * limit >= amount + lightest[(SLOTS - 1) * n]), SLOTS**6)
+
+    low, high = 1.0, 1.0 + max(load) / mean
+    for _ in range(40):
+        limit = (low + high) / 2
+        fits = sum(copies(amount / mean, limit) for amount in load) <= NVL72.num_ranks * SLOTS
+        low, high = (low, limit) if fits else (limit, high)
+    return high
 
 
 def _a_step(popularity_E: Tensor, generator: torch.Generator, number: int) -> tuple[Tensor, Tensor]:

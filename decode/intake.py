@@ -41,6 +41,7 @@ class Arrived:
     request: GenerateRequest
     hand_off: HandOff
     block_ids: tuple[BlockId, ...]
+    on_device: bool = False  # in the GPU's own blocks, not in their host copy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,7 +152,10 @@ class Intake:
             self._scheduler.quiet(event.ref)
             return Lost(ref=event.ref, error=TransferCorrupt("the hand-off cannot be read"))
         return Arrived(
-            request=expected.request, hand_off=hand_off, block_ids=expected.grant.block_ids
+            request=expected.request,
+            hand_off=hand_off,
+            block_ids=expected.grant.block_ids,
+            on_device=event.on_device,
         )
 
     def cancel(self, ref: AttemptRef) -> bool:

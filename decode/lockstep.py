@@ -199,6 +199,7 @@ def _check_start(rows: Sequence[StepRow]) -> None:
     odd = [row.seat for row in rows if row.started_with != starts[0]]
     if odd:
         raise ProtocolError(
-            f"ranks {odd} started with another expert placement than rank {rows[0].seat}: "
-            "decode.experts and the recorded load must be the same on all ranks"
+            f"ranks {odd} started with another expert placement than rank {rows[0].seat}, or with "
+            "another exchange: decode.experts, decode.max_batch and the recorded load must be the "
+            "same on all ranks"
         )

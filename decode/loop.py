@@ -228,6 +228,7 @@ class DecodeLoop:
         if plan.kind == "decode":
             group.expert_group.begin_step(plan.tokens_of_rank)
             in_two = self._two_batches.decide(plan.tokens_of_rank, plan.computed_us)
+            self._meter.add_step(in_two=in_two)
             began = time.perf_counter()
             self._compute(step, in_two=in_two)
             self._computed_us = round((time.perf_counter() - began) * 1e6)
@@ -329,7 +330,8 @@ class DecodeLoop:
             self._scheduler.finish(request.ref)
             self._clients.disown(request.ref)
             return
-        self._land(arrived.block_ids)
+        if not arrived.on_device:
+            self._land(arrived.block_ids)
         outputs = (*request.output_token_ids, hand_off.token_id)
         self._running[request.ref] = _Running(
             request=request, key=request_key(request.request_id), num_output=len(outputs)

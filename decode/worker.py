@@ -5,6 +5,7 @@ import functools
 import os
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -31,7 +32,8 @@ from engine.model_runner import ModelRunner
 from engine.rendezvous import Rendezvous
 from engine.sampling.sampler import Sampler
 from engine.vocabulary import read_grammars
-from kvtransfer.memory import allocate_shared, buffer
+from kvtransfer.interface import KVMemory
+from kvtransfer.memory import allocate_shared, buffer, wrap
 from kvtransfer.sink import make_sink
 from protocol.codec import Decoder
 from protocol.errors import ConfigError
@@ -186,12 +188,17 @@ def _make_engine(  # noqa: PLR0917  partially applied
     layout = loaded.layout
     num_blocks = settings.num_blocks or max(1, settings.kv_cache_bytes // layout.block_bytes)
     memory = allocate_shared(layout, num_blocks)
+    device_memory: KVMemory | None = None
     if group.device.type == "cpu":
         storage = KVStorage(layout, num_blocks, device=group.device, buffer=buffer(memory))
         land: Callable[[Sequence[BlockId]], None] = _landed_already
     else:
         storage = KVStorage(layout, num_blocks, device=group.device)
         land = HostMirror(storage, buffer(memory)).load
+        device_memory = replace(
+            wrap(layout, num_blocks, address=storage.memory_address, owner=storage),
+            device=group.device.index or 0,
+        )
     max_model_len = min(
         settings.model.max_model_len or loaded.config.max_model_len,
         loaded.config.max_model_len,
@@ -204,6 +211,7 @@ def _make_engine(  # noqa: PLR0917  partially applied
         memory,
         worker,
         lambda event: loop.post_transfer(event),  # noqa: PLW0108  made below
+        device_memory=device_memory,
         transport=settings.kv.transport,
         host=host_of(settings.bind),
         cluster_key=None if key is None else key.derive("kv"),

@@ -31,6 +31,7 @@ VERBS = {
     "scheduler": "run the scheduler alone, for several gateways",
     "prefill": "run one prefill worker",
     "decode": "run one rank of a decode worker, or all of them as child processes",
+    "drain": "let one worker finish what it does and end",
     "scale": "change the number of prefill workers of a system on Ray",
     "status": "show what a running system serves and how its workers do",
     "top": "watch a running system in the terminal",
@@ -62,6 +63,11 @@ def parser() -> argparse.ArgumentParser:
     scale = verbs.choices["scale"]
     scale.add_argument("wanted", metavar="ROLE=N", help="such as prefill=3")
     add_sources(scale)
+    draining = verbs.choices["drain"]
+    draining.add_argument(
+        "worker", metavar="WORKER", help="as headrace status names it; decode-0 means all its ranks"
+    )
+    add_options(draining, "drain")
     status = verbs.choices["status"]
     status.add_argument(
         "url",
@@ -148,7 +154,7 @@ def _run(chosen: argparse.Namespace) -> int:
         return _show_system(chosen)
     elif verb in ("bench", "conformance"):
         return _test_server(chosen)
-    elif verb in ("up", "scale"):
+    elif verb in ("up", "scale", "drain"):
         return _launch(chosen)
     else:
         return run_role(verb, configuration(chosen, verb, headrace_environment()))
@@ -156,9 +162,13 @@ def _run(chosen: argparse.Namespace) -> int:
 
 
 def _launch(chosen: argparse.Namespace) -> int:
+    found = configuration(chosen, chosen.verb, headrace_environment())
+    if chosen.verb == "drain":
+        from deploy.drain import drain
+
+        return drain(found, chosen.worker)
     from deploy.up import scale, up
 
-    found = configuration(chosen, chosen.verb, headrace_environment())
     return up(found) if chosen.verb == "up" else scale(found, chosen.wanted)
 
 

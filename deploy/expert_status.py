@@ -54,6 +54,7 @@ class Rank:
 
     seconds: dict[str, float] = field(default_factory=dict)  # by part
     sent_bytes: dict[str, float] = field(default_factory=dict)  # by part
+    steps: dict[str, float] = field(default_factory=dict)  # by batches of a step
     layer_calls: float = 0
     row_exchanges: float = 0
     groups_formed: float = 0
@@ -101,6 +102,8 @@ def _note(rank: Rank, name: str, labels: Mapping[str, str], value: float) -> Non
         rank.seconds[labels["part"]] = value
     elif name == "exchange_bytes":
         rank.sent_bytes[labels["part"]] = value
+    elif name == "steps":
+        rank.steps[labels["batches"]] = value
     elif name == "buffer_bytes":
         rank.buffer_bytes, rank.transport = value, labels["transport"]
     elif name in ("layer_calls", "row_exchanges", "groups_formed"):
@@ -143,9 +146,11 @@ def _skew_of(group: Group) -> str:
         for rank in group.ranks.values()
         if rank.row_exchanges
     ]
+    steps = next(iter(group.ranks.values())).steps
     return (
         "means of a MoE layer, and of a turn for waits; ranks come "
-        f"{_ms(max(skews, default=0.0))} apart to a turn"
+        f"{_ms(max(skews, default=0.0))} apart to a turn; "
+        f"{steps.get('2', 0):.0f} of {sum(steps.values()):.0f} steps as two batches"
     )
 
 

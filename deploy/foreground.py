@@ -44,6 +44,7 @@ class Api:
 
     url: str
     model: str
+    scheduler: str
     start_timeout_s: float
 
 
@@ -97,12 +98,13 @@ async def _announce(system: RunningSystem, console: Console, api: Api) -> None:
                     answer = "no answer"
                 await anyio.sleep(READY_POLL_S)
         system.system_is_ready()
-        console.say(_welcome(api.url, api.model))
+        console.say(_welcome(api))
         return
     raise SystemFailed(f"not ready after {api.start_timeout_s:g} s: /ready says: {answer}")
 
 
-def _welcome(url: str, model: str) -> str:
+def _welcome(api: Api) -> str:
+    url, model = api.url, api.model
     question = {"model": model, "messages": [{"role": "user", "content": "What is a headrace?"}]}
     streamed = json.dumps({**question, "stream": True})
     short = json.dumps({**question, "max_tokens": 64})
@@ -117,4 +119,5 @@ ready at {url}
     {{"content-type": "application/json"}})))["choices"][0]["message"]["content"])'
 
 Any OpenAI client works with base_url="{url}/v1". Ctrl-C drains and stops.
+Workers: headrace status {url}; replace one: headrace drain WORKER --scheduler {api.scheduler}
 """

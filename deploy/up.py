@@ -58,6 +58,7 @@ def up(configuration: Configuration) -> int:
     api = Api(
         url=f"http://{host}:{port}",
         model=gateway.model.name,
+        scheduler=gateway.bus.scheduler,
         start_timeout_s=launcher.start_timeout_s,
     )
     if launcher.on == "ray":

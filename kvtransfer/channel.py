@@ -13,8 +13,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from kvtransfer.choice import Route
 from kvtransfer.frames import (
@@ -33,13 +33,13 @@ from kvtransfer.limits import TransferLimits
 from kvtransfer.links import PROBE_FRAME_BYTES, Link
 from kvtransfer.outlet import Outlet, bound_sends, send_all
 from kvtransfer.plan import Chunk, chunks, joined
+from kvtransfer.pushing import Abort, Command, Finish, Pushing, Send, answer
 from kvtransfer.reports import decode_error, encode_attempt, encode_error
 from protocol.errors import ProtocolError, TransferError, TransferTimeout
-from protocol.ids import BlockId, Generation
-from protocol.kv import Grant, KVLayout
+from protocol.ids import Generation
+from protocol.kv import KVLayout
 
 _LISTEN_BYTES = 4 * 1024 * 1024  # how much is sent before a look at what the peer has said
-OnFinished = Callable[[TransferError | None], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,41 +61,6 @@ class Dial(Protocol):
             TransferError: the decode rank cannot be reached, or has declined.
         """
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Send:
-    chunk: Chunk
-    source_blocks: tuple[BlockId, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Finish:
-    payload: bytes
-    on_done: OnFinished
-
-
-@dataclass(frozen=True, slots=True)
-class Abort:
-    reason: str
-    on_done: Callable[[], None]
-
-
-Command = Send | Finish | Abort
-
-
-@dataclass(slots=True, eq=False)
-class Pushing:
-    """One grant on its way. Only ``error`` is read by other threads than the channel's."""
-
-    grant: Grant
-    state: Literal["opening", "open", "finishing", "ended"] = "opening"
-    error: TransferError | None = None
-    deadline: float = float("inf")
-    backlog: deque[Command] = field(default_factory=deque)
-    send: Send | None = None  # the one under way, of which these pieces are left
-    pieces: deque[Chunk] = field(default_factory=deque)
-    on_finished: OnFinished | None = None
 
 
 class Channel:
@@ -142,7 +107,7 @@ class Channel:
         """Queue a command, or end it here and now where the channel has ended."""
         if not self._put(push, command):
             assert self._ended is not None
-            _answer(command, push.error or self._ended)
+            answer(command, push.error or self._ended)
 
     def close(self) -> None:
         with self._lock:
@@ -218,7 +183,7 @@ class Channel:
         for push, command in left:
             push.error = push.error or error
             if command is not None:
-                _answer(command, push.error)
+                answer(command, push.error)
 
     def _work(self, line: Line) -> TransferError:
         poller = select.poll()
@@ -259,7 +224,7 @@ class Channel:
             push.deadline = time.monotonic() + self._limits.open_s
             self._say(line, generation, Kind.OPEN, encode_attempt(push.grant.ref))
         elif push.state == "ended":
-            _answer(command, push.error)
+            answer(command, push.error)
         elif isinstance(command, Abort):
             error = TransferError(command.reason)
             self._say(line, generation, Kind.ABORT, encode_error(error))
@@ -311,13 +276,14 @@ class Channel:
             if both is None:
                 break
             push.backlog.popleft()
-            send = Send(*both)
+            send = Send(*both, other.ready)  # which has come later
         return send
 
     def _write(self, line: Line, push: Pushing, piece: Chunk) -> None:
         send, granted = push.send, push.grant.block_ids
         assert send is not None
         first = piece.first_block - send.chunk.first_block
+        line.outlet.after(send.ready)
         started = time.perf_counter()
         line.outlet.write(
             push.grant.generation,
@@ -388,7 +354,7 @@ class Channel:
     def _fail(self, push: Pushing, error: TransferError) -> None:
         self._finish(push, error)
         for command in push.backlog:
-            _answer(command, error)
+            answer(command, error)
         push.backlog.clear()
         push.pieces.clear()
 
@@ -398,11 +364,3 @@ class Channel:
         if push.on_finished is not None:
             push.on_finished(error)
             push.on_finished = None
-
-
-def _answer(command: Command, error: TransferError | None) -> None:
-    """End a command that will not be carried out any more."""
-    if isinstance(command, Finish):
-        command.on_done(error)
-    elif isinstance(command, Abort):
-        command.on_done()

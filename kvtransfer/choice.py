@@ -103,14 +103,16 @@ def is_far_below(bytes_per_s: float, transport: Transport, place: Place) -> bool
 
 
 def _obstacle(transport: Transport, endpoint: KVEndpoint, here: Here, place: Place) -> str | None:
-    if transport not in endpoint.addresses:
-        return "the decode rank does not offer it"
-    if transport in {"shm", "cuda_ipc"} and place not in _NEAR:
-        return "needs one host"
-    if transport in {"cuda_ipc", "nccl"} and not here.gpu:
-        return "this worker's blocks are not on a GPU"
-    if transport in {"cuda_ipc", "nccl"} and not endpoint.gpu:
-        return "the decode rank's blocks are not on a GPU"
-    if transport == "nccl" and endpoint.gpu == here.gpu:
-        return "NCCL needs two GPUs, and both ends use the same one"
-    return None
+    of_one_host, of_gpus = transport in {"shm", "cuda_ipc"}, transport in {"cuda_ipc", "nccl"}
+    obstacles = (
+        (transport not in endpoint.addresses, "the decode rank does not offer it"),
+        (of_one_host and place not in _NEAR, "needs one host"),
+        (of_gpus and not here.gpu, "this worker's blocks are not on a GPU"),
+        (of_gpus and not endpoint.gpu, "the decode rank's blocks are not on a GPU"),
+        (transport == "cuda_ipc" and place == "same process", "needs two processes"),
+        (
+            transport == "nccl" and endpoint.gpu == here.gpu,
+            "NCCL needs two GPUs, and both ends use the same one",
+        ),
+    )
+    return next((reason for stands, reason in obstacles if stands), None)

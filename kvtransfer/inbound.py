@@ -199,7 +199,10 @@ class Inbound:
         generation, number = frame.generation, self._number
         if frame.kind is Kind.OPEN:
             ref, fence = decode_attempt(payload), self._carrier.fence
-            return lambda ledger: ledger.bind(generation, ref, connection=number, fence=fence)
+            on_device = self._carrier.on_device
+            return lambda ledger: ledger.bind(
+                generation, ref, connection=number, fence=fence, on_device=on_device
+            )
         if frame.kind is Kind.FINISH:
             return lambda ledger: ledger.finish(generation, payload, connection=number)
         error = decode_error(payload)

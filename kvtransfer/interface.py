@@ -24,7 +24,8 @@ class KVMemory:
     """One rank's KV blocks as plain memory, layer-major (``protocol.kv``).
 
     ``address`` is valid while ``owner`` lives. ``share`` is a file descriptor that another process
-    on this host can map to reach the same bytes, or None where there is none.
+    on this host can map to reach the same bytes, or None where there is none. ``device`` is the
+    number of the GPU that the memory is on, or None.
     """
 
     layout: KVLayout
@@ -32,6 +33,7 @@ class KVMemory:
     address: int
     owner: object
     share: int | None = None
+    device: int | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -48,6 +50,7 @@ class Committed:
     generation: Generation
     payload: bytes  # what prefill gave to ``Push.finish``
     bytes_received: int
+    on_device: bool = False  # the bytes are in the GPU's memory, not in the host's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

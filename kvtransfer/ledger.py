@@ -55,6 +55,7 @@ class _Entry:
     missing: int
     connection: ConnectionId | None = None
     fence: Fence = "receiver_checked"
+    on_device: bool = False
     quarantined: bool = False
     copying: bool = False  # the receiver is writing a chunk into the pages
     num_bytes: int = 0
@@ -147,7 +148,13 @@ class GrantLedger:
         return self._quarantine(entry, TransferError("the decode rank has aborted the grant"))
 
     def bind(
-        self, generation: Generation, ref: AttemptRef, *, connection: ConnectionId, fence: Fence
+        self,
+        generation: Generation,
+        ref: AttemptRef,
+        *,
+        connection: ConnectionId,
+        fence: Fence,
+        on_device: bool = False,
     ) -> Step:
         """A prefill worker asks to fill the grant; the answer is a notice to it."""
         entry = self._live.get(generation)
@@ -164,7 +171,7 @@ class GrantLedger:
             self.counts.refused += 1
             problem = "the grant is being filled already"
         else:
-            entry.connection, entry.fence = connection, fence
+            entry.connection, entry.fence, entry.on_device = connection, fence, on_device
             return Step(
                 notices=(Notice(connection=connection, kind="opened", generation=generation),)
             )
@@ -240,6 +247,7 @@ class GrantLedger:
             generation=generation,
             payload=payload,
             bytes_received=entry.num_bytes,
+            on_device=entry.on_device,
         )
         notice = Notice(connection=connection, kind="committed", generation=generation)
         return Step(events=(event,), notices=(notice,))

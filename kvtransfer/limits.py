@@ -20,6 +20,10 @@ class TransferLimits:
     """Each costs both ends about 100 us; an abort and other pushes wait for one. At most 16 MB."""
     shm_frame_bytes: int = 4 * 1024 * 1024
     """An abort waits for one frame, and each costs the peer 40 us. At most 16 MB."""
+    device_frame_bytes: int = 16 * 1024 * 1024
+    """Of GPU transports, and of their staging. Hides what it costs to start a copy."""
+    meet_s: float = 30.0
+    """From the id of an NCCL communicator until both ends have joined it."""
     nixl_frame_bytes: int = 1024 * 1024
     """Also a slot of the landing. Larger ones leave the cache between the write and the copy."""
     nixl_slots: int = 4

@@ -144,6 +144,9 @@ class NixlOutlet:
             sending.sock, connected.outgoing, msgspec.msgpack.encode(writer), limits.handshake_s
         )
 
+    def after(self, ready: object) -> None:
+        """The bytes are in host memory when they are handed over."""
+
     def write(
         self,
         generation: Generation,

@@ -20,6 +20,10 @@ class Outlet(Protocol):
         """The most that ``write`` is to be given at once, but for one block of one layer."""
         ...
 
+    def after(self, ready: object) -> None:
+        """What is written from now on may be read only when this event of the engine has come."""
+        ...
+
     def write(
         self,
         generation: Generation,

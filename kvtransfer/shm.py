@@ -140,6 +140,9 @@ class ShmOutlet:
         self._notices: list[bytes] = []
         self._unannounced_bytes = 0
 
+    def after(self, ready: object) -> None:
+        """The bytes are in host memory when they are handed over."""
+
     def write(
         self,
         generation: Generation,

@@ -6,6 +6,7 @@ and each prefill worker hear of a grant in the order in which things happened.
 """
 
 import contextlib
+import importlib
 import ipaddress
 import itertools
 import select
@@ -30,6 +31,7 @@ from protocol.ids import BlockId, Generation, WorkerRef
 from protocol.kv import Grant, KVEndpoint
 from runtime.log import get_log
 
+OFFERED_ON_GPU: tuple[Transport, ...] = ("cuda_ipc", "nccl")
 OFFERED_BY_AUTO: tuple[Transport, ...] = ("shm", "tcp")
 
 _log = get_log(__name__)
@@ -42,6 +44,7 @@ def make_sink(
     worker: WorkerRef,
     on_event: OnSinkEvent,
     *,
+    device_memory: KVMemory | None = None,
     transport: TransportChoice = "auto",
     host: str = "127.0.0.1",
     port: int = 0,
@@ -50,7 +53,8 @@ def make_sink(
     checksum: ChecksumChoice = "auto",
     limits: TransferLimits | None = None,
 ) -> "Sink":
-    """A sink that listens already, with ``auto`` for every transport that ``memory`` allows.
+    """A sink that listens already, with ``auto`` for every transport that ``memory`` allows, and
+    ``device_memory``, where the same blocks lie on a GPU: KV is where ``Committed`` says.
 
     ``on_event`` is called under the sink's lock, from its threads and from within ``abort``: it
     must hand the event over and return. ``port`` 0 takes any free one.
@@ -60,12 +64,15 @@ def make_sink(
             be open to strangers.
     """
     limits = limits or TransferLimits()
-    carriers = make_carriers()
+    carriers = make_carriers(gpu=device_memory is not None)
+    forced = transport != "auto"
+    wanted: tuple[Transport, ...] = OFFERED_BY_AUTO if transport == "auto" else (transport,)
+    if transport == "auto" and device_memory is not None:
+        wanted = (*OFFERED_ON_GPU, *wanted)
     offered = [
-        name
-        for name in (OFFERED_BY_AUTO if transport == "auto" else (transport,))
-        if _can(carriers[name], memory, forced=transport != "auto")
+        name for name in wanted if _can(name, carriers, memory, device_memory, forced=forced)
     ]
+    gpu, domain = _gpu(device_memory)
     over_tcp = any(carriers[name].control == "tcp" for name in offered)
     if over_tcp and cluster_key is None and not _is_loopback(host):
         raise ConfigError(
@@ -92,9 +99,12 @@ def make_sink(
         process_id=shm.process_id(),
         num_blocks=memory.num_blocks,
         addresses=addresses,
+        gpu=gpu,
+        domain=domain,
     )
     return Sink(
         memory=memory,
+        device_memory=device_memory,
         worker=worker,
         on_event=on_event,
         carriers=carriers,
@@ -113,6 +123,7 @@ class Sink:
         self,
         *,
         memory: KVMemory,
+        device_memory: KVMemory | None,
         worker: WorkerRef,
         on_event: OnSinkEvent,
         carriers: Mapping[Transport, Carrier],
@@ -123,6 +134,7 @@ class Sink:
         limits: TransferLimits,
     ) -> None:
         self.memory = memory
+        self._device_memory = device_memory
         self.worker = worker
         self.cluster_key = cluster_key
         self.checksum: ChecksumChoice = checksum
@@ -250,11 +262,14 @@ class Sink:
             )
             if not full:
                 number = ConnectionId(next(self._ids))
+                carrier = self._carriers[transport]
+                memory = self._device_memory if carrier.on_device else self.memory
+                assert memory is not None
                 connection = Inbound(
                     self,
                     number,
-                    carrier=self._carriers[transport],
-                    memory=self.memory,
+                    carrier=carrier,
+                    memory=memory,
                     sock=sock,
                 )
                 self._connections[number] = connection
@@ -265,13 +280,33 @@ class Sink:
         connection.start()
 
 
-def _can(carrier: Carrier, memory: KVMemory, *, forced: bool) -> bool:
-    problem = carrier.problem(memory)
-    if carrier.name == "shm" and memory.share is None:
+def _can(
+    name: Transport,
+    carriers: Mapping[Transport, Carrier],
+    memory: KVMemory,
+    device_memory: KVMemory | None,
+    *,
+    forced: bool,
+) -> bool:
+    carrier = carriers.get(name)
+    problem: str | None = "this rank's KV blocks are not on a GPU"
+    if carrier is not None:
+        used = device_memory if carrier.on_device else memory
+        problem = problem if used is None else carrier.problem(used)
+    if name == "shm" and memory.share is None:
         problem = "this rank's KV memory is not shared memory"
     if problem is not None and forced:
-        raise ConfigError(f"kv.transport is {carrier.name}: {problem}")
+        raise ConfigError(f"kv.transport is {name}: {problem}")
     return problem is None
+
+
+def _gpu(device_memory: KVMemory | None) -> tuple[str, str]:
+    """(GPU, NVLink domain), empty without one."""
+    if device_memory is None or device_memory.device is None:
+        return "", ""
+    cuda = importlib.import_module("kvtransfer.cuda")
+    gpu: str = cuda.gpu_id(device_memory.device)
+    return gpu, cuda.domain_of(gpu)
 
 
 def _is_loopback(host: str) -> bool:

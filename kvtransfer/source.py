@@ -6,20 +6,22 @@ with ``auto``, TCP also takes over where shared memory turns out not to work.
 """
 
 import contextlib
+import importlib
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 
 from kvtransfer import shm, tcp
-from kvtransfer.carrier import Sending, Transport, TransportChoice
+from kvtransfer.carrier import Carrier, Sending, Transport, TransportChoice
 from kvtransfer.carriers import make_carriers
-from kvtransfer.channel import Abort, Channel, Finish, Line, Pushing, Send
+from kvtransfer.channel import Channel, Line
 from kvtransfer.choice import Here, Route, routes
 from kvtransfer.handshake import connect
 from kvtransfer.interface import KVMemory
 from kvtransfer.limits import MAX_CONTROL_BYTES, TransferLimits
 from kvtransfer.links import Link
 from kvtransfer.plan import Chunk, check_blocks, check_layers
+from kvtransfer.pushing import Abort, Finish, Pushing, Send
 from protocol.errors import ConfigError, LayoutMismatch, ServingError, TransferError
 from protocol.ids import BlockId, WorkerId, WorkerRef
 from protocol.kv import Grant
@@ -27,23 +29,31 @@ from protocol.workers import LinkReport
 from runtime.log import get_log
 
 _log = get_log(__name__)
+Lift = Callable[[range, Sequence[BlockId]], object]
+"""Called on the engine's thread with what is final; the answer is what the copy must wait for."""
 
 
 def make_source(
     memory: KVMemory,
     worker: WorkerRef,
     *,
+    device_memory: KVMemory | None = None,
+    lift: Lift | None = None,
     transport: TransportChoice = "auto",
     cluster_key: bytes | None = None,
     limits: TransferLimits | None = None,
 ) -> "Source":
     """``worker`` is this prefill worker; ``transport`` other than ``auto`` allows only that one.
+    Where the blocks lie on a GPU, in ``device_memory``, ``lift`` brings them to ``memory`` for the
+    transports that need them there.
 
     Raises:
         ConfigError: this process cannot do ``transport``.
     """
     return Source(
         memory=memory,
+        device_memory=device_memory,
+        lift=lift,
         worker=worker,
         transport=transport,
         cluster_key=cluster_key,
@@ -58,25 +68,30 @@ class Source:
         self,
         *,
         memory: KVMemory,
+        device_memory: KVMemory | None,
+        lift: Lift | None,
         worker: WorkerRef,
         transport: TransportChoice,
         cluster_key: bytes | None,
         limits: TransferLimits,
     ) -> None:
         self._memory = memory
+        self._device_memory = device_memory
+        self._lift = lift
         self._worker = worker
         self._choice: TransportChoice = transport
         self._cluster_key = cluster_key
         self._limits = limits
         self._digest = memory.layout.digest()
-        self._here = Here(host_id=shm.host_id(), process_id=shm.process_id())
-        self._carriers = make_carriers()
+        self._here = _here(device_memory)
+        self._carriers = make_carriers(gpu=device_memory is not None)
         self._problems: dict[Transport, str | None] = {}
         if transport != "auto" and (problem := self._problem(transport)) is not None:
             raise ConfigError(f"kv.transport is {transport}: {problem}")
         self._lock = threading.Lock()
         self._channels: dict[WorkerRef, Channel] = {}
         self._links: dict[WorkerId, Link] = {}
+        self._host_only: set[WorkerRef] = set()  # decode ranks that GPU to GPU did not reach
         self._closed = False
 
     def open(self, grant: Grant) -> "GrantPush":
@@ -87,11 +102,16 @@ class Source:
                 f"this worker {self._digest}"
             )
         ways = routes(self._choice, grant.endpoint, self._here, self._problem)
+        if grant.decode in self._host_only:
+            ways = [way for way in ways if not self._carriers[way.transport].on_device] or ways
+        on_device = self._carriers[ways[0].transport].on_device
+        ways = [way for way in ways if self._carriers[way.transport].on_device == on_device]
+        stage = _mark if on_device else self._lift
         pushing = Pushing(grant=grant)
         while True:
             channel = self._channel(grant.decode, ways)
             if channel.open(pushing):
-                return GrantPush(pushing, channel, self._memory)
+                return GrantPush(pushing, channel, self._memory, stage)
 
     def close(self) -> None:
         """End all channels; what is still on its way fails, and its callbacks have been called
@@ -116,8 +136,17 @@ class Source:
 
     def _problem(self, transport: Transport) -> str | None:
         if transport not in self._problems:
-            self._problems[transport] = self._carriers[transport].problem(self._memory)
+            carrier = self._carriers.get(transport)
+            memory = None if carrier is None else self._memory_of(carrier)
+            self._problems[transport] = (
+                "this worker's KV blocks are not on a GPU"
+                if carrier is None or memory is None
+                else carrier.problem(memory)
+            )
         return self._problems[transport]
+
+    def _memory_of(self, carrier: Carrier) -> KVMemory | None:
+        return self._device_memory if carrier.on_device else self._memory
 
     def _channel(self, decode: WorkerRef, ways: Sequence[Route]) -> Channel:
         with self._lock:
@@ -157,14 +186,18 @@ class Source:
                     reason=str(error),
                 )
         assert problem is not None
+        if self._carriers[ways[0].transport].on_device:
+            self._host_only.add(decode)  # this push fails; the next one goes by host memory
         raise problem
 
     def _connect(self, decode: WorkerRef, route: Route) -> Line:
         name, address = route.transport, route.address
         carrier, limits = self._carriers[name], self._limits
+        memory = self._memory_of(carrier)
+        assert memory is not None
         with contextlib.ExitStack() as undo:
             try:
-                carrier.prepare(self._memory, self._worker)
+                carrier.prepare(memory, self._worker)
                 sock = undo.enter_context(
                     shm.connect(address, limits.handshake_s)
                     if carrier.control == "unix"
@@ -181,7 +214,7 @@ class Source:
                 outlet = carrier.outlet(
                     Sending(
                         sock=sock,
-                        memory=self._memory,
+                        memory=memory,
                         worker=self._worker,
                         connected=connected,
                         limits=limits,
@@ -207,10 +240,13 @@ class Source:
 class GrantPush:
     """A ``Push``."""
 
-    def __init__(self, pushing: Pushing, channel: Channel, memory: KVMemory) -> None:
+    def __init__(
+        self, pushing: Pushing, channel: Channel, memory: KVMemory, stage: Lift | None
+    ) -> None:
         self._pushing = pushing
         self._channel = channel
         self._memory = memory
+        self._stage = stage
 
     def send(self, layers: range, first_block: int, source_blocks: Sequence[BlockId]) -> None:
         granted = len(self._pushing.grant.block_ids)
@@ -225,7 +261,8 @@ class GrantPush:
             raise self._pushing.error
         if layers and source_blocks:
             chunk = Chunk(layers.start, len(layers), first_block, len(source_blocks))
-            self._channel.submit(self._pushing, Send(chunk, tuple(source_blocks)))
+            ready = None if self._stage is None else self._stage(layers, source_blocks)
+            self._channel.submit(self._pushing, Send(chunk, tuple(source_blocks), ready))
 
     def finish(self, payload: bytes, on_done: Callable[[TransferError | None], None]) -> None:
         """See ``Push.finish``. Where the connection is down already, ``on_done`` is called from
@@ -242,3 +279,17 @@ class GrantPush:
         within.
         """
         self._channel.submit(self._pushing, Abort(reason, on_done))
+
+
+def _here(device_memory: KVMemory | None) -> Here:
+    host_id, process_id = shm.host_id(), shm.process_id()
+    if device_memory is None or device_memory.device is None:
+        return Here(host_id=host_id, process_id=process_id)
+    cuda = importlib.import_module("kvtransfer.cuda")
+    gpu = cuda.gpu_id(device_memory.device)
+    return Here(host_id=host_id, process_id=process_id, gpu=gpu, domain=cuda.domain_of(gpu))
+
+
+def _mark(_layers: range, _blocks: Sequence[BlockId]) -> object:
+    """An event behind what the engine has queued: nothing waits for it here."""
+    return importlib.import_module("kvtransfer.cuda").engine_event()

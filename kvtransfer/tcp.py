@@ -99,6 +99,9 @@ class TcpOutlet:
         self._checksum = sending.connected.checksum
         self.frame_bytes = sending.limits.tcp_frame_bytes
 
+    def after(self, ready: object) -> None:
+        """The bytes are in host memory when they are handed over."""
+
     def write(
         self,
         generation: Generation,

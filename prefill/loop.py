@@ -6,7 +6,7 @@ here exactly once: its push is over (committed, failed or aborted) and its block
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import msgspec
@@ -33,7 +33,7 @@ from protocol.errors import (
     ServingError,
     TransferError,
 )
-from protocol.ids import AttemptRef, BlockId, WorkerRef
+from protocol.ids import AttemptRef, WorkerRef
 from protocol.messages import (
     GATEWAY_SILENT_S,
     Cancel,
@@ -90,12 +90,10 @@ class PrefillLoop:
         pool: BlockPool,
         prefix_index: PrefixIndex,
         prefix_feed: PrefixFeed,
-        lift: Callable[[range, Sequence[BlockId]], None],
         layers_per_push: int,
         vocab_size: int,
         device: torch.device,
     ) -> None:
-        """``lift`` brings layers of blocks to where the transports read, if they lie elsewhere."""
         self._worker = worker
         self._scheduler = scheduler
         self._runner = runner
@@ -105,7 +103,6 @@ class PrefillLoop:
         self._pool = pool
         self._prefix_index = prefix_index
         self._prefix_feed = prefix_feed
-        self._lift = lift
         self._layers_per_push = layers_per_push
         self._vocab_size = vocab_size
         self._device = device
@@ -272,7 +269,6 @@ class PrefillLoop:
     def _push(self, chunk: Chunk, layers: range) -> None:
         held = self._held[chunk.ref]
         if held.failed is None and chunk.source_blocks:
-            self._lift(layers, chunk.source_blocks)
             try:
                 held.push.send(layers, chunk.first_block, chunk.source_blocks)
             except TransferError as error:

@@ -4,6 +4,7 @@ import functools
 import os
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import anyio
@@ -19,6 +20,7 @@ from engine.loading import LoadedModel, load, resolve_numerics
 from engine.model_runner import ModelRunner
 from engine.sampling.sampler import Sampler
 from engine.vocabulary import read_grammars
+from kvtransfer.interface import KVMemory
 from kvtransfer.memory import allocate_shared, buffer, wrap
 from kvtransfer.source import make_source
 from prefill.loop import PrefillLoop
@@ -68,10 +70,6 @@ def run(settings: PrefillSettings) -> int:
     return 0
 
 
-def _lies_there_already(_layers: range, _block_ids: Sequence[BlockId]) -> None:
-    """On a CPU the transports read the engine's own blocks."""
-
-
 def _make_engine(  # noqa: PLR0917  partially applied
     settings: PrefillSettings,
     loaded: LoadedModel,
@@ -84,10 +82,11 @@ def _make_engine(  # noqa: PLR0917  partially applied
     layout = loaded.layout
     num_blocks = settings.num_blocks or max(1, settings.kv_cache_bytes // layout.block_bytes)
     storage = KVStorage(layout, num_blocks, device=device)
-    if device.type == "cpu":
-        memory = wrap(layout, num_blocks, address=storage.memory_address, owner=storage)
-        lift: Callable[[range, Sequence[BlockId]], None] = _lies_there_already
-    else:
+    memory = wrap(layout, num_blocks, address=storage.memory_address, owner=storage)
+    device_memory: KVMemory | None = None
+    lift: Callable[[range, Sequence[BlockId]], None] | None = None  # a CPU's are read in place
+    if device.type != "cpu":
+        device_memory = replace(memory, device=device.index or 0)
         memory = allocate_shared(layout, num_blocks)
         lift = HostMirror(storage, buffer(memory)).store
     pool = BlockPool(num_blocks)
@@ -96,6 +95,8 @@ def _make_engine(  # noqa: PLR0917  partially applied
     source = make_source(
         memory,
         worker,
+        device_memory=device_memory,
+        lift=lift,
         transport=settings.kv.transport,
         cluster_key=None if key is None else key.derive("kv"),
     )
@@ -119,7 +120,6 @@ def _make_engine(  # noqa: PLR0917  partially applied
         pool=pool,
         prefix_index=prefix_index,
         prefix_feed=feed,
-        lift=lift,
         layers_per_push=settings.layers_per_push,
         vocab_size=loaded.config.vocab_size,
         device=device,

@@ -171,6 +171,24 @@ class Withdraw(Message, frozen=True, kw_only=True):
     reason: str
 
 
+class AskDrain(Message, frozen=True, kw_only=True):
+    """An operator wants a worker to drain: one by its id, or all ranks of a decode worker."""
+
+    name: str
+
+
+class Draining(Message, frozen=True, kw_only=True):
+    """The answer: who was told to drain, nobody if there is no such worker."""
+
+    workers: tuple[WorkerRef, ...]
+
+
+class Drain(Message, frozen=True, kw_only=True):
+    """To a worker: take nothing new, finish what runs, end."""
+
+    worker: WorkerRef
+
+
 class WatchCluster(Message, frozen=True, kw_only=True):
     gateway_id: GatewayId
 
@@ -199,8 +217,17 @@ FromDecode = Granted | Rejected | StepTokens | RequestFailed
 ToPrefill = Prefill | Cancel | GatewayAlive
 FromPrefill = PrefillDone | RequestFailed
 FromWorker = FromDecode | FromPrefill
-ToScheduler = Announce | Heartbeat | Withdraw | WatchCluster
-FromScheduler = Welcome | Refused | UnknownWorker | ClusterSnapshot | PrefixUpdate | ExpertUpdate
+ToScheduler = Announce | Heartbeat | Withdraw | WatchCluster | AskDrain
+FromScheduler = (
+    Welcome
+    | Refused
+    | UnknownWorker
+    | Drain
+    | Draining
+    | ClusterSnapshot
+    | PrefixUpdate
+    | ExpertUpdate
+)
 
 GATEWAY_ALIVE_S = 2.0
 GATEWAY_SILENT_S = 10.0

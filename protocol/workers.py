@@ -56,6 +56,8 @@ class ExpertTraffic(msgspec.Struct, frozen=True, kw_only=True):
     row_exchanges: int = 0
     row_exchange_s: float = 0.0
     skew_s: float = 0.0
+    steps: int = 0
+    steps_in_two: int = 0  # of them those that passed as two batches
     groups_formed: int = 0  # how often the ranks have met, the first time included
 
 

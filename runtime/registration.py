@@ -13,6 +13,7 @@ from protocol.codec import Decoder
 from protocol.errors import ConfigError, WorkerLost
 from protocol.messages import (
     Announce,
+    Drain,
     FromScheduler,
     Heartbeat,
     Refused,
@@ -61,6 +62,7 @@ class Registration:
         self._heartbeat_s = 1.0
         self._changed = anyio.Event()
         self.accepted = anyio.Event()
+        self.drain_asked = anyio.Event()
 
     def changed(self) -> None:
         """``info`` differs from before: tell the scheduler now instead of at the next beat."""
@@ -112,6 +114,9 @@ class Registration:
             case Welcome(heartbeat_s=heartbeat_s):
                 self._heartbeat_s = heartbeat_s
                 self.accepted.set()
+            case Drain(worker=worker):
+                if self._announced is not None and worker == self._announced.ref:
+                    self.drain_asked.set()
             case UnknownWorker():
                 self._forget()
                 self.changed()

@@ -28,7 +28,7 @@ INHERITED = frozenset({REPORT_FD, PARENT_FD})
 
 Dtype = Literal["auto", "float32", "bfloat16"]
 Numerics = Literal["auto", "exact", "fast"]
-Transport = Literal["auto", "shm", "tcp", "nixl"]
+Transport = Literal["auto", "shm", "tcp", "nixl", "cuda_ipc", "nccl"]
 _HOST_PORT = r"([^:/\s\[\]]+|\[[0-9a-fA-F:]+\]):\d{1,5}$"
 HostPort = Annotated[str, Field(pattern=rf"^{_HOST_PORT}")]
 Address = Annotated[str, Field(pattern=rf"^tcp://{_HOST_PORT}")]
@@ -88,8 +88,8 @@ class KVSettings(Settings):
     """Tokens in one block of the KV cache; equal on all workers."""
 
     transport: Transport = "auto"
-    """How KV travels from prefill to decode. auto: shm on one host, tcp between hosts. nixl needs
-    the extra of that name, and a network without strangers."""
+    """How KV travels from prefill to decode. auto: cuda_ipc or nccl between GPUs, else shm on one
+    host and tcp between hosts. nixl needs its extra, and a network without strangers."""
 
 
 class BusSettings(Settings):

@@ -1,8 +1,8 @@
 """The event-loop half of a worker process, the same for every role.
 
 The engine half runs in a thread of its own and owns everything that computes; this half moves
-messages between the bus and the engine's mailboxes, keeps the registration, and turns signals
-into a drain.
+messages between the bus and the engine's mailboxes, keeps the registration, and drains when a
+signal or the scheduler says so.
 """
 
 import signal
@@ -84,7 +84,7 @@ class WorkerProcess(Generic[M]):
                     tasks.start_soon(_deliver, listener, outbox)
                     tasks.start_soon(registration.run)
                     tasks.start_soon(self._announce_serving, registration)
-                    tasks.start_soon(self._drain_on_signal, engine)
+                    tasks.start_soon(self._drain_when_told, engine, registration)
                     tasks.start_soon(_stop_when_cancelled, engine)
                     tasks.start_soon(_run, engine, tasks.cancel_scope)
             except ExceptionGroup as failures:
@@ -94,9 +94,17 @@ class WorkerProcess(Generic[M]):
         await registration.accepted.wait()
         self._on_serving()
 
-    async def _drain_on_signal(self, engine: EngineLoop[M]) -> None:
+    async def _drain_when_told(self, engine: EngineLoop[M], registration: Registration) -> None:
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            await anext(signals)
+            async with anyio.create_task_group() as told:
+
+                async def by_the_scheduler() -> None:
+                    await registration.drain_asked.wait()
+                    told.cancel_scope.cancel()
+
+                told.start_soon(by_the_scheduler)
+                await anext(signals)
+                told.cancel_scope.cancel()
             log.info("draining", limit_s=self._drain_s)
             engine.drain()
             with anyio.move_on_after(self._drain_s):

@@ -11,10 +11,11 @@ headrace_expert_exchange_bytes_total{group,rank,part}    to other ranks: dispatc
 headrace_expert_layer_calls_total{group,rank}      MoE layers that the rank has passed
 headrace_expert_row_exchanges_total{group,rank}    turns that the rank has agreed on with the others
 headrace_expert_groups_formed_total{group,rank}    how often the ranks have met
+headrace_expert_steps_total{group,rank,batches}    steps of decoding that passed as one or as two
 headrace_expert_group_epoch{group}                 of the group that is in place
 headrace_expert_buffer_bytes{group,rank,transport} of the exchange, at most
 
-The last seven are by each rank's own account, as of its last heartbeat. Of the others a group is
+The last eight are by each rank's own account, as of its last heartbeat. Of the others a group is
 shown when all its ranks have reported a window. Ranks report windows of the same steps,
 so the sums are of one window but for the moment in which the reports arrive.
 """
@@ -102,7 +103,7 @@ def expert_metrics(
 
 
 def traffic_metrics(members: Iterable[WorkerState]) -> Iterable[Metric]:
-    """What the ranks' exchanges cost: the last seven families above."""
+    """What the ranks' exchanges cost: the last eight families above."""
     of_rank = ("group", "rank")
     seconds = CounterMetricFamily(
         "headrace_expert_exchange_seconds",
@@ -117,6 +118,11 @@ def traffic_metrics(members: Iterable[WorkerState]) -> Iterable[Metric]:
     )
     rows = CounterMetricFamily(
         "headrace_expert_row_exchanges", "Turns that the ranks have agreed on", labels=of_rank
+    )
+    steps = CounterMetricFamily(
+        "headrace_expert_steps",
+        "Steps of decoding that passed as so many batches",
+        labels=(*of_rank, "batches"),
     )
     formed = CounterMetricFamily(
         "headrace_expert_groups_formed", "How often the ranks have met", labels=of_rank
@@ -142,11 +148,13 @@ def traffic_metrics(members: Iterable[WorkerState]) -> Iterable[Metric]:
         sent.add_metric([*labels, "combine"], traffic.combine_bytes)
         calls.add_metric(labels, traffic.layer_calls)
         rows.add_metric(labels, traffic.row_exchanges)
+        steps.add_metric([*labels, "1"], traffic.steps - traffic.steps_in_two)
+        steps.add_metric([*labels, "2"], traffic.steps_in_two)
         formed.add_metric(labels, traffic.groups_formed)
         buffers.add_metric([*labels, traffic.transport], traffic.buffer_bytes)
     for group, number in epochs.items():
         epoch.add_metric([group], number)
-    return seconds, sent, calls, rows, formed, epoch, buffers
+    return seconds, sent, calls, rows, steps, formed, epoch, buffers
 
 
 def _seconds_of(traffic: ExpertTraffic) -> dict[str, float]:

@@ -13,7 +13,7 @@ from server.openai.schema import ChatRequest, CompletionRequest
 from server.openai.tokens import DetokenizeRequest, TokenizeRequest
 from server.responses.schema import ResponsesRequest
 
-_BODIES: dict[str, type[msgspec.Struct]] = {
+BODIES: dict[str, type[msgspec.Struct]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/completions": CompletionRequest,
     "/v1/responses": ResponsesRequest,
@@ -29,17 +29,19 @@ _REFERENCE = "#/components/schemas/{name}"
 
 def openapi(version: str) -> dict[str, Any]:
     """The whole document."""
-    schemas, components = msgspec.json.schema_components(_BODIES.values(), ref_template=_REFERENCE)
+    schemas, components = msgspec.json.schema_components(BODIES.values(), ref_template=_REFERENCE)
     paths: dict[str, Any] = {
         path: {"post": _operation(path, {"requestBody": _body(schema)})}
-        for path, schema in zip(_BODIES, schemas, strict=True)
+        for path, schema in zip(BODIES, schemas, strict=True)
     }
     paths |= {path: {"get": _operation(path, {})} for path in _PATHS}
     return {
         "openapi": "3.1.0",
         "info": {"title": "headrace", "version": version},
         "paths": paths,
-        "components": {"schemas": {**components, "Error": _ERROR}},
+        "components": {
+            "schemas": {**components, "Error": _ERROR, "MessagesError": _MESSAGES_ERROR}
+        },
     }
 
 
@@ -49,11 +51,24 @@ def _body(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _operation(path: str, more: dict[str, Any]) -> dict[str, Any]:
     name = path.strip("/").replace("/", "_").replace(".", "_")
-    shown = {"application/json": {"schema": {"$ref": _REFERENCE.format(name="Error")}}}
+    error = "MessagesError" if path.startswith("/v1/messages") else "Error"
+    shown = {"application/json": {"schema": {"$ref": _REFERENCE.format(name=error)}}}
     errors = {status: {"description": "see docs/api.md", "content": shown} for status in _STATUSES}
     return {"operationId": name, **more, "responses": {"200": {"description": "OK"}, **errors}}
 
 
+_MESSAGES_ERROR = {
+    "type": "object",
+    "required": ["type", "error"],
+    "properties": {
+        "type": {"const": "error"},
+        "error": {
+            "type": "object",
+            "required": ["type", "message"],
+            "properties": {"type": {"type": "string"}, "message": {"type": "string"}},
+        },
+    },
+}
 _NULLABLE = {"type": ["string", "null"]}
 _ERROR = {
     "type": "object",

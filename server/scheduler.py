@@ -14,7 +14,10 @@ from protocol.ids import WorkerRef
 from protocol.messages import (
     GATEWAY_SILENT_S,
     Announce,
+    AskDrain,
     ClusterSnapshot,
+    Drain,
+    Draining,
     ExpertUpdate,
     Heartbeat,
     Message,
@@ -57,6 +60,7 @@ class Scheduler:
         self._membership = Membership(lease_s=lease_s)
         self._prefixes = PrefixDirectory()
         self._experts: dict[WorkerRef, ExpertReport] = {}
+        self._peers: dict[WorkerRef, bytes] = {}  # whence each member has announced itself
         self._watchers: dict[bytes, float] = {}  # gateway's peer -> when it was last heard
         self._version = 0
         self._loads_changed = False
@@ -88,6 +92,8 @@ class Scheduler:
                     self.stale_messages += 1
             case WatchCluster():
                 await self._watch(peer)
+            case AskDrain(name=name):
+                await self._drain(peer, name)
 
     async def tick(self) -> None:
         """Once a heartbeat: end leases, forget silent gateways, pass on fresh loads."""
@@ -122,6 +128,7 @@ class Scheduler:
             log.warning("worker refused", worker=info.ref.worker_id, differences=parts)
             await self._send(peer, Refused(reason=reason, differences=differences))
             return
+        self._peers[info.ref] = peer
         log.info("worker joined", worker=info.ref.worker_id, role=info.role, epoch=info.epoch)
         left_behind = self._membership.leave_behind(info)
         for worker in left_behind:
@@ -148,6 +155,14 @@ class Scheduler:
                 else:  # a report was lost: an announcement comes with a whole one
                     await self._send(peer, UnknownWorker())
 
+    async def _drain(self, asker: bytes, name: str) -> None:
+        infos = [state.info for state in self._membership.states()]
+        meant = [i.ref for i in infos if name in (i.ref.worker_id, i.group_id)]
+        for worker in meant:
+            log.info("worker is told to drain", worker=worker.worker_id)
+            await self._send(self._peers[worker], Drain(worker=worker))
+        await self._send(asker, Draining(workers=tuple(meant)))
+
     async def _watch(self, peer: bytes) -> None:
         newcomer = peer not in self._watchers
         self._watchers[peer] = self._clock.now()
@@ -164,6 +179,7 @@ class Scheduler:
         for worker in gone:
             self._prefixes.forget(worker)
             self._experts.pop(worker, None)
+            self._peers.pop(worker, None)
         self._version += 1
         await self._broadcast_snapshot()
 

@@ -6,6 +6,7 @@ given. Workers run where Ray places them.
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import anyio
@@ -52,6 +53,8 @@ def up_on_ray(configuration: Configuration, api: Api) -> int:
         console = Console(sys.stderr)
         system = _system(configuration, settings, console)
         what = f"{title(configuration)}, on a Ray cluster of {len(alive_nodes())} nodes"
+        gateway = configuration.settings("gateway", GatewaySettings)
+        api = replace(api, scheduler=gateway.bus.scheduler)
         return anyio.run(partial(serve, system, what, console, api=api))
 
 

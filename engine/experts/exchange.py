@@ -5,7 +5,8 @@ cannot serve is refused with the rule that it breaks and what to change. Pure: n
 whether an optional library is installed is told. How a way works inside is unknown here.
 
 Sources of the libraries' rules: DeepEP's low-latency kernels (deepseek-ai/DeepEP, csrc/config.hpp
-and csrc/kernels/internode_ll.cu), NCCL EP (NVIDIA/nccl-extensions, nccl_ep/README.md).
+and csrc/kernels/internode_ll.cu), NCCL EP (NVIDIA/nccl-extensions 0.1.0, nccl_ep/README.md and
+device/ll_ep.cuh).
 """
 
 from collections.abc import Collection, Mapping
@@ -18,7 +19,6 @@ from protocol.errors import ConfigError
 
 TransportName = Literal["local", "all_to_all", "padded", "all_gather", "deepep", "nccl_ep"]
 TransportChoice = Literal["auto", "all_to_all", "padded", "all_gather", "deepep", "nccl_ep"]
-Layout = Literal["rank_major", "expert_major"]
 
 _DEEPEP_HIDDEN = (2048, 2560, 3072, 4096, 5120, 6144, 7168, 8192)
 _DEEPEP_MOST_TOKENS = 1024  # the tag of a message has no room for more
@@ -33,12 +33,8 @@ _AUTO_MOST_PADDED_BYTES = 2 * 2**30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TransportCapabilities:
-    """What a way to exchange rows can do. A limit of None is none.
+    """What a way to exchange rows can do. A limit of None is none."""
 
-    ``layout`` is how rows arrive inside it; the layer always sees rank-major ones.
-    """
-
-    layout: Layout
     on_cpu: bool
     on_gpu: bool
     graph_safe: bool  # fixed shapes, nothing waits on the host: a CUDA graph may capture it
@@ -46,18 +42,17 @@ class TransportCapabilities:
     max_in_flight: int  # exchanges begun and not collected
     exact: bool  # every result can return by itself, so that the sum has one order
     payloads: frozenset[str]
-    rank_mask: bool  # goes on without a lost rank, without forming a new group
     library: str | None  # what must be importable
     max_tokens_per_rank: int | None = None
     max_experts_per_token: int | None = None
     hidden_widths: tuple[int, ...] | None = None
+    hidden_multiple: int = 1
 
 
 _ANY = frozenset({"native", "bf16", "fp8"})
 CAPABILITIES: Mapping[TransportName, TransportCapabilities] = MappingProxyType(
     {
         "local": TransportCapabilities(
-            layout="rank_major",
             on_cpu=True,
             on_gpu=True,
             graph_safe=False,
@@ -65,11 +60,9 @@ CAPABILITIES: Mapping[TransportName, TransportCapabilities] = MappingProxyType(
             max_in_flight=1,
             exact=True,
             payloads=frozenset({"native"}),
-            rank_mask=False,
             library=None,
         ),
         "all_to_all": TransportCapabilities(
-            layout="rank_major",
             on_cpu=True,
             on_gpu=True,
             graph_safe=False,
@@ -77,11 +70,9 @@ CAPABILITIES: Mapping[TransportName, TransportCapabilities] = MappingProxyType(
             max_in_flight=2,
             exact=True,
             payloads=_ANY,
-            rank_mask=False,
             library=None,
         ),
         "padded": TransportCapabilities(
-            layout="rank_major",
             on_cpu=True,
             on_gpu=True,
             graph_safe=True,
@@ -89,11 +80,9 @@ CAPABILITIES: Mapping[TransportName, TransportCapabilities] = MappingProxyType(
             max_in_flight=2,
             exact=True,
             payloads=_ANY,
-            rank_mask=False,
             library=None,
         ),
         "all_gather": TransportCapabilities(
-            layout="rank_major",
             on_cpu=True,
             on_gpu=True,
             graph_safe=True,
@@ -101,11 +90,9 @@ CAPABILITIES: Mapping[TransportName, TransportCapabilities] = MappingProxyType(
             max_in_flight=2,
             exact=True,
             payloads=_ANY,
-            rank_mask=False,
             library=None,
         ),
         "deepep": TransportCapabilities(
-            layout="expert_major",
             on_cpu=False,
             on_gpu=True,
             graph_safe=True,
@@ -113,14 +100,12 @@ CAPABILITIES: Mapping[TransportName, TransportCapabilities] = MappingProxyType(
             max_in_flight=2,  # it has two buffers
             exact=False,
             payloads=frozenset({"native", "bf16", "fp8"}),
-            rank_mask=True,
             library="deep_ep",
             max_tokens_per_rank=_DEEPEP_MOST_TOKENS,
             max_experts_per_token=_DEEPEP_MOST_CHOSEN,
             hidden_widths=_DEEPEP_HIDDEN,
         ),
         "nccl_ep": TransportCapabilities(
-            layout="rank_major",
             on_cpu=False,
             on_gpu=True,
             graph_safe=True,
@@ -128,8 +113,8 @@ CAPABILITIES: Mapping[TransportName, TransportCapabilities] = MappingProxyType(
             max_in_flight=2,
             exact=False,
             payloads=frozenset({"native", "bf16"}),
-            rank_mask=True,
             library="nccl.ep",
+            hidden_multiple=256,
         ),
     }
 )
@@ -254,6 +239,11 @@ def _size_rules(can: TransportCapabilities, shape: ExchangeShape) -> list[str]:
         rules.append(
             f"it is compiled for widths {listed} and the model's is {shape.hidden}: choose another "
             "transport"
+        )
+    if shape.hidden % can.hidden_multiple:
+        rules.append(
+            f"it carries widths that are multiples of {can.hidden_multiple} and the model's is "
+            f"{shape.hidden}: choose another transport"
         )
     if (can.on_cpu, can.on_gpu) == (False, True) and shape.element_bytes != 2:  # noqa: PLR2004
         rules.append("it carries bfloat16 rows only: set decode.model.dtype to bfloat16")

@@ -23,7 +23,7 @@ from engine.experts.meter import Lap
 from engine.experts.payload import decode, encode
 from engine.experts.placement import ExpertPlacement
 from engine.experts.replicas import ReplicaTable
-from engine.experts.transport import Dispatch
+from engine.experts.transport import Arrived, Dispatch
 from engine.experts.transports import RowExchange, exact_splits
 
 Numerics = Literal["exact", "fast"]
@@ -132,26 +132,35 @@ class ExpertLayer:
         lap.resume()
         arrived = dispatch.receive()
         lap.end("dispatch")
-        exact = self._numerics == "exact"
-        travelled = arrived.payloads if exact else arrived.payloads[:-1]
-        x_BD = decode(travelled, pending.dtype)
-        results = self._experts(x_BD, arrived.slot_BK)
-        lap.end("compute")
         sent_bytes = dispatch.sent_bytes
         back = torch.bfloat16 if self._payload == "bf16" else pending.dtype
-        if exact:
+        if self._numerics == "exact":
+            x_BD = decode(arrived.payloads, pending.dtype)
+            results = self._experts(x_BD, arrived.slot_BK)
+            lap.end("compute")
             dispatch.return_each(results.y_PD.to(back), results.place_BK)
         else:
-            y_BD = _sum_rows(
-                results.y_PD,
-                results.place_BK,
-                arrived.present_BK,
-                arrived.payloads[-1],
-                by_zero=x_BD.is_cuda,  # what is not here has a row of zeros of its own there
-            )
+            y_BD = self._sums(arrived, pending.dtype)
+            lap.end("compute")
             dispatch.return_sums(y_BD.to(back))
         lap.end("combine")
         self._meter.add_bytes("combine", dispatch.sent_bytes - sent_bytes)
+
+    def _sums(self, arrived: Arrived, dtype: torch.dtype) -> Tensor:
+        """(B, D): of each arrived row the weighted sum of its experts here."""
+        *travelled, weights_BK = arrived.payloads
+        x_BD, slot_BK, present_BK = decode(travelled, dtype), arrived.slot_BK, arrived.present_BK
+        if x_BD.is_cuda:
+            slot_BK, weights_BK = only_here(slot_BK, weights_BK, self.weights.num_slots)
+            present_BK = slot_BK >= 0
+        results = self._experts(x_BD, slot_BK)
+        return _sum_rows(
+            results.y_PD,
+            results.place_BK,
+            present_BK,
+            weights_BK,
+            by_zero=x_BD.is_cuda,  # what is not here has a row of zeros of its own there
+        )
 
     def collect(self, pending: PendingExperts) -> Tensor:
         """The second half of ``combine``."""
@@ -163,6 +172,16 @@ class ExpertLayer:
         )
         pending.lap.end("combine")
         return y_TD.to(pending.dtype)
+
+
+def only_here(slot_BK: Tensor, weights_BK: Tensor, num_slots: int) -> tuple[Tensor, Tensor]:
+    """Fewer columns, where a row chose more experts than there are slots here: those that are here
+    come first, in their order. A device computes a row for each column, present or not.
+    """
+    if slot_BK.shape[1] <= num_slots:
+        return slot_BK, weights_BK
+    order_BJ = torch.argsort((slot_BK < 0).to(torch.int8), dim=1, stable=True)[:, :num_slots]
+    return slot_BK.gather(1, order_BJ), weights_BK.gather(1, order_BJ)
 
 
 def _sum_rows(

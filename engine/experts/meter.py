@@ -49,15 +49,18 @@ class ExchangeMeter:
         self._row_exchange_s = 0.0
         self._skew_s = 0.0
         self._groups_formed = 0
+        self._steps = 0
+        self._steps_in_two = 0
 
     def begin(self) -> Lap:
         """A layer's call begins."""
         self._calls += 1
         if self._on_host:
             return _HostLap(self._seconds)
+        if torch.cuda.is_current_stream_capturing():
+            return _UNTIMED
         self._read()
-        busy = self._sampled is not None or torch.cuda.is_current_stream_capturing()
-        if busy or self._calls % SAMPLED:
+        if self._sampled is not None or self._calls % SAMPLED:
             return _UNTIMED
         self._sampled = _DeviceLap()
         return self._sampled
@@ -71,6 +74,11 @@ class ExchangeMeter:
         self._row_exchanges += 1
         self._row_exchange_s += seconds
         self._skew_s += skew_us * _US
+
+    def add_step(self, *, in_two: bool) -> None:
+        """A step of decoding begins, as one batch or as two."""
+        self._steps += 1
+        self._steps_in_two += in_two
 
     def add_group(self) -> None:
         """The group of ranks has formed, for the first time or again."""
@@ -90,6 +98,8 @@ class ExchangeMeter:
             row_exchanges=self._row_exchanges,
             row_exchange_s=self._row_exchange_s,
             skew_s=self._skew_s,
+            steps=self._steps,
+            steps_in_two=self._steps_in_two,
             groups_formed=self._groups_formed,
         )
 

@@ -143,6 +143,7 @@ def nccl_ep_transport(group: ExpertGroup, shape: ExchangeShape) -> NcclEpTranspo
             num_experts=present.num_slots,
             max_dispatch_tokens_per_rank=shape.max_tokens_per_rank,
             max_token_bytes=2 * shape.hidden,
+            num_topk=shape.experts_per_token,
         )
         ranks = library.Group.create(communicator, config)
         return [_NcclEpExchange(library, ranks, present, group.device) for _ in range(2)]
@@ -183,7 +184,9 @@ class _NcclEpExchange:
             topk_weights=ep.Tensor(self._weights_NMK),
             topk_idx=ep.Tensor(self._slot_NMK),
         )
-        counts = ep.LayoutInfo(src_rank_counters=ep.Tensor(self._count_N))
+        counts = ep.LayoutInfo(
+            src_rank_counters=ep.Tensor(self._count_N), recv_topk_idx_kind=ep.ExpertIdKind.LOCAL
+        )
         config = ep.DispatchConfig(send_only=1)
         self._held = (chosen, inputs, outputs, counts, config)
         self._handle.dispatch(inputs, outputs, layout_info=counts, config=config, stream=stream)

@@ -12,12 +12,16 @@ from server.openai.choice import Reasoned
 from server.openai.models import find_model
 from server.openai.parsing import parse_chat
 from server.openai.part_events import ReadAnswer
-from server.openai.planning import choices_of_prompt, compile_grammar, logprob_shapes
-from server.openai.prompts import check_length, text_length, tokenise
+from server.openai.planning import (
+    asked_constraint,
+    choices_of_prompt,
+    compile_grammar,
+    logprob_shapes,
+)
+from server.openai.prompts import check_length, text_length, tokenise, truncated
 from server.openai.sampling import request_seed, token_budget
 from server.openai.schema import ChatRequest, ContentPart, Message
 from server.openai.tools import ToolUse, called, part_reader, tool_constraint, tool_use
-from server.structured.constraints import constraint_of
 from server.text.chat_template import ChatMessage, TemplateOption
 from server.text.families.parts import PartReader
 from server.text.model_text import ChatPrompt, ModelText
@@ -49,14 +53,22 @@ async def plan_parsed_chat(
     text = services.text
     use = tool_use(asked)
     prompt = await chat_prompt(asked, text, model=model, use=use)
-    ids = tuple(prompt.token_ids)
+    longest = asked.max_completion_tokens or asked.max_tokens
+    ids = tuple(
+        truncated(
+            prompt.token_ids,
+            asked.truncate_prompt_tokens,
+            max_tokens=longest,
+            max_model_len=model.max_model_len,
+        )
+    )
     max_tokens = token_budget(
         prompt_tokens=len(ids),
-        max_tokens=asked.max_completion_tokens or asked.max_tokens,
+        max_tokens=longest,
         max_model_len=model.max_model_len,
     )
     logprobs = (asked.top_logprobs or 0) if asked.logprobs else None
-    constraint = constraint_of(asked.response_format, asked.structured_outputs)
+    constraint = asked_constraint(asked, text)
     constraint = tool_constraint(use, constraint, text, reasons=prompt.reasons)
     readers = [part_reader(use, text, reasons=prompt.reasons) for _ in range(asked.n or 1)]
     choices = choices_of_prompt(

@@ -11,11 +11,15 @@ from server.openai.answer import Answer, Services
 from server.openai.choice import Choice
 from server.openai.models import find_model
 from server.openai.parsing import parse_completion
-from server.openai.planning import choices_of_prompt, compile_grammar, logprob_shapes
-from server.openai.prompts import check_length, tokenise
+from server.openai.planning import (
+    asked_constraint,
+    choices_of_prompt,
+    compile_grammar,
+    logprob_shapes,
+)
+from server.openai.prompts import check_length, tokenise, truncated
 from server.openai.sampling import check_token_ids, request_seed, token_budget
 from server.openai.schema import CompletionRequest
-from server.structured.constraints import constraint_of
 from server.text.detokenizer import detokenizer
 from server.text.model_text import ModelText
 
@@ -32,13 +36,20 @@ async def plan_completion(
     model = find_model(services.generator, asked.model)
     text = services.text
     seed = request_seed(asked)
-    constraint = constraint_of(asked.response_format, asked.structured_outputs)
-    grammar = await compile_grammar(constraint, asked, services)
+    grammar = await compile_grammar(asked_constraint(asked, text), asked, services)
     choices: list[Choice] = []
     echoes: list[str] = []
     for prompt in prompts:
         ids = await _token_ids(
             prompt, text, special=asked.add_special_tokens is not False, limit=model.max_model_len
+        )
+        ids = tuple(
+            truncated(
+                ids,
+                asked.truncate_prompt_tokens,
+                max_tokens=max_tokens,
+                max_model_len=model.max_model_len,
+            )
         )
         token_budget(
             prompt_tokens=len(ids), max_tokens=max_tokens, max_model_len=model.max_model_len

@@ -198,6 +198,8 @@ def _check_generation(request: GenerationRequest, limits: LimitSettings) -> None
             raise _invalid("stop", f"each must have 1 to {limits.max_stop_chars} characters")
     if request.logit_bias and len(request.logit_bias) > limits.max_logit_bias:
         raise _invalid("logit_bias", f"more than {limits.max_logit_bias} entries")
+    if request.truncate_prompt_tokens == 0:
+        raise _invalid("truncate_prompt_tokens", "must be at least 1, or -1 for what fits")
     if request.cache_salt and not _CACHE_SALT_FORBIDDEN.isdisjoint(request.cache_salt):
         raise _invalid("cache_salt", "must not contain @, /, backslash or NUL")
 

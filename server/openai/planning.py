@@ -10,10 +10,27 @@ from server.openai.answer import Services
 from server.openai.choice import Choice, Reasoned
 from server.openai.logprobs import LogprobsShape
 from server.openai.parsing import stop_strings
-from server.openai.sampling import sampling_params, stop_conditions
+from server.openai.sampling import check_token_ids, sampling_params, stop_conditions
 from server.openai.schema import GenerationRequest
-from server.structured.constraints import Constraint
+from server.structured.constraints import Constraint, constraint_of
 from server.text.model_text import ModelText
+
+
+def asked_constraint(asked: GenerationRequest, text: ModelText) -> Constraint | None:
+    """What the caller's fields say of the output, tools apart.
+
+    Raises:
+        InvalidRequest: they contradict each other, or one is not valid.
+    """
+    allowed = asked.allowed_token_ids
+    if allowed is not None:
+        check_token_ids(allowed, vocab_size=text.tokenizer.vocab_size, param="allowed_token_ids")
+    return constraint_of(
+        asked.response_format,
+        asked.structured_outputs,
+        allowed_token_ids=allowed,
+        bad_words=asked.bad_words,
+    )
 
 
 async def compile_grammar(

@@ -1,6 +1,6 @@
 """Guards around tokenising, the one part of reading a request that costs real time."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import anyio.to_thread
@@ -31,6 +31,17 @@ async def tokenise(work: Callable[[], P], *, chars: int) -> P:
     if chars <= _INLINE_CHARS:
         return work()
     return await anyio.to_thread.run_sync(work)
+
+
+def truncated(
+    ids: Sequence[int], keep: int | None, *, max_tokens: int | None, max_model_len: int
+) -> Sequence[int]:
+    """The last ``keep`` of ``ids``: all where it is None, and where it is -1 as many as leave room
+    for ``max_tokens``, or for one token.
+    """
+    if keep is None:
+        return ids
+    return ids[-(keep if keep > 0 else max(1, max_model_len - (max_tokens or 1))) :]
 
 
 def text_length(value: object) -> int:

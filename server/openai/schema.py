@@ -16,6 +16,7 @@ Int64 = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
 Count = Annotated[int, Meta(ge=1)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Fraction = Annotated[float, Meta(gt=0, le=1)]
+Word = Annotated[str, Meta(min_length=1, max_length=256)]
 TokenIds = list[Annotated[int, Meta(ge=0)]]
 OptionValue = str | int | float | bool | None
 
@@ -56,6 +57,9 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     prompt_logprobs: Annotated[int, Meta(ge=0)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    allowed_token_ids: Annotated[TokenIds, Meta(min_length=1)] | None = None
+    bad_words: Annotated[list[Word], Meta(max_length=128)] | None = None
+    truncate_prompt_tokens: Annotated[int, Meta(ge=-1)] | None = None
 
     @property
     def include_usage(self) -> bool:

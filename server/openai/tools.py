@@ -27,7 +27,9 @@ _CHOICES = ("none", "auto", "required")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolUse:
-    """``tools`` are those the model is told of; ``forced`` are those of which it must call one."""
+    """``tools`` are those the model is told of; ``forced`` are those of which it must call one.
+    ``parallel``: there may be several calls. Who names a function wants one, and so do clients.
+    """
 
     tools: tuple[Tool, ...] = ()
     forced: tuple[Tool, ...] = ()
@@ -55,7 +57,7 @@ def tool_use(asked: ChatRequest) -> ToolUse:
     return ToolUse(
         tools=tools,
         forced=_forced(choice, tools),
-        parallel=asked.parallel_tool_calls is not False,
+        parallel=asked.parallel_tool_calls is not False and not isinstance(choice, NamedTool),
     )
 
 

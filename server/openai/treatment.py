@@ -21,7 +21,7 @@ _REFUSED: dict[str, str] = {
     **dict.fromkeys(
         (
             *("response_schema", "json_schema", "json_object", "grammar"),
-            *("regex", "ebnf", "structural_tag", "choice", "allowed_token_ids", "bad_words"),
+            *("regex", "ebnf", "structural_tag", "choice"),
             *("logits_processors", "thinking_token_budget", "tool_parser", "guidance"),
         ),
         _CONSTRAINS,
@@ -46,7 +46,7 @@ _REFUSED: dict[str, str] = {
     **dict.fromkeys(
         (
             *("audio", "web_search_options", "suffix", "use_beam_search"),
-            *("logprob_token_ids", "truncate_prompt_tokens", "input_embeds"),
+            *("logprob_token_ids", "input_embeds"),
         ),
         _UNSUPPORTED,
     ),

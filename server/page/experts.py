@@ -13,6 +13,7 @@ import msgspec
 from protocol.ids import WorkerRef
 from protocol.workers import ExpertReport
 from server.cluster import Cluster
+from server.cluster_view import view_of
 from server.expert_metrics import layer_of, whole_reports
 
 EVERY_S = 2.0
@@ -20,7 +21,7 @@ EVERY_S = 2.0
 
 class ExpertLayer(msgspec.Struct, frozen=True, kw_only=True):
     layer: int
-    rank_tokens: list[float]  # by rank, of the last window
+    rank_tokens: list[float]  # of the last window, in the order of the group's rank_numbers
     balancedness: float
     hottest_expert: int
     hottest_share: float  # of the layer's tokens in the last window, whichever expert has most
@@ -30,6 +31,7 @@ class ExpertLayer(msgspec.Struct, frozen=True, kw_only=True):
 class ExpertGroup(msgspec.Struct, frozen=True, kw_only=True):
     group: str
     ranks: int
+    rank_numbers: list[int]  # those that are there: a group goes on without a lost one
     experts: int
     slots: int  # of one layer, on all ranks
     placement_epoch: int
@@ -52,8 +54,12 @@ class ExpertHeat:
         async with self._busy:
             now = self._cluster.clock.now()
             if now >= self._next_at and self._changed():
+                numbers = {
+                    group.group_id: [state.info.rank for state in group.ranks]
+                    for group in view_of(self._cluster.members).groups
+                }
                 self._groups = [
-                    await _group(name, reports)
+                    await _group(name, numbers[name], reports)
                     for name, reports in whole_reports(self._cluster.members, self._of).items()
                 ]
                 self._next_at = now + EVERY_S
@@ -69,7 +75,9 @@ class ExpertHeat:
         return not same
 
 
-async def _group(name: str, reports: Sequence[ExpertReport]) -> ExpertGroup:
+async def _group(
+    name: str, rank_numbers: list[int], reports: Sequence[ExpertReport]
+) -> ExpertGroup:
     layers = []
     slots = 0
     for index, layer in enumerate(reports[0].layers):
@@ -93,6 +101,7 @@ async def _group(name: str, reports: Sequence[ExpertReport]) -> ExpertGroup:
     return ExpertGroup(
         group=name,
         ranks=len(reports),
+        rank_numbers=rank_numbers,
         experts=len(reports[0].tokens[0]) if reports[0].tokens else 0,
         slots=slots,
         placement_epoch=max(report.placement_epoch for report in reports),

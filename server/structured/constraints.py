@@ -51,17 +51,26 @@ class Constraint(NamedTuple):
 
 
 def constraint_of(
-    response_format: ResponseFormat | None, structured: StructuredOutputs | None
+    response_format: ResponseFormat | None,
+    structured: StructuredOutputs | None,
+    *,
+    allowed_token_ids: Sequence[int] | None = None,
+    bad_words: Sequence[str] | None = None,
 ) -> Constraint | None:
     """
     Raises:
         InvalidRequest: the fields contradict each other, or one is too large.
     """
-    of_format = None if response_format is None else _of_response_format(response_format)
-    of_extension = None if structured is None else _of_extension(structured)
-    if of_format is not None and of_extension is not None:
-        raise _invalid("structured_outputs", "cannot be combined with response_format")
-    return of_format or of_extension
+    constraints = {
+        "response_format": response_format and _of_response_format(response_format),
+        "structured_outputs": structured and _of_extension(structured),
+        "allowed_token_ids": allowed_token_ids and _only(allowed_token_ids),
+        "bad_words": bad_words and _without(bad_words),
+    }
+    given = [(name, constraint) for name, constraint in constraints.items() if constraint]
+    if len(given) > 1:
+        raise _invalid(given[1][0], f"cannot be combined with {given[0][0]}")
+    return given[0][1] if given else None
 
 
 def json_constraint(schema: object, *, param: str, lenient: bool = False) -> Constraint:
@@ -89,6 +98,24 @@ def _of_response_format(asked: ResponseFormat) -> Constraint | None:
     return json_constraint(
         {} if schema is None else schema, param="response_format.json_schema.schema"
     )
+
+
+def _only(token_ids: Sequence[int]) -> Constraint:
+    """Any number of these tokens."""
+    listed = ",".join(map(str, sorted(set(token_ids))))
+    return lark_constraint(f"start: <[{listed}]>*", param="allowed_token_ids")
+
+
+def _without(words: Sequence[str]) -> Constraint:
+    """Any text that has none of ``words`` in it, however it is cut into tokens."""
+    regex = "|".join("".join(map(_literal, word)) for word in words)
+    source = f"start: TEXT\nTEXT: /(?s:.*)/ & ~/(?s:.*({regex}).*)/"
+    return lark_constraint(source, param="bad_words")
+
+
+def _literal(character: str) -> str:
+    """As a regular expression, whatever it means to one."""
+    return character if character.isalnum() else f"\\x{{{ord(character):x}}}"
 
 
 def _of_extension(asked: StructuredOutputs) -> Constraint | None:

@@ -245,15 +245,13 @@ def _prefill(
         source=make_source(
             memory,
             worker,
+            lift=HostMirror(storage, buffer(memory)).store if mirrored else None,
             transport=transport,  # type: ignore[arg-type]
         ),
         outbox=gateway,  # type: ignore[arg-type]
         pool=pool,
         prefix_index=index,
         prefix_feed=PrefixFeed(),
-        lift=HostMirror(storage, buffer(memory)).store
-        if mirrored
-        else lambda _layers, _blocks: None,
         layers_per_push=1,
         vocab_size=model.config.vocab_size,
         device=torch.device("cpu"),

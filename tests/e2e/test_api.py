@@ -2,6 +2,7 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -91,26 +92,37 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_constrained_output_matches_at_a_high_temperature(system: LocalSystem, kind: str) -> None:
     """The first token comes from a prefill worker, the others from two decode ranks."""
+    check_outputs(system, kind, seeds=range(2), choices=8)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("kind", KINDS)
+def test_constrained_output_matches_for_two_hundred_seeds(system: LocalSystem, kind: str) -> None:
+    check_outputs(system, kind, seeds=range(200), choices=1)
+
+
+def check_outputs(system: LocalSystem, kind: str, *, seeds: range, choices: int) -> None:
     fields, pattern = KINDS[kind]
     body = {
         "model": "smollm2",
         "messages": [{"role": "user", "content": "Invent something."}],
         "temperature": 1.5,
         "max_tokens": 80,
-        "n": 8,
+        "n": choices,
         **fields,
     }
-    texts = []
-    with httpx.Client(base_url=system.url, timeout=120) as client:
-        for seed in range(2):
-            answer = client.post("/v1/chat/completions", json={**body, "seed": seed})
-            assert answer.status_code == 200, answer.text
-            texts += [
-                choice["message"]["content"]
-                for choice in answer.json()["choices"]
-                if choice["finish_reason"] == "stop"
-            ]
-    assert len(texts) > 8  # a few strings of the schema may be cut by max_tokens
+
+    def outputs(seed: int) -> list[str]:
+        """Those that ``max_tokens`` has not cut."""
+        answer = client.post("/v1/chat/completions", json={**body, "seed": seed})
+        assert answer.status_code == 200, answer.text
+        answered = answer.json()["choices"]
+        return [c["message"]["content"] for c in answered if c["finish_reason"] == "stop"]
+
+    with httpx.Client(base_url=system.url, timeout=300) as client, ThreadPoolExecutor(8) as pool:
+        texts = [text for of_seed in pool.map(outputs, seeds) for text in of_seed]
+    assert len(texts) > len(seeds) * choices / 2  # a few strings of the schema are long
     for text in texts:
         assert re.fullmatch(pattern, text, re.DOTALL), text
         if kind == "json_schema":
@@ -118,6 +130,18 @@ def test_constrained_output_matches_at_a_high_temperature(system: LocalSystem, k
             assert set(person) == {"name", "age"}
             assert len(person["name"]) <= 8
             assert 0 <= person["age"] <= 120
+
+
+def test_bad_words_and_allowed_tokens_hold_at_a_high_temperature(system: LocalSystem) -> None:
+    asked = {"prompt": "The sea", "temperature": 1.5, "max_tokens": 40, "n": 4, "seed": 3}
+    without = complete(system, **asked, bad_words=["e", " the"])
+    assert all("e" not in choice["text"] for choice in without["choices"])
+    allowed = list(range(300, 340))
+    asked["return_token_ids"] = True
+    only = complete(system, **asked, allowed_token_ids=allowed)
+    for choice in only["choices"]:
+        used = choice["token_ids"][: -1 if choice["finish_reason"] == "stop" else None]
+        assert set(used) <= set(allowed)
 
 
 def test_forced_calls_parse_at_a_high_temperature(system: LocalSystem) -> None:

@@ -1,5 +1,6 @@
 """Ways for rows to travel, in a whole system: same tokens, costs in the status, and refusals."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -11,8 +12,10 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from benchmarks.local_system import running_system
+from tests.e2e import test_membership
 from tests.e2e.conftest import Start
 from tests.e2e.test_greedy_tokens import a_prompt, completion, greedy, token_ids
+from tests.e2e.test_membership import all_streams, whole_again
 
 pytestmark = pytest.mark.timeout(300)
 FLAGS = ("--dtype", "float32", "--kv-cache", "16MiB", "--decode-ranks", "3")
@@ -58,6 +61,22 @@ def test_tokens_are_those_of_transformers_and_every_ranks_costs_are_shown(
         assert rank["seconds"].keys() == {"dispatch", "compute", "combine", "rows", "skew"}  # type: ignore[attr-defined]
         assert rank["groups_formed"] == 1
         assert f"buffer_bytes={rank['buffer_bytes']:.0f}" in system.output()
+
+
+def test_a_rank_killed_while_rows_travel_in_fixed_sizes_changes_no_token(
+    start: Start, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    """Its peers' buffers serve fewer ranks, and all of them when it is back."""
+    folder = tiny_checkpoint("deepseek_v3")
+    system = start(folder, *test_membership.FLAGS, *PADDED)
+
+    def kill() -> None:
+        system.processes("decode")[1].send_signal(signal.SIGKILL)
+
+    undisturbed = all_streams(system, folder.name, 1, lambda: None)
+    assert all_streams(system, folder.name, 20, kill) == undisturbed
+    whole_again(system)
+    assert all_streams(system, folder.name, 1, lambda: None) == undisturbed
 
 
 @pytest.mark.parametrize(

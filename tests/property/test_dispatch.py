@@ -45,6 +45,10 @@ class Mail:
     def __init__(self, num_ranks: int) -> None:
         self._sent: list[list[Parcel]] = [[] for _ in range(num_ranks)]
         self._news = Condition()
+        self.bytes_of = [0] * num_ranks  # to other ranks
+
+    def count(self, rank: int, sent_bytes: int) -> None:
+        self.bytes_of[rank] += sent_bytes
 
     def send(self, rank: int, parcel: Parcel) -> int:
         with self._news:
@@ -100,6 +104,8 @@ class MailGroup:
         into_RW: Tensor | None = None,
     ) -> Awaited:
         assert len(rows_RW) == sum(send_counts)
+        others = sum(send_counts) - send_counts[self.rank]
+        self.mail.count(self.rank, others * rows_RW.shape[1] * rows_RW.element_size())
         parcel = Parcel(rows_RW.clone(), tuple(send_counts), tuple(receive_counts))
         return Awaited(self.mail, self.rank, self.mail.send(self.rank, parcel), into_RW)
 
@@ -167,6 +173,7 @@ def on_every_rank(routing: Routing, body: Callable[[int, Dispatch, Arrived], Non
         payloads = (token_T1.expand(-1, routing.width), token_T1.to(torch.int16))
         dispatch = transport.send(payloads, routing.slots[rank])
         body(rank, dispatch, dispatch.receive())
+        assert dispatch.sent_bytes == mail.bytes_of[rank]
 
     with ThreadPoolExecutor(len(routing.slots)) as threads:
         list(threads.map(run, range(len(routing.slots))))

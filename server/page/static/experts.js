@@ -19,7 +19,7 @@ function map(group) {
     "aria-label": `tokens of ${group.ranks} ranks in ${group.layers.length} layers` });
   const every = Math.ceil(28 / width), everyRank = height < 14 ? 4 : 1;
   for (let rank = 0; rank < group.ranks; rank += everyRank) {
-    plot.append(svg("text", { x: LEFT - 8, y: height * (rank + 0.5) + 4, "text-anchor": "end" }, `rank ${rank}`));
+    plot.append(svg("text", { x: LEFT - 8, y: height * (rank + 0.5) + 4, "text-anchor": "end" }, `rank ${group.rank_numbers[rank]}`));
   }
   plot.append(svg("text", { x: LEFT - 8, y: bottom + STRIP - 4, "text-anchor": "end" }, "balance"));
   group.layers.forEach((layer, column) => {
@@ -32,7 +32,7 @@ function map(group) {
       cell.append(svg("rect", { ...at, class: "cell" }));
       const colour = svg("rect", { ...at, class: ratio >= 1 ? "hot" : "cold",
         "fill-opacity": Math.min(1, Math.abs(ratio - 1)).toFixed(2) });
-      colour.append(svg("title", {}, `layer ${layer.layer}, rank ${rank}: ${count(tokens)} tokens, ${ratio.toFixed(2)} of the mean`));
+      colour.append(svg("title", {}, `layer ${layer.layer}, rank ${group.rank_numbers[rank]}: ${count(tokens)} tokens, ${ratio.toFixed(2)} of the mean`));
       cell.append(colour);
       plot.append(cell);
     });

@@ -88,6 +88,7 @@ def test_auto_follows_from_device_numerics_and_sizes(
         ("deepep", replace(R1, on_gpu=False), LIBRARIES, "does not run on decode.device cpu"),
         ("deepep", replace(R1, element_bytes=4), LIBRARIES, "decode.model.dtype to bfloat16"),
         ("nccl_ep", replace(R1, payload="fp8"), LIBRARIES, "cannot carry .* choose one of bf16"),
+        ("nccl_ep", replace(R1, hidden=2880), LIBRARIES, "multiples of 256 .* 2880"),
         ("padded", replace(R1, max_tokens_per_rank=None), (), "no limit"),
         ("all_to_all", replace(R1, numerics="exact", payload="fp8"), (), "set it to native"),
         (
@@ -173,6 +174,17 @@ def test_the_documented_bytes_are_those_that_are_computed() -> None:
                 continue
             shape = replace(R1, numerics=numerics, payload=payload)  # type: ignore[arg-type]
             assert told.strip() == f"{buffer_bytes(name, shape) / 1e9:.2f} GB"
+
+
+def test_the_documented_abilities_are_those_of_the_records() -> None:
+    row = r"^\| `(\w+)` \|[^|]*\|[^|]*\| (\w+)[^|]*\| (\w+)[^|]*\| ([^|]*) \|$"
+    rows = re.findall(row, PAGE.read_text(), re.M)
+    told = {name: (exact == "yes", graph == "yes", places) for name, exact, graph, places in rows}
+    assert told == {
+        name: (can.exact, can.graph_safe, "CPU, GPU" if can.on_cpu else "GPU")
+        for name, can in CAPABILITIES.items()
+        if name != "local"
+    }
 
 
 def test_a_third_exchange_at_once_is_refused_and_a_new_life_starts_afresh() -> None:

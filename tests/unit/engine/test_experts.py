@@ -9,7 +9,7 @@ from torch.nn import functional
 from engine.collectives import ExpertGroup
 from engine.experts import grouped_gemm
 from engine.experts.grouped_gemm import ExpertWeights
-from engine.experts.layer import ExpertLayer, Numerics
+from engine.experts.layer import ExpertLayer, Numerics, only_here
 from engine.experts.placement import place_evenly
 from engine.experts.router import every_expert
 
@@ -196,3 +196,12 @@ def test_silu_of_bf16_is_the_same_in_vector_loops_and_scalar_tails() -> None:
     numbers = numbers[~numbers.isnan()]
     in_tails = torch.cat([functional.silu(part.clone()) for part in numbers.split(7)])
     torch.testing.assert_close(functional.silu(numbers), in_tails, rtol=0, atol=0, equal_nan=True)
+
+
+def test_columns_of_experts_elsewhere_are_left_out_and_the_others_keep_their_order() -> None:
+    slots = torch.tensor([[-1, 1, -1, 0], [-1, -1, -1, -1], [0, -1, -1, 1]])
+    weights = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.5, 0.6, 0.7, 0.8], [0.9, 1.0, 1.1, 1.2]])
+    fewer, their_weights = only_here(slots, weights, 2)
+    assert fewer.tolist() == [[1, 0], [-1, -1], [0, 1]]
+    assert torch.equal(their_weights[fewer >= 0], torch.tensor([0.2, 0.4, 0.9, 1.2]))
+    assert only_here(slots, weights, 4) == (slots, weights)

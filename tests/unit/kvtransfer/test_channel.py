@@ -5,12 +5,13 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from kvtransfer.channel import Channel, Finish, Line, Pushing, Send
+from kvtransfer.channel import Channel, Line
 from kvtransfer.choice import Route
 from kvtransfer.frames import FROM_SOURCE, HEADER_BYTES, Kind, Seal, control, decode
 from kvtransfer.limits import TransferLimits
 from kvtransfer.links import Link
 from kvtransfer.plan import Chunk
+from kvtransfer.pushing import Finish, Pushing, Send
 from protocol.ids import BlockId, Generation, WorkerId
 from tests.support.transfer_peers import Done
 from tests.support.transfers import LAYOUT, WAIT_S, a_grant, a_worker
@@ -25,6 +26,8 @@ class GatedOutlet:
     gate: threading.Event = field(default_factory=threading.Event)
     written: list[Generation] = field(default_factory=list)
     frame_bytes: int = LAYOUT.layer_block_bytes
+
+    def after(self, ready: object) -> None: ...
 
     def write(
         self,

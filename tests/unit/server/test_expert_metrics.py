@@ -31,6 +31,8 @@ TRAFFIC = ExpertTraffic(
     combine_bytes=10_000,
     row_exchanges=5,
     row_exchange_s=0.03,
+    steps=9,
+    steps_in_two=4,
     skew_s=0.01,
     groups_formed=2,
 )
@@ -87,6 +89,7 @@ def test_the_command_shows_what_each_ranks_exchanges_cost() -> None:
     assert group.ranks[1].sent_bytes == {"dispatch": 40_000, "combine": 10_000}
     lines = lines_of_experts({"d": group})
     assert "ranks come 2.000 ms apart" in lines[-4]
+    assert "4 of 9 steps as two batches" in lines[-4]
     shown = lines[-1].split()
     assert shown[0] == "1"
     assert shown[1:9:2] == ["50.000", "25.000", "75.000", "6.000"]

@@ -232,6 +232,12 @@ def test_bad_input_is_not_echoed() -> None:
     assert "SECRET" not in post(CHAT, chat(guided_SECRET="\n")).text.replace("guided_SECRET", "")
 
 
+@pytest.mark.parametrize("item", [{}, None, [None], 1.5, True, {"a": [{}]}], ids=repr)
+def test_many_wrong_items_make_one_short_error(item: Any) -> None:
+    error = error_of(post(COMPLETIONS, completion(prompt=[item] * 2000)), 400)
+    assert error["param"].startswith("prompt[0]")
+
+
 def test_an_unknown_model_is_404() -> None:
     error = error_of(post(CHAT, chat(model="gpt-5")), 404)
     assert error["code"] == "model_not_found"

@@ -7,7 +7,10 @@ from protocol.ids import GatewayId, WorkerId
 from protocol.messages import (
     GATEWAY_SILENT_S,
     Announce,
+    AskDrain,
     ClusterSnapshot,
+    Drain,
+    Draining,
     Heartbeat,
     Message,
     PrefixUpdate,
@@ -220,3 +223,21 @@ async def test_a_silent_gateway_is_no_longer_told() -> None:
     await room.scheduler.tick()
     await room.announce(a_worker_info("prefill-0", "prefill"))
     assert room.take(GATEWAY) == []
+
+
+async def test_who_asks_for_a_drain_is_told_who_drains_and_only_those_are_asked() -> None:
+    room = Room()
+    ranks = [
+        a_worker_info(f"decode-0/{rank}", role="decode", rank=rank, group_id="decode-0")
+        for rank in range(2)
+    ]
+    for number, info in enumerate(ranks):
+        await room.announce(info, peer=b"rank %d" % number)
+    await room.announce(a_worker_info("prefill-0", role="prefill"))
+    for name, drained in (("decode-0/1", ranks[1:]), ("decode-0", ranks), ("nobody", [])):
+        await room.scheduler.hear(OTHER, AskDrain(name=name))
+        assert room.take(OTHER) == [Draining(workers=tuple(info.ref for info in drained))]
+        for number, info in enumerate(ranks):
+            expected = [Drain(worker=info.ref)] if info in drained else []
+            assert room.take(b"rank %d" % number) == expected
+        assert room.take(WORKER) == []

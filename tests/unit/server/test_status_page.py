@@ -265,6 +265,7 @@ async def test_experts_are_shown_by_rank_and_layer() -> None:
             cluster.update_experts(a_report(state.info.ref, window[rank], held[rank]))
         (group,) = (await status_of(client)).experts
         assert (group.group, group.ranks, group.experts, group.slots) == ("decode-0", 2, 3, 6)
+        assert group.rank_numbers == [0, 1]
         (layer,) = group.layers
         assert layer.rank_tokens == [4.0, 8.0]
         assert layer.balancedness == 0.75

@@ -1,4 +1,5 @@
 import json
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,6 +8,7 @@ import httpx
 import pytest
 
 from protocol.errors import InvalidRequest
+from runtime.grammars import Grammars
 from server.app import create_app
 from server.settings import GatewaySettings
 from server.structured import compiler
@@ -54,6 +56,8 @@ def json_schema(schema: Any, name: str = "answer") -> dict[str, Any]:
         {"structured_outputs": {"choice": ["yes", 'n"o']}},
         {"structured_outputs": {"grammar": 'start: "a" | "b"'}},
         {"structured_outputs": {"json_object": True}},
+        {"allowed_token_ids": [7, 5, 5, 6]},
+        {"bad_words": ["no", "a/b\n[x]"]},
     ],
     ids=json.dumps,
 )
@@ -96,6 +100,12 @@ def test_plain_text_is_no_constraint(grammars: GrammarCompiler) -> None:
             "structured_outputs",
         ),
         ({"guided_json": SCHEMA}, "guided_json"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [100_000]}, "allowed_token_ids"),
+        ({"bad_words": [""]}, "bad_words"),
+        ({"bad_words": ["x"] * 129}, "bad_words"),
+        ({"bad_words": ["x"], "allowed_token_ids": [5]}, "bad_words"),
+        ({"bad_words": ["x"], "response_format": {"type": "json_object"}}, "bad_words"),
     ],
     ids=lambda value: value if isinstance(value, str) else json.dumps(value)[:70],
 )
@@ -108,6 +118,58 @@ def test_what_cannot_be_honoured_is_refused_by_name(
     assert error["param"].startswith(param)
     assert len(error["message"]) < 600
     assert generator.requests == []
+
+
+def walk(grammar: str, seed: int, steps: int = 60) -> list[int]:
+    """Tokens chosen at random among those that the grammar allows."""
+    chance = random.Random(seed)
+    matcher = Grammars(TEXT.tokenizer.vocabulary()).matcher(grammar)
+    chosen: list[int] = []
+    for _ in range(steps):
+        mask = int.from_bytes(matcher.allowed(), "little")
+        allowed = [i for i in range(TEXT.tokenizer.vocab_size) if mask >> i & 1]
+        chosen.append(chance.choice(allowed))
+        assert matcher.accept(chosen[-1])
+    return chosen
+
+
+@pytest.mark.parametrize("words", [["a"], ["ab", "b c"], list("()[]{}|*+?.^$-#/\\\n\t \"'~&<>")])
+def test_bad_words_are_in_no_text_however_it_is_cut(
+    words: list[str], grammars: GrammarCompiler
+) -> None:
+    _, generator = post(grammars, bad_words=words)
+    grammar = generator.requests[0].sampling.grammar
+    assert grammar is not None
+    for seed in range(10):
+        tokens = walk(grammar, seed)
+        text = b"".join(map(TEXT.tokenizer.piece, tokens)).decode(errors="ignore")
+        assert not any(word in text for word in words), text
+
+
+def test_only_allowed_tokens_are_possible(grammars: GrammarCompiler) -> None:
+    _, generator = post(grammars, allowed_token_ids=[70, 5, 71, 70])
+    grammar = generator.requests[0].sampling.grammar
+    assert grammar is not None
+    assert set(walk(grammar, 0)) == {5, 70, 71}
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(5, 5), (10_000, None), (-1, None), (None, None)])
+def test_a_prompt_is_cut_from_the_left(
+    keep: int | None, kept: int | None, grammars: GrammarCompiler
+) -> None:
+    _, whole = post(grammars, max_tokens=3)
+    _, cut = post(grammars, max_tokens=3, truncate_prompt_tokens=keep)
+    ids = whole.requests[0].prompt_token_ids
+    assert cut.requests[0].prompt_token_ids == (ids if kept is None else ids[-kept:])
+
+
+def test_minus_one_leaves_room_for_the_answer(grammars: GrammarCompiler) -> None:
+    long = [{"role": "user", "content": "x" * 2000}]
+    response, generator = post(grammars, messages=long, max_tokens=10, truncate_prompt_tokens=-1)
+    assert response.status_code == 200, response.text
+    assert len(generator.requests[0].prompt_token_ids) == generator.max_model_len - 10
+    refused, _ = post(grammars, truncate_prompt_tokens=0)
+    assert refused.json()["error"]["param"] == "truncate_prompt_tokens"
 
 
 def test_a_grammar_that_takes_too_long_is_refused_and_the_next_one_compiles(

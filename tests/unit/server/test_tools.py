@@ -123,6 +123,7 @@ def test_forced_calls_are_constrained(choice: Any, forced: bool, grammars: Gramm
     assert (grammar is not None) == forced
     assert (answer.choices[0].message.tool_calls is None) == (choice == "none")
     if isinstance(choice, dict):
+        assert len(answer.choices[0].message.tool_calls or []) == 1
         assert "weather" not in (grammar or "")
 
 
