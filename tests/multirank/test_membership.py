@@ -30,6 +30,7 @@ pytestmark = pytest.mark.multirank
 Phase = Literal["before the rows", "before dispatch", "before combine", "while experts move"]
 Answers = list[tuple[str, list[int], str]]
 HITS_AFTER = 6  # steps
+ALONE_S = 300.0  # kernels may have to be compiled on busy cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +214,7 @@ def take_part(seat: int, address: str, folder: Path, part: Part, parent: Parent)
 
 
 def wanted(folder: Path, seats: int, num_output: int) -> dict[str, tuple[str, list[int], str]]:
-    (alone,) = run_ranks(on_one_rank, 1, folder, num_output, seats)
+    (alone,) = run_ranks(on_one_rank, 1, folder, num_output, seats, timeout_s=ALONE_S)
     return {answer[0]: answer for answer in alone}
 
 
