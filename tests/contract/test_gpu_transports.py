@@ -102,7 +102,9 @@ def decode(transport: Transport) -> Generator[GpuDecode]:
     yield from a_decode_rank(transport)
 
 
-def carry(source: Source, decode: GpuDecode, memory: KVMemory, here: list[int], there: list[int]):
+def carry(
+    source: Source, decode: GpuDecode, memory: KVMemory, here: list[int], there: list[int]
+) -> None:
     push, done = source.open(decode.grant(there)), Done()
     for layers in (range(5), range(5, LAYOUT.num_layers)):
         push.send(layers, 0, [BlockId(block) for block in here])

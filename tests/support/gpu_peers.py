@@ -36,7 +36,7 @@ def bytes_of(memory: KVMemory, block: int) -> bytes:
     return pages[:, block].cpu().numpy().tobytes()
 
 
-def gpu_decode_process(
+def gpu_decode_process(  # noqa: PLR0917  a process is given them by place
     pipe: Connection,
     worker: WorkerRef,
     transport: Transport,
