@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engine.collectives import StepGroup
+from engine.experts.exchange import ExchangeChoice, TransportChoice
 from engine.experts.replicas import request_key
 from engine.experts.spread import ExpertSpread
 from engine.kvcache.storage import KVStorage
@@ -20,6 +21,7 @@ CPU = torch.device("cpu")
 BLOCK_TOKENS = 16
 TOKENS = 300  # fewer than any tiny vocabulary
 MOST_BLOCKS = 6  # of a request
+MOST_TOKENS = 40  # of a rank in a step: three prompts
 WIDE_S = 800.0  # 72 processes on two busy cores
 pytestmark = pytest.mark.multirank
 
@@ -65,11 +67,22 @@ def requests_of(rank: int, num_output: int) -> list[Request]:
 
 
 def decode(
-    step_group: StepGroup, folder: Path, requests: Sequence[Request], redundant: int
+    step_group: StepGroup,
+    folder: Path,
+    requests: Sequence[Request],
+    redundant: int,
+    transport: TransportChoice,
 ) -> list[tuple[str, list[int], str]]:
     group = step_group.expert_group
-    spread = ExpertSpread(redundant=redundant, ranks_per_tray=4)
-    loaded = load(folder, device=CPU, dtype="float32", numerics="exact", group=group, spread=spread)
+    loaded = load(
+        folder,
+        device=CPU,
+        dtype="float32",
+        numerics="exact",
+        group=group,
+        spread=ExpertSpread(redundant=redundant, ranks_per_tray=4),
+        exchange=ExchangeChoice(transport=transport, max_tokens_per_rank=MOST_TOKENS),
+    )
     storage = KVStorage(loaded.layout, max(1, MOST_BLOCKS * len(requests)), device=CPU)
     runner = ModelRunner(loaded.model, storage)
     for step in range(10_000):
@@ -103,37 +116,56 @@ def _step(runner: ModelRunner, present: Sequence[tuple[int, Request]]) -> None:
 
 
 def on_one_of_many(
-    step_group: StepGroup, folder: Path, num_output: int, redundant: int
+    step_group: StepGroup,
+    folder: Path,
+    num_output: int,
+    redundant: int,
+    transport: TransportChoice,
 ) -> list[tuple[str, list[int], str]]:
-    return decode(step_group, folder, requests_of(step_group.rank, num_output), redundant)
+    requests = requests_of(step_group.rank, num_output)
+    return decode(step_group, folder, requests, redundant, transport)
 
 
 def on_one_rank(
     step_group: StepGroup, folder: Path, num_output: int, ranks: int
 ) -> list[tuple[str, list[int], str]]:
     requests = [request for rank in range(ranks) for request in requests_of(rank, num_output)]
-    return decode(step_group, folder, requests, 0)
+    return decode(step_group, folder, requests, 0, "auto")
 
 
-def check(folder: Path, ranks: int, num_output: int, redundant: int) -> None:
+def check(
+    folder: Path, ranks: int, num_output: int, redundant: int, transport: TransportChoice
+) -> None:
     # First, for it leaves compiled kernels behind that 72 processes would each compile.
     (alone,) = run_ranks(on_one_rank, 1, folder, num_output, ranks)
-    together = run_ranks(on_one_of_many, ranks, folder, num_output, redundant, timeout_s=WIDE_S)
+    of_many = (folder, num_output, redundant, transport)
+    together = run_ranks(on_one_of_many, ranks, *of_many, timeout_s=WIDE_S)
     assert [answer for of_rank in together for answer in of_rank] == alone
     assert len({digest for *_, digest in alone}) == len(alone)  # no two requests are alike
 
 
 @pytest.mark.parametrize(
-    ("kind", "redundant"), [("deepseek_v3_256_experts", 32), ("qwen3_moe_128_experts", 0)]
+    ("kind", "redundant", "transport"),
+    [
+        ("deepseek_v3_256_experts", 32, "all_to_all"),
+        ("deepseek_v3_256_experts", 32, "padded"),
+        ("qwen3_moe_128_experts", 0, "all_to_all"),
+        ("qwen3_moe_128_experts", 0, "all_gather"),
+    ],
 )
 def test_eight_ranks_give_the_bits_of_one(
-    kind: str, redundant: int, tiny_checkpoint: Callable[[str], Path]
+    kind: str,
+    redundant: int,
+    transport: TransportChoice,
+    tiny_checkpoint: Callable[[str], Path],
 ) -> None:
-    check(tiny_checkpoint(kind), ranks=8, num_output=12, redundant=redundant)
+    folder = tiny_checkpoint(kind)
+    check(folder, ranks=8, num_output=12, redundant=redundant, transport=transport)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["deepseek_v3_256_experts", "qwen3_moe_128_experts"])
 def test_72_ranks_give_the_bits_of_one(kind: str, tiny_checkpoint: Callable[[str], Path]) -> None:
-    check(tiny_checkpoint(kind), ranks=72, num_output=64, redundant=32)
+    folder = tiny_checkpoint(kind)
+    check(folder, ranks=72, num_output=64, redundant=32, transport="all_to_all")
