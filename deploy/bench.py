@@ -25,6 +25,7 @@ from capacity.load.errors import LoadError, WrongOption
 from capacity.load.faults import parse_fault
 from capacity.load.lengths import parse_lengths, parse_pairs
 from capacity.load.objectives import parse_objectives
+from capacity.load.parquet import require_pyarrow
 from capacity.load.plan import (
     QUICK_S,
     QUICK_USERS,
@@ -132,6 +133,8 @@ def plan_of(chosen: argparse.Namespace) -> Plan:
         raise WrongOption("--slo: without streams only e2e can be measured; leave out --no-stream")
     if math.isinf(duration_s) and ".." in f"{chosen.rate}{chosen.concurrency}":
         raise WrongOption("--requests: a ramp needs --duration too")
+    if chosen.parquet:
+        require_pyarrow()
     return Plan(
         address=parse_address(
             chosen.url[0], headers=_headers(chosen.api_key_file), ca_file=chosen.ca_file
@@ -148,6 +151,7 @@ def plan_of(chosen: argparse.Namespace) -> Plan:
         faults=tuple(parse_fault(text) for text in chosen.fault),
         gpus=chosen.gpus,
         workers=chosen.workers,
+        parquet=chosen.parquet,
         brief_if_slow=chosen.output is None,
         settings=_settings(chosen),
         out=chosen.out or Path("headrace-bench") / f"{datetime.now():%Y%m%d-%H%M%S}",

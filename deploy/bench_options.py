@@ -112,4 +112,5 @@ def add_bench_options(parser: argparse.ArgumentParser) -> None:
     add("--gpus", metavar="N", type=int, help="of the server, for tokens/s per GPU")
     add("--workers", metavar="N", type=int, default=1, help="load processes (default: 1)")
     add("--out", metavar="DIR", type=Path, help="default: headrace-bench/DATE-TIME")
+    add("--parquet", action="store_true", help="write requests.parquet too; needs pyarrow")
     add("--json", action="store_true", help="print summary.json on stdout instead of the table")

@@ -21,6 +21,7 @@ from capacity.load.errors import WrongOption
 from capacity.load.faults import victims
 from capacity.load.lengths import parse_lengths
 from capacity.load.messages import Setup
+from capacity.load.parquet import write_parquet
 from capacity.load.plan import BRIEF_TOKENS, SLOW_TOKEN_S, Plan
 from capacity.load.probe import Found, probe
 from capacity.load.report import write_report
@@ -117,6 +118,8 @@ async def run_bench(plan: Plan, view: View) -> Summary:
         verdict=_judged(run, exact_length=found.api.exact_length),
     )
     write_summary(summary, plan.out)
+    if plan.parquet:
+        write_parquet(run.records, plan.out)
     write_report(summary, run.records, plan.objectives, plan.out)
     return summary
 

@@ -48,6 +48,7 @@ class Plan:
     faults: tuple[Fault, ...] = ()
     gpus: int | None = None
     workers: int = 1
+    parquet: bool = False
     brief_if_slow: bool = False  # ask a slow server for short answers, since nobody said how long
 
 
