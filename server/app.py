@@ -43,6 +43,7 @@ from server.responses.store import ResponseStore
 from server.settings import GatewaySettings
 from server.spans import SpanExporter
 from server.structured.compiler import GrammarCompiler
+from server.text.long_texts import LongTexts
 from server.text.model_text import ModelText
 
 log = get_log(__name__)
@@ -57,13 +58,14 @@ def create_app(
     times: StreamTimes | None = None,
     spans: SpanExporter | None = None,
     grammars: GrammarCompiler | None = None,
+    long_texts: LongTexts | None = None,
     tasks: TaskGroup | None = None,
     cluster: Cluster | None = None,
 ) -> ASGIApp:
     """The ASGI application. ``registry`` is what /metrics shows, the application's own included;
-    ``grammars`` stays the caller's to close. Background responses live in ``tasks``, and are
-    refused without. With ``cluster`` there is a status page, whose samples are taken in ``tasks``,
-    and ``spans`` get what requests went through.
+    ``grammars`` and ``long_texts`` stay the caller's to close. Background responses live in
+    ``tasks``, and are refused without. With ``cluster`` there is a status page, whose samples are
+    taken in ``tasks``, and ``spans`` get what requests went through.
 
     Raises:
         ConfigError: the file of API keys cannot be used.
@@ -75,6 +77,7 @@ def create_app(
         text=text,
         limits=settings.limits,
         grammars=grammars or GrammarCompiler(text.tokenizer.vocabulary()),
+        long_texts=long_texts,
         spans=Spans(exporter=spans, records=cluster.records) if spans and cluster else None,
     )
     metrics = HttpMetrics(registry)

@@ -23,6 +23,7 @@ from server.settings import GatewaySettings, SchedulerSettings
 from server.spans import SpanExporter
 from server.structured.compiler import GrammarCompiler
 from server.text.loading import load_model_text
+from server.text.long_texts import LongTexts
 from server.text.model_text import ModelText
 
 log = get_log(__name__)
@@ -48,6 +49,7 @@ async def _serve(settings: GatewaySettings, scheduler: SchedulerSettings, text: 
     with (
         bound(settings) as listeners,
         GrammarCompiler(text.tokenizer.vocabulary()) as grammars,
+        LongTexts(Path(settings.model.path)) as long_texts,
     ):
         async with (
             open_serving(
@@ -76,6 +78,7 @@ async def _serve(settings: GatewaySettings, scheduler: SchedulerSettings, text: 
                         settings,
                         registry=registry,
                         grammars=grammars,
+                        long_texts=long_texts,
                         tasks=background,
                         spans=spans,
                         cluster=serving.cluster,

@@ -49,7 +49,7 @@ class CountTokens:
         asked, _ = convert(read_object(body, services.limits), CountRequest, services.limits)
         chat = _chat(chat_fields(asked), services)
         model = find_model(services.generator, chat.model)
-        prompt = await chat_prompt(chat, services.text, model=model)
+        prompt = await chat_prompt(chat, services, model=model)
         shown = orjson.dumps({"input_tokens": len(prompt.token_ids)})
         return Response(shown, media_type="application/json")
 

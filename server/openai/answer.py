@@ -21,6 +21,7 @@ from server.settings import LimitSettings
 from server.spans import SpanExporter
 from server.structured.compiler import GrammarCompiler
 from server.text.families.parts import Content, Part
+from server.text.long_texts import LongTexts
 from server.text.model_text import ModelText
 from server.text.tokenizer import TextTokenizer
 
@@ -70,6 +71,7 @@ class Services:
     text: ModelText
     limits: LimitSettings
     grammars: GrammarCompiler
+    long_texts: LongTexts | None = None  # None: they are read in a thread
     spans: Spans | None = None  # None: nobody collects them
 
 

@@ -1,7 +1,6 @@
 """``/v1/chat/completions``: a conversation in, the assistant's next message out."""
 
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any
 
 from protocol.errors import InvalidRequest
@@ -24,6 +23,7 @@ from server.openai.schema import ChatRequest, ContentPart, Message
 from server.openai.tools import ToolUse, called, part_reader, tool_constraint, tool_use
 from server.text.chat_template import ChatMessage, TemplateOption
 from server.text.families.parts import PartReader
+from server.text.long_text_process import ChatJob
 from server.text.model_text import ChatPrompt, ModelText
 
 
@@ -52,7 +52,7 @@ async def plan_parsed_chat(
     model = find_model(services.generator, asked.model)
     text = services.text
     use = tool_use(asked)
-    prompt = await chat_prompt(asked, text, model=model, use=use)
+    prompt = await chat_prompt(asked, services, model=model, use=use)
     longest = asked.max_completion_tokens or asked.max_tokens
     ids = tuple(
         truncated(
@@ -103,31 +103,27 @@ async def plan_parsed_chat(
 
 
 async def chat_prompt(
-    asked: ChatRequest, text: ModelText, *, model: ServedModel, use: ToolUse | None = None
+    asked: ChatRequest, services: Services, *, model: ServedModel, use: ToolUse | None = None
 ) -> ChatPrompt:
     """The conversation as the model reads it.
 
     Raises:
-        InvalidRequest: the model's template does not accept it.
+        InvalidRequest: the model's template does not accept it, or it takes too long to tokenise.
         ContextLengthExceeded: it can never fit.
     """
+    text = services.text
     use = tool_use(asked) if use is None else use
     messages = [_message(m, f"messages[{i}]", text) for i, m in enumerate(asked.messages)]
     chars = sum(map(text_length, messages)) + sum(text_length(t.definition) for t in use.tools)
     check_length(chars, max_model_len=model.max_model_len, param="messages")
-    return await tokenise(
-        partial(
-            text.chat_prompt,
-            messages,
-            add_generation_prompt=_or(
-                asked.add_generation_prompt, not asked.continue_final_message
-            ),
-            continue_final_message=bool(asked.continue_final_message),
-            options=_template_options(asked, text),
-            tools=use.tools,
-        ),
-        chars=chars,
+    job = ChatJob(
+        messages=messages,
+        add_generation_prompt=_or(asked.add_generation_prompt, not asked.continue_final_message),
+        continue_final_message=bool(asked.continue_final_message),
+        options=_template_options(asked, text),
+        tools=list(use.tools),
     )
+    return await tokenise(job, services, chars=chars, param="messages")
 
 
 def _read_answer(readers: list[PartReader | None], asked: ChatRequest) -> ReadAnswer | None:

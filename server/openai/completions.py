@@ -4,7 +4,6 @@ The caller owns the whole prompt here, control tokens included: that is what the
 """
 
 from datetime import UTC, datetime
-from functools import partial
 
 from server.callers import Caller
 from server.openai.answer import Answer, Services
@@ -21,6 +20,7 @@ from server.openai.prompts import check_length, tokenise, truncated
 from server.openai.sampling import check_token_ids, request_seed, token_budget
 from server.openai.schema import CompletionRequest
 from server.text.detokenizer import detokenizer
+from server.text.long_text_process import TextJob
 from server.text.model_text import ModelText
 
 
@@ -41,7 +41,10 @@ async def plan_completion(
     echoes: list[str] = []
     for prompt in prompts:
         ids = await _token_ids(
-            prompt, text, special=asked.add_special_tokens is not False, limit=model.max_model_len
+            prompt,
+            services,
+            special=asked.add_special_tokens is not False,
+            limit=model.max_model_len,
         )
         ids = tuple(
             truncated(
@@ -92,14 +95,14 @@ def _prompt_logprobs(asked: CompletionRequest) -> int | None:
 
 
 async def _token_ids(
-    prompt: str | list[int], text: ModelText, *, special: bool, limit: int
+    prompt: str | list[int], services: Services, *, special: bool, limit: int
 ) -> tuple[int, ...]:
     ids = prompt
     if isinstance(ids, str):
         check_length(len(ids), max_model_len=limit, param="prompt")
-        encode = partial(text.tokenizer.encode, ids, add_special_tokens=special)
-        ids = await tokenise(encode, chars=len(ids))
-    check_token_ids(ids, vocab_size=text.tokenizer.vocab_size, param="prompt")
+        job = TextJob(text=ids, add_special_tokens=special)
+        ids = (await tokenise(job, services, chars=len(ids), param="prompt")).token_ids
+    check_token_ids(ids, vocab_size=services.text.tokenizer.vocab_size, param="prompt")
     return tuple(ids)
 
 

@@ -1,13 +1,15 @@
 """Guards around tokenising, the one part of reading a request that costs real time."""
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import anyio.to_thread
 
 from protocol.errors import ContextLengthExceeded
-
-P = TypeVar("P")
+from server.openai.answer import Services
+from server.text.long_text_process import Job, run_job
+from server.text.long_texts import LONG_CHARS
+from server.text.model_text import ChatPrompt
 
 # No text worth serving has more characters per token on average (long runs of spaces come close).
 _MAX_CHARS_PER_TOKEN = 32
@@ -26,11 +28,19 @@ def check_length(chars: int, *, max_model_len: int, param: str) -> None:
         )
 
 
-async def tokenise(work: Callable[[], P], *, chars: int) -> P:
-    """Run ``work`` here, or in a thread when it would hold up every other stream."""
+async def tokenise(job: Job, services: Services, *, chars: int, param: str) -> ChatPrompt:
+    """Here; in a thread when it would hold up every other stream; or, when not even that could be
+    left to callers, in a process of its own.
+
+    Raises:
+        InvalidRequest: the model's template does not accept it, or it takes too long.
+        Overloaded: too many such texts wait.
+    """
     if chars <= _INLINE_CHARS:
-        return work()
-    return await anyio.to_thread.run_sync(work)
+        return run_job(job, services.text)
+    if chars <= LONG_CHARS or services.long_texts is None:
+        return await anyio.to_thread.run_sync(partial(run_job, job, services.text))
+    return await services.long_texts.tokenise(job, param=param)
 
 
 def truncated(

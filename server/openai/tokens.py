@@ -1,6 +1,5 @@
 """``/tokenize`` and ``/detokenize``: what the served model's tokenizer makes of a text."""
 
-from functools import partial
 from typing import Any
 
 import msgspec
@@ -19,6 +18,7 @@ from server.openai.prompts import check_length, tokenise
 from server.openai.sampling import check_token_ids
 from server.openai.schema import ChatRequest, TokenIds
 from server.text.detokenizer import detokenizer
+from server.text.long_text_process import TextJob
 
 
 class TokenizeRequest(msgspec.Struct, kw_only=True):
@@ -49,18 +49,14 @@ class TokenEndpoints:
             )
             chat, _ = check_chat(chat, ignored, services.limits)
             model = find_model(services.generator, chat.model)
-            prompt = await chat_prompt(chat, services.text, model=model)
+            prompt = await chat_prompt(chat, services, model=model)
             return self._tokens(model, prompt.token_ids, strings=bool(raw.get("return_token_strs")))
         asked, _ = convert(raw, TokenizeRequest, services.limits)
         model = find_model(services.generator, asked.model or self._any_model())
         check_length(len(asked.prompt), max_model_len=model.max_model_len, param="prompt")
-        encode = partial(
-            services.text.tokenizer.encode,
-            asked.prompt,
-            add_special_tokens=asked.add_special_tokens is not False,
-        )
-        ids = await tokenise(encode, chars=len(asked.prompt))
-        return self._tokens(model, ids, strings=bool(asked.return_token_strs))
+        job = TextJob(text=asked.prompt, add_special_tokens=asked.add_special_tokens is not False)
+        read = await tokenise(job, services, chars=len(asked.prompt), param="prompt")
+        return self._tokens(model, read.token_ids, strings=bool(asked.return_token_strs))
 
     async def detokenize(self, request: Request) -> Response:
         asked, _ = convert(await self._read(request), DetokenizeRequest, self._services.limits)

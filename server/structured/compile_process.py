@@ -5,18 +5,16 @@ with a ``Verdict``. It ends when its input ends.
 """
 
 import resource
-import struct
 import sys
-from typing import BinaryIO
 
 import msgspec
 
 from protocol.errors import InvalidRequest
 from runtime.grammars import Grammars, Kind, grammar_of
 from runtime.vocabulary import Vocabulary
+from server.child_frames import read_frame, write_frame
 
 MAX_MEMORY_BYTES = 4 << 30
-FRAME = struct.Struct("<I")
 
 
 class Trial(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,21 +50,6 @@ def judge(trial: Trial, grammars: Grammars) -> Verdict:
     except InvalidRequest as error:
         return Verdict(grammar=None, reason=str(error))
     return Verdict(grammar=grammar)
-
-
-def read_frame(source: BinaryIO) -> bytes | None:
-    head = source.read(FRAME.size)
-    if len(head) < FRAME.size:
-        return None
-    (length,) = FRAME.unpack(head)
-    body = source.read(length)
-    return body if len(body) == length else None
-
-
-def write_frame(target: BinaryIO, message: msgspec.Struct) -> None:
-    body = msgspec.msgpack.encode(message)
-    target.write(FRAME.pack(len(body)) + body)
-    target.flush()
 
 
 if __name__ == "__main__":

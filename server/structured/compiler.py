@@ -4,22 +4,19 @@ Invariant: whatever a caller sends, an answer comes within ``TRIAL_S`` of its tu
 loop never waits for it. A grammar that was too slow here never reaches a worker.
 """
 
-import select
 import subprocess
 import sys
-import time
 from collections import OrderedDict
 from functools import partial
-from typing import IO, BinaryIO, cast
 
 import anyio.to_thread
-import msgspec
 from anyio import CapacityLimiter
 
 from protocol.errors import InvalidRequest, Overloaded, ServingError
 from runtime.log import get_log
 from runtime.vocabulary import Vocabulary
-from server.structured.compile_process import FRAME, Trial, Verdict, write_frame
+from server.child_frames import answer_of, end, pipe_of, write_frame
+from server.structured.compile_process import Trial, Verdict
 from server.structured.constraints import Constraint
 
 log = get_log(__name__)
@@ -29,7 +26,6 @@ START_S = 20.0
 MAX_WAITING = 32
 MAX_CACHED = 512
 MAX_CACHED_BYTES = 8 << 20
-_READ_BYTES = 1 << 16
 _TOO_SLOW = f"it takes more than {TRIAL_S:g} s to compile: make it smaller"
 
 
@@ -72,13 +68,8 @@ class GrammarCompiler:
 
     def close(self) -> None:
         child, self._child = self._child, None
-        if child is None:
-            return
-        child.kill()
-        for pipe in (child.stdin, child.stdout):
-            if pipe is not None:
-                pipe.close()
-        child.wait()
+        if child is not None:
+            end(child)
 
     # In the one thread that has the turn ---------------------------------------------------------
 
@@ -86,8 +77,8 @@ class GrammarCompiler:
         child = self._child or self._start()
         trial = Trial(kind=constraint.kind, source=constraint.source, lenient=constraint.lenient)
         try:
-            write_frame(_pipe(child.stdin), trial)
-            return _answer(child, TRIAL_S)
+            write_frame(pipe_of(child.stdin), trial)
+            return answer_of(child, TRIAL_S, Verdict)
         except (TimeoutError, OSError, EOFError) as error:
             log.info("grammar refused", reason=type(error).__name__, bytes=len(constraint.source))
             self.close()
@@ -105,8 +96,8 @@ class GrammarCompiler:
             stderr=subprocess.DEVNULL,
         )
         try:
-            write_frame(_pipe(child.stdin), self._vocabulary)
-            _answer(child, START_S)
+            write_frame(pipe_of(child.stdin), self._vocabulary)
+            answer_of(child, START_S, Verdict)
         except (TimeoutError, OSError, EOFError) as error:
             self.close()
             raise ServingError("the grammar compiler did not start") from error
@@ -122,28 +113,3 @@ class GrammarCompiler:
         while len(self._verdicts) > MAX_CACHED or self._cached_bytes > MAX_CACHED_BYTES:
             dropped, _ = self._verdicts.popitem(last=False)
             self._cached_bytes -= len(dropped.source)
-
-
-def _answer(child: subprocess.Popen[bytes], within_s: float) -> Verdict:
-    """
-    Raises:
-        TimeoutError: there is none in time.
-        EOFError: the process has ended.
-    """
-    pipe = _pipe(child.stdout)
-    until = time.monotonic() + within_s
-    received = b""
-    while len(received) < FRAME.size or len(received) < FRAME.size + FRAME.unpack_from(received)[0]:
-        ready, _, _ = select.select([pipe], [], [], max(0.0, until - time.monotonic()))
-        if not ready:
-            raise TimeoutError
-        part = pipe.read1(_READ_BYTES)  # type: ignore[attr-defined]  # pipes are buffered readers
-        if not part:
-            raise EOFError
-        received += part
-    return msgspec.msgpack.decode(received[FRAME.size :], type=Verdict)
-
-
-def _pipe(pipe: IO[bytes] | None) -> BinaryIO:
-    assert pipe is not None
-    return cast("BinaryIO", pipe)
