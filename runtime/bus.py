@@ -46,7 +46,7 @@ _MONITORED = (
 
 
 def _configured(socket: S) -> S:
-    socket.set(zmq.LINGER, 200)
+    socket.set(zmq.LINGER, 1000)
     socket.set(zmq.SNDHWM, QUEUE_FRAMES)
     socket.set(zmq.RCVHWM, QUEUE_FRAMES)
     socket.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)

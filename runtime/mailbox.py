@@ -40,12 +40,20 @@ class Inbox(Generic[T]):
 
 
 class Outbox(Generic[T]):
-    """Out of the engine thread: iterate it on the event loop that made it."""
+    """Out of the engine thread: iterate it on the event loop that made it. The iteration ends when
+    it is closed and everything that was put there before has been taken.
+    """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._items: deque[T] = deque()
         self._filled = asyncio.Event()
+        self._closed = False
+
+    def close(self) -> None:
+        """Nothing will be put here any more. On the event loop."""
+        self._closed = True
+        self._filled.set()
 
     def put(self, items: Iterable[T]) -> None:
         """Thread-safe; one wake-up of the event loop, however many items."""
@@ -60,6 +68,8 @@ class Outbox(Generic[T]):
 
     async def __anext__(self) -> T:
         while not self._items:
+            if self._closed:
+                raise StopAsyncIteration
             self._filled.clear()
             await self._filled.wait()
         return self._items.popleft()

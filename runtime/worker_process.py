@@ -81,12 +81,15 @@ class WorkerProcess(Generic[M]):
             try:
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(_receive, listener, engine)
-                    tasks.start_soon(_deliver, listener, outbox)
                     tasks.start_soon(registration.run)
                     tasks.start_soon(self._announce_serving, registration)
                     tasks.start_soon(self._drain_when_told, engine, registration)
                     tasks.start_soon(_stop_when_cancelled, engine)
-                    tasks.start_soon(_run, engine, tasks.cancel_scope)
+                    async with anyio.create_task_group() as delivery:
+                        delivery.start_soon(_deliver, listener, outbox)
+                        await anyio.to_thread.run_sync(engine.run)
+                        outbox.close()  # what the engine said last is still on its way out
+                    tasks.cancel_scope.cancel()
             except ExceptionGroup as failures:
                 raise _first_of(failures) from None
 
@@ -110,11 +113,6 @@ class WorkerProcess(Generic[M]):
             with anyio.move_on_after(self._drain_s):
                 await anext(signals)
             engine.stop()
-
-
-async def _run(engine: EngineLoop[M], scope: anyio.CancelScope) -> None:
-    await anyio.to_thread.run_sync(engine.run)
-    scope.cancel()
 
 
 async def _stop_when_cancelled(engine: EngineLoop[M]) -> None:

@@ -135,3 +135,18 @@ def test_only_the_lost_rank_s_streams_move_and_no_stream_changes(
         victim.send_signal(signal.SIGCONT)
     whole_again(system)
     assert all_streams(system, folder.name, 1, lambda: None) == wanted
+
+
+def test_a_rank_that_drains_leaves_without_a_stream_moving(
+    start: Start, folder: Path, wanted: list[list[int]]
+) -> None:
+    system = start(folder, *FLAGS)
+    whole_again(system)
+    victim: psutil.Process = system.processes("decode")[0]
+
+    assert all_streams(system, folder.name, 25, victim.terminate) == wanted
+
+    assert metric(system, "headrace_gateway_migrations_total") == 0
+    victim.wait(60)
+    whole_again(system)  # the launcher starts it again, and it is taken in
+    assert all_streams(system, folder.name, 1, lambda: None) == wanted
