@@ -709,6 +709,7 @@ def a_deaf_sink(pair: Pair, answers: list[Kind], blocks: int = 1) -> Generator[G
                 reader=Reader(sock, WAIT_S),
                 memory=pair.target,
                 checksum="off",
+                payload="exact",
                 worker=decode,
                 admitted=admitted,
                 limits=TransferLimits(),
