@@ -160,6 +160,7 @@ class DecodeLoop:
                 continue
             try:
                 self._experts.enter_group(group.members)
+                self._runner.connect()
                 self._enter(group)
                 plan = self._step_together(group)
             except WorkerLost as error:
