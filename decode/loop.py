@@ -102,8 +102,6 @@ class DecodeLoop:
         self._experts = experts
         self._meter = meter
         self._two_batches = two_batches
-        self._computed_us = 0  # in the last step
-        self._waited_s = 0.0  # in the last exchange of rows
         self._meeting = meeting
         self._least_ranks = least_ranks
         self._outbox = outbox
@@ -160,6 +158,7 @@ class DecodeLoop:
                 continue
             try:
                 self._experts.enter_group(group.members)
+                self._runner.connect()
                 self._enter(group)
                 plan = self._step_together(group)
             except WorkerLost as error:
@@ -221,17 +220,16 @@ class DecodeLoop:
             self._swap.take(swap.ref, swap.blocks)
         came = time.perf_counter()
         rows = group.exchange(self._row(step, group.epoch).to_ints())
-        self._waited_s = time.perf_counter() - came
+        waited_s = time.perf_counter() - came
         plan = decide([StepRow.from_ints(row) for row in rows], least_ranks=self._least_ranks)
-        self._meter.add_row_exchange(self._waited_s, plan.skew_us)
+        self._meter.add_row_exchange(waited_s, plan.skew_us)
         self._experts.follow(plan.experts, group)
         if plan.kind == "decode":
             group.expert_group.begin_step(plan.tokens_of_rank)
             in_two = self._two_batches.decide(plan.tokens_of_rank, plan.computed_us)
-            self._meter.add_step(in_two=in_two)
             began = time.perf_counter()
             self._compute(step, in_two=in_two)
-            self._computed_us = round((time.perf_counter() - began) * 1e6)
+            self._meter.add_step(time.perf_counter() - began, in_two=in_two)
             self._experts.after_step()
             self.account.stepped(time.monotonic() - now, len(step.refs))
         elif plan.kind == "restore":
@@ -395,6 +393,6 @@ class DecodeLoop:
             placement=placement,
             started_with=started_with,
             newcomers=self._meeting.newcomers,
-            waited_us=round(self._waited_s * 1e6),
-            computed_us=self._computed_us,
+            waited_us=self._meter.waited_us,
+            computed_us=self._meter.computed_us,
         )

@@ -213,6 +213,7 @@ def _make_engine(  # noqa: PLR0917  partially applied
         lambda event: loop.post_transfer(event),  # noqa: PLW0108  made below
         device_memory=device_memory,
         transport=settings.kv.transport,
+        payload=settings.kv.payload,
         host=host_of(settings.bind),
         cluster_key=None if key is None else key.derive("kv"),
     )

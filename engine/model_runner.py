@@ -85,6 +85,10 @@ class ModelRunner:
         self.model = model
         self.storage = storage
 
+    def connect(self) -> None:
+        """As ``Decoder.connect``."""
+        self.model.connect()
+
     @torch.inference_mode()
     def run(
         self,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from kvtransfer.checksum import Checksum
-from kvtransfer.handshake import Admitted, Connected
+from kvtransfer.handshake import Admitted, Connected, Payload
 from kvtransfer.inlet import Inlet, Reader
 from kvtransfer.interface import Fence, KVMemory
 from kvtransfer.limits import TransferLimits
@@ -40,6 +40,7 @@ class Receiving:
     reader: Reader
     memory: KVMemory
     checksum: Checksum
+    payload: Payload
     worker: WorkerRef
     admitted: Admitted
     limits: TransferLimits

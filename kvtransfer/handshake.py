@@ -20,6 +20,7 @@ import socket
 import struct
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 
@@ -31,6 +32,10 @@ from protocol.ids import WorkerRef
 MAX_MESSAGE_BYTES = 4096
 _PREFIX = struct.Struct("<4sI")
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
+
+
+Payload = Literal["exact", "fp8"]
+"""What travels over TCP: the blocks' bytes, or 8-bit floats with scales (``kvtransfer.fp8``)."""
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -53,6 +58,7 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Accepted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     num_blocks: int
     checksum: Checksum
+    payload: Payload
 
 
 class Declined(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -75,6 +81,7 @@ class Connected:
 
     num_blocks: int
     checksum: Checksum
+    payload: Payload
     incoming: Seal
     outgoing: Seal
 
@@ -127,6 +134,7 @@ def connect(
     return Connected(
         num_blocks=verdict.num_blocks,
         checksum=verdict.checksum,
+        payload=verdict.payload,
         incoming=_seal(cluster_key, b"from decode", transcript),
         outgoing=_seal(cluster_key, b"from prefill", transcript),
     )
@@ -139,6 +147,7 @@ def admit(
     layout_digest: str,
     num_blocks: int,
     checksum: Checksum,
+    payload: Payload = "exact",
     cluster_key: bytes | None,
     timeout_s: float,
 ) -> Admitted:
@@ -169,7 +178,8 @@ def admit(
     if problem is not None:
         _send(sock, _encode(Declined(code=problem.code, message=str(problem))), deadline)
         raise problem
-    _send(sock, _encode(Accepted(num_blocks=num_blocks, checksum=checksum)), deadline)
+    accepted = Accepted(num_blocks=num_blocks, checksum=checksum, payload=payload)
+    _send(sock, _encode(accepted), deadline)
     return Admitted(
         source=hello.source,
         incoming=_seal(cluster_key, b"from prefill", transcript),

@@ -15,7 +15,7 @@ from kvtransfer import tcp
 from kvtransfer.carrier import Carrier, Receiving
 from kvtransfer.checksum import Checksum, ChecksumChoice
 from kvtransfer.frames import FROM_SOURCE, Frame, Kind, Seal, check_tag, control, decode
-from kvtransfer.handshake import Admitted, admit, is_one_machine
+from kvtransfer.handshake import Admitted, Payload, admit, is_one_machine
 from kvtransfer.inlet import Inlet, Reader
 from kvtransfer.interface import KVMemory
 from kvtransfer.ledger import ConnectionId, GrantLedger, Notice, NoticeKind, Step
@@ -45,6 +45,8 @@ class LedgerOwner(Protocol):
     @property
     def checksum(self) -> ChecksumChoice: ...
     @property
+    def payload(self) -> Payload: ...
+    @property
     def limits(self) -> TransferLimits: ...
 
     def apply(self, change: Callable[[GrantLedger], Step]) -> None: ...
@@ -73,6 +75,7 @@ class Inbound:
         self._memory = memory
         self._unit = memory.layout.layer_block_bytes
         self._checksum: Checksum = "off"
+        self._payload: Payload = sink.payload if carrier.name == "tcp" else "exact"
         self._sock = sock
         self._outgoing = Seal(None)
         self._thread = threading.Thread(target=self._run, name=f"kv-in-{number}", daemon=True)
@@ -132,6 +135,7 @@ class Inbound:
                 layout_digest=memory.layout.digest(),
                 num_blocks=memory.num_blocks,
                 checksum=self._checksum,
+                payload=self._payload,
                 cluster_key=sink.cluster_key,
                 timeout_s=sink.limits.handshake_s,
             )
@@ -150,6 +154,7 @@ class Inbound:
                     reader=reader,
                     memory=self._memory,
                     checksum=self._checksum,
+                    payload=self._payload,
                     worker=self._sink.worker,
                     admitted=admitted,
                     limits=self._sink.limits,

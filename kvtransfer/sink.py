@@ -21,6 +21,7 @@ from kvtransfer import shm, tcp
 from kvtransfer.carrier import Carrier, Transport, TransportChoice
 from kvtransfer.carriers import make_carriers
 from kvtransfer.checksum import ChecksumChoice
+from kvtransfer.handshake import Payload
 from kvtransfer.inbound import Inbound
 from kvtransfer.interface import KVMemory, OnSinkEvent
 from kvtransfer.ledger import ConnectionId, GrantLedger, Step
@@ -33,6 +34,8 @@ from runtime.log import get_log
 
 OFFERED_ON_GPU: tuple[Transport, ...] = ("cuda_ipc", "nccl")
 OFFERED_BY_AUTO: tuple[Transport, ...] = ("shm", "tcp")
+
+MIN_PACKED_WIDTH = 8
 
 _log = get_log(__name__)
 _REFUSALS_LOGGED_EVERY_S = 10.0
@@ -51,6 +54,7 @@ def make_sink(
     advertise_host: str | None = None,
     cluster_key: bytes | None = None,
     checksum: ChecksumChoice = "auto",
+    payload: Payload = "exact",
     limits: TransferLimits | None = None,
 ) -> "Sink":
     """A sink that listens already, with ``auto`` for every transport that ``memory`` allows, and
@@ -64,6 +68,11 @@ def make_sink(
             be open to strangers.
     """
     limits = limits or TransferLimits()
+    if payload == "fp8" and memory.layout.key_width < MIN_PACKED_WIDTH:
+        raise ConfigError(
+            f"kv.payload is fp8: rows of {memory.layout.key_width} elements are too short for a "
+            f"scale each; it needs {MIN_PACKED_WIDTH}"
+        )
     carriers = make_carriers(gpu=device_memory is not None)
     forced = transport != "auto"
     wanted: tuple[Transport, ...] = OFFERED_BY_AUTO if transport == "auto" else (transport,)
@@ -112,6 +121,7 @@ def make_sink(
         endpoint=endpoint,
         cluster_key=cluster_key,
         checksum=checksum,
+        payload=payload,
         limits=limits,
     )
 
@@ -131,6 +141,7 @@ class Sink:
         endpoint: KVEndpoint,
         cluster_key: bytes | None,
         checksum: ChecksumChoice,
+        payload: Payload,
         limits: TransferLimits,
     ) -> None:
         self.memory = memory
@@ -138,6 +149,7 @@ class Sink:
         self.worker = worker
         self.cluster_key = cluster_key
         self.checksum: ChecksumChoice = checksum
+        self.payload: Payload = payload
         self.limits = limits
         self._endpoint = endpoint
         self._on_event = on_event

@@ -6,16 +6,18 @@ bytes arrive. So the fence is ``receiver_checked``: bytes for a grant that has e
 thrown away, and an aborted grant is quiet as soon as the receiver has looked.
 """
 
+import importlib
 import socket
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, NamedTuple
 
 from isal.isal_zlib import crc32
 
 from kvtransfer.carrier import Receiving, Sending, Transport
-from kvtransfer.frames import NO_GRANT, Frame, Kind, check_tag, decode, encode
+from kvtransfer.frames import NO_GRANT, Frame, Kind, Seal, check_tag, decode, encode
+from kvtransfer.inlet import Inlet, Reader
 from kvtransfer.interface import Fence, KVMemory
-from kvtransfer.outlet import send_all
+from kvtransfer.outlet import Outlet, send_all
 from kvtransfer.pages import HostPages
 from kvtransfer.plan import Chunk, slices
 from protocol.ids import BlockId, Generation, WorkerRef
@@ -79,11 +81,17 @@ class TcpCarrier:
     def prepare(self, memory: KVMemory, worker: WorkerRef) -> None:
         """Nothing is shared."""
 
-    def outlet(self, sending: Sending) -> "TcpOutlet":
-        return TcpOutlet(sending)
+    def outlet(self, sending: Sending) -> Outlet:
+        if sending.connected.payload == "exact":
+            return TcpOutlet(sending)
+        packed: Outlet = importlib.import_module("kvtransfer.packed").PackedOutlet(sending)
+        return packed
 
-    def inlet(self, receiving: Receiving) -> "TcpInlet":
-        return TcpInlet(receiving)
+    def inlet(self, receiving: Receiving) -> Inlet:
+        if receiving.payload == "exact":
+            return TcpInlet(receiving)
+        packed: Inlet = importlib.import_module("kvtransfer.packed").PackedInlet(receiving)
+        return packed
 
     def close(self) -> None:
         """Nothing is shared."""
@@ -112,31 +120,20 @@ class TcpOutlet:
         length = self._pages.num_bytes(chunk)
         places = self._pages.places(chunk, source_blocks)
         if self._checksum == "full":
-            header = encode(Frame(Kind.CHUNK, generation, chunk, length), self._seal)
-            self._send_checked(header, places, generation)
+            unsummed = Frame(Kind.CHUNK, generation, chunk, length)
+            send_checked(self._sock, self._seal, unsummed, places)
             return
         crc = self._pages.crc(self._checksum, chunk, source_blocks)
         header = encode(Frame(Kind.CHUNK, generation, chunk, length, crc), self._seal)
         send_all(self._sock, [header, *places])
 
-    def _send_checked(
-        self, header: bytes, places: list[memoryview], generation: Generation
-    ) -> None:
-        crc, before = 0, [header]
-        for part in slices(places, SLICE_BYTES):
-            for place in part:
-                crc = crc32(place, crc)
-            send_all(self._sock, [*before, *part])
-            before = []
-        check = encode(Frame(Kind.CHECK, generation, crc=crc), self._seal)
-        send_all(self._sock, [*before, check])
-
     def probe(self, num_bytes: int) -> None:
-        header = encode(Frame(Kind.PROBE, NO_GRANT, length=num_bytes), self._seal)
+        header = Frame(Kind.PROBE, NO_GRANT, length=num_bytes)
+        made_up = self._pages.view[:num_bytes]
         if self._checksum == "full":
-            self._send_checked(header, [self._pages.view[:num_bytes]], NO_GRANT)
+            send_checked(self._sock, self._seal, header, [made_up])
         else:
-            send_all(self._sock, [header, self._pages.view[:num_bytes]])
+            send_all(self._sock, [encode(header, self._seal), made_up])
 
     def flush(self) -> None:
         """Nothing is held back."""
@@ -153,32 +150,23 @@ class TcpInlet:
         self._seal = receiving.admitted.incoming
         self._checksum = receiving.checksum
         self._pages = HostPages(receiving.memory)
-        self._crc = 0  # of the last chunk: as received, and as its sender says
-        self._expected = 0
+        self._last = Received(complete=False, crc=0, expected=1)
 
     def receive(self, chunk: Chunk, blocks: Sequence[BlockId], wanted: Callable[[], bool]) -> bool:
         places = self._pages.places(chunk, blocks)
         if self._checksum != "full":
             return self._reader.fill(places, wanted)
-        self._crc, complete = 0, True
-        for part in slices(places, SLICE_BYTES):
-            if not complete:
-                self._reader.discard(sum(map(len, part)))
-                continue
-            complete = self._reader.fill(part, wanted)
-            for place in part:
-                self._crc = crc32(place, self._crc)
-        self._expected = self._check()
-        return complete
+        self._last = read_checked(self._reader, self._seal, places, wanted)
+        return self._last.complete
 
     def discard(self, num_bytes: int) -> None:
         self._reader.discard(num_bytes)
         if self._checksum == "full":
-            self._check()
+            read_check(self._reader, self._seal)
 
     def is_intact(self, crc: int, chunk: Chunk, blocks: Sequence[BlockId]) -> bool:
         if self._checksum == "full":
-            return self._crc == self._expected
+            return self._last.crc == self._last.expected
         return crc == self._pages.crc(self._checksum, chunk, blocks)
 
     def wait_until_quiet(self, stopped: bool) -> None:
@@ -187,11 +175,52 @@ class TcpInlet:
     def close(self) -> None:
         """Nothing is held."""
 
-    def _check(self) -> int:
-        """The CRC that follows a chunk."""
-        header = self._reader.header()
-        if header is None:
-            raise ConnectionResetError("the KV peer has gone inside a frame")
-        frame = decode(header, _CHECK)
-        check_tag(header, b"", self._seal)
-        return frame.crc
+
+class Received(NamedTuple):
+    """``crc`` of the bytes as they came, ``expected`` as their sender says."""
+
+    complete: bool
+    crc: int
+    expected: int
+
+
+def send_checked(
+    sock: socket.socket, seal: Seal, header: Frame, places: Sequence[memoryview]
+) -> None:
+    """A frame with bytes, and behind them their CRC, taken slice by slice.
+
+    Raises:
+        TransferTimeout, OSError: as ``send_all``.
+    """
+    crc, before = 0, [encode(header, seal)]
+    for part in slices(places, SLICE_BYTES):
+        for place in part:
+            crc = crc32(place, crc)
+        send_all(sock, [*before, *part])
+        before = []
+    send_all(sock, [*before, encode(Frame(Kind.CHECK, header.generation, crc=crc), seal)])
+
+
+def read_checked(
+    reader: Reader, seal: Seal, places: Sequence[memoryview], wanted: Callable[[], bool]
+) -> Received:
+    """The bytes behind a header that ``send_checked`` has sent. Raises as ``Inlet.receive``."""
+    crc, complete = 0, True
+    for part in slices(places, SLICE_BYTES):
+        if not complete:
+            reader.discard(sum(map(len, part)))
+            continue
+        complete = reader.fill(part, wanted)
+        for place in part:
+            crc = crc32(place, crc)
+    return Received(complete, crc, read_check(reader, seal))
+
+
+def read_check(reader: Reader, seal: Seal) -> int:
+    """The CRC that follows a frame's bytes."""
+    header = reader.header()
+    if header is None:
+        raise ConnectionResetError("the KV peer has gone inside a frame")
+    frame = decode(header, _CHECK)
+    check_tag(header, b"", seal)
+    return frame.crc

@@ -91,6 +91,10 @@ class KVSettings(Settings):
     """How KV travels from prefill to decode. auto: cuda_ipc or nccl between GPUs, else shm on one
     host and tcp between hosts. nixl needs its extra, and a network without strangers."""
 
+    payload: Literal["exact", "fp8"] = "exact"
+    """What tcp carries. fp8: half of bfloat16's bytes, each element with an error of up to 1/16 of
+    itself; the outputs then depend on it. The decode worker's setting counts."""
+
 
 class BusSettings(Settings):
     scheduler: Address = "tcp://127.0.0.1:8100"

@@ -3,6 +3,7 @@
 ``headrace scale`` leaves its wish with a named actor, and ``headrace up`` reads it there.
 """
 
+import socket
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from deploy.settings import RaySettings
 from protocol.errors import ConfigError
 
 WISHES = "wishes"
+CONNECT_S = 5.0
 
 
 class Wishes:
@@ -41,6 +43,7 @@ def connected(settings: RaySettings) -> Generator[None]:
     Raises:
         ConfigError: no cluster answers, or it runs another Python or Ray.
     """
+    _require_somebody_there(settings.address)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
@@ -49,17 +52,33 @@ def connected(settings: RaySettings) -> Generator[None]:
                 namespace=settings.namespace,
                 logging_level="warning",
             )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        where = "here" if settings.address == "auto" else f"at {settings.address}"
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"no Ray cluster answers {where}: start one with `ray start --head`, or name one with "
-            f"--set ray.address=HOST:6379 ({reason})"
-        ) from None
+    except ConnectionError:
+        raise ConfigError(_nobody(settings.address)) from None
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"Ray: {str(error).splitlines()[0]}") from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_somebody_there(address: str) -> None:
+    """Ray itself would try for minutes, and say so."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():  # auto
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
+    except OSError:
+        raise ConfigError(_nobody(address)) from None
+
+
+def _nobody(address: str) -> str:
+    where = "here" if address == "auto" else f"at {address}"
+    return (
+        f"no Ray cluster answers {where}: start one with `ray start --head`, or name one with "
+        "--set ray.address=HOST:6379"
+    )
 
 
 def alive_nodes() -> list[Resources]:

@@ -52,6 +52,9 @@ class AllToAllTransport:
         self._group = group
         self._slots_per_rank = slots_per_rank
 
+    def connect(self) -> None:
+        """The group's own connections serve."""
+
     def send(self, payloads: Sequence[Tensor], slot_TK: Tensor) -> Dispatch:
         return _AllToAllDispatch(self._group, self._slots_per_rank, payloads, slot_TK)
 

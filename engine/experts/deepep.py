@@ -56,9 +56,6 @@ class LowLatencyBuffer(Protocol):
 
 class DeepEpGroup(Protocol):
     @property
-    def lives(self) -> int: ...
-
-    @property
     def world_size(self) -> int: ...
 
 
@@ -70,13 +67,15 @@ class DeepEpTransport:
         self._shape = shape
         self._group = group
         self._connect = connect
-        self._life = 0
         self._buffer: LowLatencyBuffer | None = None
 
+    def connect(self) -> None:
+        """Buffers are made and registered here, and not within a step."""
+        self._buffer = self._connect()
+
     def send(self, payloads: Sequence[Tensor], slot_TK: Tensor) -> Dispatch:
+        assert self._buffer is not None, "the ranks have not met"
         x_TD, weights_TK = payloads
-        if self._buffer is None or self._life != self._group.lives:
-            self._buffer, self._life = self._connect(), self._group.lives
         # The ranks that are there now; buffers are large enough for all.
         present = replace(self._shape, num_ranks=self._group.world_size)
         return _DeepEpDispatch(self._buffer, present, x_TD, weights_TK, slot_TK)

@@ -45,6 +45,9 @@ class FixedSizeTransport:
         self.shape = shape
         self.workspaces = workspaces
 
+    def connect(self) -> None:
+        """The group's own connections serve."""
+
     def send(self, payloads: Sequence[Tensor], slot_TK: Tensor) -> Dispatch:
         return _FixedSizeDispatch(self, payloads, slot_TK)
 

@@ -18,9 +18,6 @@ class SeatGroup(RowGroup, Protocol):
     """What is needed of ``engine.collectives.ExpertGroup``."""
 
     @property
-    def lives(self) -> int: ...
-
-    @property
     def device(self) -> torch.device: ...
 
 

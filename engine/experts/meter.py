@@ -38,6 +38,8 @@ class ExchangeMeter:
     def __init__(
         self, device: torch.device, *, transport: str = "local", buffer_bytes: int = 0
     ) -> None:
+        self.waited_us = 0  # in the last exchange of step rows
+        self.computed_us = 0  # in the last step of decoding
         self._on_host = device.type == "cpu"
         self._transport = transport
         self._buffer_bytes = buffer_bytes
@@ -71,12 +73,14 @@ class ExchangeMeter:
 
     def add_row_exchange(self, seconds: float, skew_us: int) -> None:
         """A row exchange took that long here; ranks came ``skew_us`` apart to the one before."""
+        self.waited_us = round(seconds / _US)
         self._row_exchanges += 1
         self._row_exchange_s += seconds
         self._skew_s += skew_us * _US
 
-    def add_step(self, *, in_two: bool) -> None:
-        """A step of decoding begins, as one batch or as two."""
+    def add_step(self, seconds: float, *, in_two: bool) -> None:
+        """A step of decoding took that long here, as one batch or as two."""
+        self.computed_us = round(seconds / _US)
         self._steps += 1
         self._steps_in_two += in_two
 

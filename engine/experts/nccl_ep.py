@@ -42,9 +42,6 @@ class RankMajorExchange(Protocol):
 
 class NcclEpGroup(Protocol):
     @property
-    def lives(self) -> int: ...
-
-    @property
     def world_size(self) -> int: ...
 
 
@@ -61,14 +58,15 @@ class NcclEpTransport:
         self.shape = shape
         self._group = group
         self._connect = connect
-        self._life = 0
         self._free: list[RankMajorExchange] = []
 
+    def connect(self) -> None:
+        """A communicator and its buffers are made here, and not within a step."""
+        self._free = list(self._connect())
+        self.shape = replace(self.shape, num_ranks=self._group.world_size)
+
     def send(self, payloads: Sequence[Tensor], slot_TK: Tensor) -> Dispatch:
-        if self._life != self._group.lives:
-            self._free, self._life = list(self._connect()), self._group.lives
-            self.shape = replace(self.shape, num_ranks=self._group.world_size)
-        assert self._free, "too many exchanges of expert rows are under way"
+        assert self._free, "too many exchanges are under way, or the ranks have not met"
         x_TD, weights_TK = payloads
         return _NcclEpDispatch(self, self._free.pop(0), x_TD, weights_TK, slot_TK)
 

@@ -72,6 +72,14 @@ class Dispatch(Protocol):
 
 
 class ExpertTransport(Protocol):
+    def connect(self) -> None:
+        """The ranks have met, for the first time or again; all call it before they exchange rows.
+
+        Raises:
+            WorkerLost: a rank is gone again.
+        """
+        ...
+
     def send(self, payloads: Sequence[Tensor], slot_TK: Tensor) -> Dispatch:
         """Send each token to the ranks of its slots: rank * slots per rank + local slot, or -1.
 
@@ -82,6 +90,9 @@ class ExpertTransport(Protocol):
 
 class LocalTransport:
     """One rank holds every expert: nothing travels."""
+
+    def connect(self) -> None:
+        """There is nobody to connect to."""
 
     def send(self, payloads: Sequence[Tensor], slot_TK: Tensor) -> Dispatch:
         return _LocalDispatch(payloads, slot_TK)

@@ -63,6 +63,7 @@ class Decoder:
         # Ranks agree on how many tokens pass a layer, so only a rank alone may let rows go early.
         self._may_drop_rows = setting.group.num_seats == 1
         self._group = setting.group
+        self._exchange = setting.exchange
         self._chooses_replicas = setting.chooses_replicas
         self._layers = tuple(
             _build(layer, setting.of_layer(index)) for index, layer in enumerate(weights.layers)
@@ -73,6 +74,15 @@ class Decoder:
         """By layer, where experts may move."""
         slots = {index: layer.feed_forward.slots for index, layer in enumerate(self._layers)}
         return {index: exchange for index, exchange in slots.items() if exchange is not None}
+
+    def connect(self) -> None:
+        """The ranks have met; all call it before they compute together.
+
+        Raises:
+            WorkerLost: a rank is gone again.
+        """
+        if self._exchange is not None:
+            self._exchange.transport.connect()
 
     def forward(
         self, batch: ForwardBatch, cache: KVStorage, after_layer: AfterLayer | None = None

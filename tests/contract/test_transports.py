@@ -14,12 +14,12 @@ from pathlib import Path
 
 import pytest
 
-from kvtransfer import shm
+from kvtransfer import shm, terms
 from kvtransfer.carrier import Receiving, Transport
 from kvtransfer.carriers import make_carriers
 from kvtransfer.checksum import ChecksumChoice
 from kvtransfer.frames import Frame, Kind, control
-from kvtransfer.handshake import admit
+from kvtransfer.handshake import admit, connect
 from kvtransfer.inlet import Reader
 from kvtransfer.interface import KVMemory, Push
 from kvtransfer.limits import TransferLimits
@@ -709,6 +709,7 @@ def a_deaf_sink(pair: Pair, answers: list[Kind], blocks: int = 1) -> Generator[G
                 reader=Reader(sock, WAIT_S),
                 memory=pair.target,
                 checksum="off",
+                payload="exact",
                 worker=decode,
                 admitted=admitted,
                 limits=TransferLimits(),
@@ -759,3 +760,26 @@ def test_what_the_decode_rank_does_not_offer_is_refused_with_the_reason(pair: Pa
     with pytest.raises(TransferError, match=f"{other}: the decode rank does not offer it"):
         source.open(pair.grant([1]))
     source.close()
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\xc1", b"\x80"], ids=["nothing", "noise", "no fields"])
+def test_a_peer_whose_terms_make_no_sense_is_refused(garbage: bytes) -> None:
+    pytest.importorskip("nixl")
+    with a_pair("nixl") as pair:
+        sock = dial("nixl", pair.sink.endpoint.addresses["nixl"])
+        connected = connect(
+            sock,
+            source=a_worker("prefill-7"),
+            decode=pair.decode,
+            layout_digest=LAYOUT.digest(),
+            cluster_key=None,
+            timeout_s=WAIT_S,
+        )
+        terms.hear(sock, connected.incoming, WAIT_S)
+        terms.tell(sock, connected.outgoing, garbage, WAIT_S)
+        sock.settimeout(WAIT_S)
+        with contextlib.suppress(ConnectionResetError):
+            assert sock.recv(1) == b""
+        sock.close()
+        until(lambda: pair.sink.stats()["refused_connections"] == 1, "nobody was refused")
+        pair.carry([1], [1])

@@ -200,6 +200,7 @@ def through(step_group: StepGroup, library: str, payload: str) -> list[Tensor]:
         transport = DeepEpTransport(group, shape, lambda: ExpertMajor(group))
     else:
         transport = NcclEpTransport(group, shape, lambda: [RankMajor(group), RankMajor(group)])
+    transport.connect()
     exchange = RowExchange(
         name=library,  # type: ignore[arg-type]
         transport=transport,

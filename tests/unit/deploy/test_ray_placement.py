@@ -8,6 +8,7 @@ import pytest
 from deploy.on_ray.placement import NODE_LABEL, Gang, a_gang, offers
 
 TRAY = {"CPU": 64.0, "GPU": 4.0}
+COMMANDS = [["up", "--on", "ray", "--port", "0"], ["scale", "prefill=2"]]
 NO_RAY = "import sys; sys.modules['ray'] = None; from deploy.cli import main; sys.exit(main({}))"
 
 
@@ -59,3 +60,39 @@ def test_without_ray_the_command_says_what_to_install(arguments: list[str]) -> N
     assert ended.returncode == 1
     assert ended.stderr.startswith("headrace: Ray is not installed here: pip install")
     assert len(ended.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", COMMANDS, ids=["up", "scale"])
+def test_where_no_cluster_answers_the_command_says_how_to_get_one(arguments: list[str]) -> None:
+    pytest.importorskip("ray")
+    ended = subprocess.run(
+        [sys.executable, "-m", "deploy.cli", *arguments, "--set", "ray.address=127.0.0.1:9"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("headrace: no Ray cluster answers at 127.0.0.1:9: start one")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("wanted", "told"),
+    [
+        ("decode=2", "start another system with --decode-ranks"),
+        ("prefill=0", "write prefill=N, where N is 1 or more"),
+        ("prefill", "write prefill=N"),
+    ],
+)
+def test_a_scale_that_cannot_be_is_refused_before_ray_is_asked(wanted: str, told: str) -> None:
+    pytest.importorskip("ray")
+    ended = subprocess.run(
+        [sys.executable, "-m", "deploy.cli", "scale", wanted],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (ended.returncode, len(ended.stderr.splitlines())) == (2, 1)
+    assert told in ended.stderr

@@ -40,8 +40,8 @@ def test_time_before_resuming_is_nobodys() -> None:
 def test_bytes_and_row_exchanges_add_up() -> None:
     meter = ExchangeMeter(CPU, transport="padded", buffer_bytes=7)
     meter.add_group()
-    meter.add_step(in_two=True)
-    meter.add_step(in_two=False)
+    meter.add_step(0.5, in_two=True)
+    meter.add_step(0.25, in_two=False)
     for _ in range(2):
         meter.add_bytes("dispatch", 10)
         meter.add_bytes("combine", 3)
@@ -49,5 +49,6 @@ def test_bytes_and_row_exchanges_add_up() -> None:
     traffic = meter.traffic()
     assert (traffic.transport, traffic.buffer_bytes, traffic.groups_formed) == ("padded", 7, 1)
     assert (traffic.steps, traffic.steps_in_two) == (2, 1)
+    assert (meter.waited_us, meter.computed_us) == (500_000, 250_000)  # the last ones
     assert (traffic.dispatch_bytes, traffic.combine_bytes) == (20, 6)
     assert (traffic.row_exchanges, traffic.row_exchange_s, traffic.skew_s) == (2, 1.0, 0.5)

@@ -39,7 +39,7 @@ def anyio_backend() -> str:
     return "asyncio"
 
 
-@pytest.mark.parametrize("clients", [100, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("clients", [60, pytest.param(2000, marks=pytest.mark.slow)])
 async def test_clients_that_hang_up_at_any_moment_leave_nothing_behind(clients: int) -> None:
     async with (
         a_system(ranks=RANKS, num_blocks=BLOCKS, max_waiting=AT_ONCE, pace=PACE) as system,
