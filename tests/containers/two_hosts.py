@@ -201,20 +201,23 @@ def knock_raw(host: str, port: int) -> str:
             return "OPEN: it listens to strangers"
 
 
-def knock_store(host: str, port: int) -> None:
-    """Whether a stranger can write where the ranks meet."""
-    from datetime import timedelta
+def knock_meeting(host: str, port: int) -> str | None:
+    """Whether a rank takes a stranger's ticket; None where no rank greets."""
+    from engine.meeting.tickets import Sealed, Ticket
+    from protocol.errors import WorkerLost
 
-    from torch.distributed import TCPStore
-
-    try:
-        store = TCPStore(
-            host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=KNOCK_S)
-        )
-        store.set("stranger", "was here")
-        print("OPEN: the ranks' store takes values" if store.get("stranger") else "")
-    except (RuntimeError, ValueError):
-        print("unreachable")
+    with socket.create_connection((host, port), KNOCK_S) as knocker:
+        visit = Sealed(knocker, key=b"a guess", host=False)
+        try:
+            visit.be_greeted()
+        except WorkerLost:
+            return None
+        ticket = Ticket(rank=1, number=1, address="", last_epoch=0, last_members=(), terms={})
+        try:
+            visit.send(ticket)
+            return f"OPEN: it answers a stranger's ticket: {visit.answer()}"
+        except WorkerLost:
+            return "refuses strangers"
 
 
 def knock(host: str, port: int) -> None:
@@ -230,7 +233,7 @@ def knock(host: str, port: int) -> None:
         both = {knock_bus(host, port, curve=False), knock_bus(host, port, curve=True)}
         print(min((f for f in both if f is not None), default="refuses strangers"))
     else:
-        print(knock_raw(host, port))
+        print(knock_meeting(host, port) or knock_raw(host, port))
 
 
 def _greets_like_zeromq(host: str, port: int) -> bool:
@@ -304,8 +307,7 @@ def knock_at_all(
         faults.append(f"not every role listens: {doors}")
     keyless = []
     for host, port, role in doors:
-        meeting = (host, port) == (first, RENDEZVOUS)
-        found = stranger.python("knock_store" if meeting else "knock", host.address, str(port))
+        found = stranger.python("knock", host.address, str(port))
         print(f"{host.address}:{port:<6} {role:<9} {found}")
         if found not in ASKS:
             keyless.append((host, port))
@@ -327,7 +329,7 @@ def _fence(host: Host, other: str) -> None:
 
 def main() -> int:
     """The exit code."""
-    knocks = {"ask": ask, "knock": knock, "knock_store": knock_store}
+    knocks = {"ask": ask, "knock": knock}
     if len(sys.argv) > 1 and sys.argv[1] in knocks:
         first, second, *rest = sys.argv[2:]
         if sys.argv[1] == "ask":
