@@ -24,9 +24,10 @@ class TransferLimits:
     """Of GPU transports, and of their staging. Hides what it costs to start a copy."""
     meet_s: float = 30.0
     """From the id of an NCCL communicator until both ends have joined it."""
-    nixl_frame_bytes: int = 1024 * 1024
-    """Also a slot of the landing. Larger ones leave the cache between the write and the copy."""
-    nixl_slots: int = 4
+    nixl_frame_bytes: int = 8 * 1024 * 1024
+    """Also a slot of the landing. Each costs both ends about 500 us of notes and of looking for
+    them: with 1 MB the CPU time of a byte is three times as much. At most 16 MB."""
+    nixl_slots: int = 3
     """Chunks under way at once: one is written while others are copied to their blocks."""
     socket_buffer_bytes: int = 256 * 1024
     """Of tcp. What is under way stays in cache: on loopback this is 2 to 4 times as fast as the
