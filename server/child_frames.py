@@ -43,8 +43,8 @@ def answer_of(child: subprocess.Popen[bytes], within_s: float, kind: type[M]) ->
     until = time.monotonic() + within_s
     received = bytearray()
     while len(received) < _FRAME.size or len(received) < _FRAME.size + _length(received):
-        ready, _, _ = select.select([pipe], [], [], max(0.0, until - time.monotonic()))
-        if not ready:
+        left_s = until - time.monotonic()
+        if left_s <= 0 or not select.select([pipe], [], [], left_s)[0]:
             raise TimeoutError
         part = pipe.read1(_READ_BYTES)  # type: ignore[attr-defined]  # pipes are buffered readers
         if not part:

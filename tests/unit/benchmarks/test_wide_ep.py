@@ -2,12 +2,21 @@
 
 import pytest
 
-from benchmarks.wide_ep import _durations, _expected_bytes, _moving, _parts, _sent
+from benchmarks.wide_ep import (
+    _durations,
+    _estimated_least,
+    _expected_bytes,
+    _moving,
+    _parts,
+    _sent,
+)
 from benchmarks.wide_ep_rank import Outcome, Step
 
 
 def a_step(arrived: float, left: float, ended: float, attention: float = 0.0) -> Step:
-    return Step(arrived=arrived, left=left, ended=ended, parts={"attention": attention})
+    return Step(
+        arrived=arrived, left=left, ended=ended, moving_s=0.004, parts={"attention": attention}
+    )
 
 
 def an_outcome(*steps: Step, sent_bytes: int = 0, counted: int = 0) -> Outcome:
@@ -45,6 +54,7 @@ def test_the_longest_step_is_compared_with_the_median() -> None:
     figures = _moving(TWO_RANKS, TWO_RANKS)
     assert _durations(TWO_RANKS) == pytest.approx([0.100, 0.060])
     assert figures["longest / median step, moving"] == pytest.approx(100 / 80)
+    assert figures["longest move / median step"] == pytest.approx(4 / 80)
     assert figures["layers moved"] == 2
 
 
@@ -55,7 +65,16 @@ def test_bytes_are_compared_with_the_form_that_was_used() -> None:
     counted = _expected_bytes(4, padded=False)
     assert counted == pytest.approx(3 * (1 - 0.75**8) * row + 3 * 8 / 4 + results * 3 / 4)
     sent = [an_outcome(sent_bytes=int(12 * padded)) for _ in range(4)]
-    assert _sent(sent)["bytes over the formula"] == pytest.approx(1, rel=1e-3)
+    assert _sent(sent, "all_to_all")["bytes over the formula"] == pytest.approx(1, rel=1e-3)
     sent = [an_outcome(sent_bytes=int(12 * counted), counted=3) for _ in range(4)]
-    assert _sent(sent)["form of exchange"] == "counted"
-    assert _sent(sent)["bytes over the formula"] == pytest.approx(1, rel=1e-3)
+    assert _sent(sent, "all_to_all")["form of exchange"] == "counted"
+    assert _sent(sent, "all_to_all")["bytes over the formula"] == pytest.approx(1, rel=1e-3)
+    assert "bytes over the formula" not in _sent(sent, "padded")
+
+
+def test_the_least_is_estimated_from_replicas_and_the_lightest_beside_them() -> None:
+    # One expert has half of all tokens: with all 33 replicas that there are slots for, its ranks
+    # carry a 33rd of that each, and three others of the rest.
+    half = [255 * 5, *[5] * 255]
+    mean = 2 * 255 * 5 / 72
+    assert _estimated_least(half) == pytest.approx((255 * 5 / 33 + 3 * 5) / mean, rel=1e-6)
