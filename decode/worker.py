@@ -162,6 +162,7 @@ def _meeting(
     rendezvous = Rendezvous(
         group,
         settings.group.rendezvous.removeprefix("tcp://"),
+        name=settings.worker_id,
         first=settings.group.first_ranks,
         least=loaded.least_ranks,
         collective_timeout_s=settings.group.step_timeout_s,

@@ -47,6 +47,7 @@ class Rendezvous:
         expert_group: ExpertGroup,
         address: str,
         *,
+        name: str = "",
         first: int | None = None,
         least: int | None = None,
         collective_timeout_s: float = 10.0,
@@ -54,7 +55,7 @@ class Rendezvous:
         terms: Mapping[str, str] | None = None,
         key: bytes = b"",
     ) -> None:
-        """``address`` is "host:port" of rank 0. ``first`` ranks are enough for the first meeting
+        """``address`` is "host:port" of rank 0, and ``name`` tells groups apart. ``first`` ranks are enough for the first meeting
         and ``least`` ever after; None: all. A rank that keeps the others waiting for longer than
         ``collective_timeout_s`` counts as lost. ``attempt_s`` bounds the making of connections.
         ``terms`` must be equal on all ranks, by name.
@@ -67,6 +68,7 @@ class Rendezvous:
         self._rank = expert_group.seat
         self._quorum = Quorum(ranks=ranks, first=first or ranks, least=least or ranks)
         self._host, self._port = _parse(address) if ranks > 1 else ("", 0)
+        self._name = f"{name}:{self._port}"
         self._addresses = {0: _joined(self._host, self._port)}
         self._collective_timeout_s = collective_timeout_s
         self._attempt_s = attempt_s
@@ -142,6 +144,7 @@ class Rendezvous:
 
         gathering = Gathering(
             Ticket(
+                group=self._name,
                 rank=self._rank,
                 number=randbits(62),
                 address=self._own_address,
@@ -224,6 +227,7 @@ class Rendezvous:
         self._own_address = _joined(self._own_host, listener.getsockname()[1])
         self._doorman = Doorman(
             listener,
+            group=self._name,
             rank=self._rank,
             terms=self._terms,
             key=self._key,

@@ -34,16 +34,18 @@ class Doorman:
         self,
         listener: socket.socket,
         *,
+        group: str,
         rank: int,
         terms: Mapping[str, str],
         key: bytes,
         stuck_s: float,
     ) -> None:
-        """``listener`` is bound. Visitors whose ``terms`` differ are refused. After ``stuck_s``
-        without ``seen`` nobody is received.
+        """``listener`` is bound. Visitors of another ``group`` are not received, and those whose
+        ``terms`` differ are told so. After ``stuck_s`` without ``seen`` nobody is received.
         """
         listener.listen(BACKLOG)
         self._listener = listener
+        self._group = group
         self._rank = rank
         self._terms = dict(terms)
         self._key = key
@@ -119,6 +121,8 @@ class Doorman:
                 sealed = Sealed(connection, key=self._key, host=True)
                 sealed.greet()
                 ticket = sealed.ticket()
+                if ticket.group != self._group:
+                    return
                 if ticket.terms == self._terms:
                     self._host(sealed, _Visitor(ticket))
                 else:

@@ -26,6 +26,7 @@ _LENGTH_BYTES: Final = 4
 class Ticket(msgspec.Struct, frozen=True, array_like=True, tag="ticket"):
     """A rank that wants to take part. ``number`` is random, of one attempt of one process."""
 
+    group: str  # which group it belongs to: ports are used again, by ranks of others too
     rank: int
     number: int
     address: str  # where this rank receives visitors, host:port

@@ -212,7 +212,9 @@ def knock_meeting(host: str, port: int) -> str | None:
             visit.be_greeted()
         except WorkerLost:
             return None
-        ticket = Ticket(rank=1, number=1, address="", last_epoch=0, last_members=(), terms={})
+        ticket = Ticket(
+            group="", rank=1, number=1, address="", last_epoch=0, last_members=(), terms={}
+        )
         try:
             visit.send(ticket)
             return f"OPEN: it answers a stranger's ticket: {visit.answer()}"

@@ -225,6 +225,19 @@ def test_a_rank_without_the_key_is_not_received(ranks: dict[int, RankProcess]) -
     assert not any(rank.pipe.poll() for rank in ranks.values())
 
 
+def test_a_rank_of_another_group_is_not_received(ranks: dict[int, RankProcess]) -> None:
+    """It may come by a port that has been used before."""
+    address = free_address()
+    ranks |= {seat: start(seat, address, FEW) for seat in (0, 1, 2)}
+    together(ranks)
+    expert_group = ExpertGroup(seat=3, num_seats=SEATS, device=CPU)
+    stranger = Rendezvous(expert_group, address, name="another", attempt_s=1)
+    with pytest.raises(DeadlineExceeded, match="last failure: rank 0: the connection has ended"):
+        stranger.form(deadline_s=1.5)
+    stranger.close()
+    assert not any(rank.pipe.poll() for rank in ranks.values())
+
+
 def rendezvous_of(seat: int, seats: int, address: str) -> Rendezvous:
     return Rendezvous(ExpertGroup(seat=seat, num_seats=seats, device=CPU), address, attempt_s=0.3)
 
