@@ -127,7 +127,8 @@ class Gathering:
             living = list(threads.map(lambda rank: answers(self._addresses[rank]), known))
         late = self._waiting.waited_s() > self._late_s
         for rank, lives in zip(known, living, strict=True):
-            if late or not lives:
+            # A lower rank that lives is visited, and does not have to come.
+            if not lives or (late and rank > self._ticket.rank):
                 self._gone[rank] = time.monotonic()
             else:
                 self._gone.pop(rank, None)
