@@ -55,10 +55,10 @@ class Rendezvous:
         terms: Mapping[str, str] | None = None,
         key: bytes = b"",
     ) -> None:
-        """``address`` is "host:port" of rank 0, and ``name`` tells groups apart. ``first`` ranks are
-        enough for the first meeting and ``least`` ever after; None: all. A rank that keeps the
-        others waiting for longer than ``collective_timeout_s`` counts as lost. ``attempt_s`` bounds
-        the making of connections. ``terms`` must be equal on all ranks, by name.
+        """``address`` is "host:port" of rank 0, and ``name`` tells groups apart. ``first`` ranks
+        are enough for the first meeting and ``least`` ever after; None: all. A rank that keeps the
+        others waiting for longer than ``collective_timeout_s`` counts as lost. ``attempt_s``
+        bounds the making of connections. ``terms`` must be equal on all ranks, by name.
 
         Raises:
             ConfigError: ``address`` is not an address.
