@@ -144,7 +144,6 @@ class Rendezvous:
 
         gathering = Gathering(
             Ticket(
-                group=self._name,
                 rank=self._rank,
                 number=randbits(62),
                 address=self._own_address,
@@ -156,6 +155,7 @@ class Rendezvous:
             addresses=self._addresses,
             quorum=self._quorum,
             leaving=leaving,
+            group=self._name,
             key=self._key,
             late_s=self._collective_timeout_s,
             waiting=waiting,
@@ -204,7 +204,7 @@ class Rendezvous:
             return
         doorman.keep()
         lower = [address for rank, address in self._addresses.items() if rank < leader]
-        self._lookout = Lookout(lower) if lower else None
+        self._lookout = Lookout(lower, self._name) if lower else None
 
     def _stop_looking(self) -> None:
         if self._lookout is not None:

@@ -40,8 +40,8 @@ class Doorman:
         key: bytes,
         stuck_s: float,
     ) -> None:
-        """``listener`` is bound. Visitors of another ``group`` are not received, and those whose
-        ``terms`` differ are told so. After ``stuck_s`` without ``seen`` nobody is received.
+        """``listener`` is bound. Visitors of another ``group`` go away by themselves; those whose
+        ``terms`` differ are refused. After ``stuck_s`` without ``seen`` nobody is received.
         """
         listener.listen(BACKLOG)
         self._listener = listener
@@ -65,9 +65,13 @@ class Doorman:
 
     @property
     def visitors(self) -> Mapping[int, Ticket]:
-        """Who waits here now, by rank."""
+        """Who waits here now, by rank; not who has had an answer and is about to go."""
         with self._changed:
-            return {rank: visitor.ticket for rank, visitor in self._visitors.items()}
+            return {
+                rank: visitor.ticket
+                for rank, visitor in self._visitors.items()
+                if visitor.answer is None
+            }
 
     def keep(self) -> None:
         """From now on visitors wait here."""
@@ -118,11 +122,9 @@ class Doorman:
             if not self._receives():
                 return
             try:
-                sealed = Sealed(connection, key=self._key, host=True)
+                sealed = Sealed(connection, group=self._group, key=self._key, host=True)
                 sealed.greet()
                 ticket = sealed.ticket()
-                if ticket.group != self._group:
-                    return
                 if ticket.terms == self._terms:
                     self._host(sealed, _Visitor(ticket))
                 else:

@@ -30,6 +30,7 @@ class Gathering:
         addresses: dict[int, str],
         quorum: Quorum,
         leaving: Collection[int],
+        group: str,
         key: bytes,
         late_s: float,
         waiting: Waiting,
@@ -40,6 +41,7 @@ class Gathering:
         self._addresses = addresses
         self._quorum = quorum
         self._leaving = leaving
+        self._group = group
         self._key = key
         self._late_s = late_s
         self._waiting = waiting
@@ -88,7 +90,13 @@ class Gathering:
 
         self._doorman.seen()
         try:
-            answer = visit(self._addresses[rank], self._ticket, key=self._key, on_wait=wait)
+            answer = visit(
+                self._addresses[rank],
+                self._ticket,
+                group=self._group,
+                key=self._key,
+                on_wait=wait,
+            )
         except WorkerLost as error:
             self._waiting.last_failure = f"rank {rank}: {error}"
             self._gone[rank] = time.monotonic()
@@ -124,7 +132,9 @@ class Gathering:
         if not known:
             return
         with ThreadPoolExecutor(min(_PROBES, len(known))) as threads:
-            living = list(threads.map(lambda rank: answers(self._addresses[rank]), known))
+            living = list(
+                threads.map(lambda rank: answers(self._addresses[rank], self._group), known)
+            )
         late = self._waiting.waited_s() > self._late_s
         for rank, lives in zip(known, living, strict=True):
             # A lower rank that lives is visited, and does not have to come.

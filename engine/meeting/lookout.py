@@ -11,8 +11,9 @@ _EVERY_S = 1.0
 class Lookout:
     """``found``: one of ``addresses`` answers, so the group should meet there."""
 
-    def __init__(self, addresses: Sequence[str]) -> None:
+    def __init__(self, addresses: Sequence[str], group: str) -> None:
         self._addresses = addresses
+        self._group = group
         self._stopped = threading.Event()
         self.found = False
         threading.Thread(target=self._look, name="lookout", daemon=True).start()
@@ -22,4 +23,4 @@ class Lookout:
 
     def _look(self) -> None:
         while not self.found and not self._stopped.wait(_EVERY_S):
-            self.found = any(answers(address) for address in self._addresses)
+            self.found = any(answers(address, self._group) for address in self._addresses)

@@ -1,10 +1,11 @@
 """What ranks say to one another while they meet, and how it is sealed.
 
-A visit is one TCP connection: the host sends a nonce, the visitor its ``Ticket``, and then the host
-sends ``Wait`` until it has a ``Roll`` or a ``Follow`` to give; each ``Wait`` is answered with the
-ticket again. Every frame has a length, an HMAC-SHA256 over the nonce, the direction, the frame's
-number and the body, and the body in msgpack. Who holds the cluster's key can make that HMAC;
-without a key it only finds damage, and everything stays on loopback.
+A visit is one TCP connection. The host sends a nonce and a mark of its group, for ports are used
+again, by ranks of other groups too; the visitor sends its ``Ticket``; and then the host sends
+``Wait`` until it has a ``Roll``, a ``Follow`` or a ``Refusal`` to give. Each ``Wait`` is answered
+with the ticket again. Every frame has a length, an HMAC-SHA256 over the nonce, the direction, the
+frame's number and the body, and the body in msgpack. Who holds the cluster's key can make that
+HMAC; without a key it only finds damage, and everything stays on loopback.
 """
 
 import hashlib
@@ -19,6 +20,7 @@ from protocol.errors import WorkerLost
 
 MAX_FRAME_BYTES: Final = 256 * 1024
 _NONCE_BYTES: Final = 16
+_MARK_BYTES: Final = 8
 _SEAL_BYTES: Final = 32
 _LENGTH_BYTES: Final = 4
 
@@ -26,7 +28,6 @@ _LENGTH_BYTES: Final = 4
 class Ticket(msgspec.Struct, frozen=True, array_like=True, tag="ticket"):
     """A rank that wants to take part. ``number`` is random, of one attempt of one process."""
 
-    group: str  # which group it belongs to: ports are used again, by ranks of others too
     rank: int
     number: int
     address: str  # where this rank receives visitors, host:port
@@ -71,8 +72,9 @@ class Sealed:
     the protocol, does not hold the key, has gone, or is silent for longer than the socket waits.
     """
 
-    def __init__(self, connection: socket.socket, *, key: bytes, host: bool) -> None:
+    def __init__(self, connection: socket.socket, *, group: str, key: bytes, host: bool) -> None:
         self._connection = connection
+        self._mark = hashlib.sha256(group.encode()).digest()[:_MARK_BYTES]
         self._key = key
         self._sends, self._hears = (b"host", b"visitor") if host else (b"visitor", b"host")
         self._sent = self._heard = 0
@@ -81,10 +83,12 @@ class Sealed:
     def greet(self) -> None:
         """The host's first word."""
         self._nonce = secrets.token_bytes(_NONCE_BYTES)
-        self._write(self._nonce)
+        self._write(self._nonce + self._mark)
 
     def be_greeted(self) -> None:
         self._nonce = self._read(_NONCE_BYTES)
+        if self._read(_MARK_BYTES) != self._mark:
+            raise WorkerLost("a rank of another group answers there")
 
     def send(self, message: Ticket | Answer) -> None:
         body = msgspec.msgpack.encode(message)

@@ -10,7 +10,7 @@ SILENT_S = 1.0  # who says nothing for so long is frozen, or as good as that
 
 
 def visit(
-    address: str, ticket: Ticket, *, key: bytes, on_wait: Callable[[], None]
+    address: str, ticket: Ticket, *, group: str, key: bytes, on_wait: Callable[[], None]
 ) -> Follow | Roll:
     """Wait at ``address`` for the roll, or for being sent elsewhere. ``on_wait`` is called several
     times a second, first when it is known that the host lives; what it raises ends the visit.
@@ -20,7 +20,7 @@ def visit(
         ConfigError: this rank cannot be in a group with the host.
     """
     with _connected(address) as connection:
-        sealed = Sealed(connection, key=key, host=False)
+        sealed = Sealed(connection, group=group, key=key, host=False)
         sealed.be_greeted()
         while True:
             sealed.send(ticket)
@@ -32,11 +32,11 @@ def visit(
             on_wait()
 
 
-def answers(address: str) -> bool:
-    """Whether a rank receives visitors at ``address``; takes ``SILENT_S`` if it is frozen."""
+def answers(address: str, group: str) -> bool:
+    """Whether a rank of ``group`` receives visitors there; takes ``SILENT_S`` if it is frozen."""
     try:
         with _connected(address) as connection:
-            Sealed(connection, key=b"", host=False).be_greeted()
+            Sealed(connection, group=group, key=b"", host=False).be_greeted()
             return True
     except WorkerLost:
         return False

@@ -207,14 +207,12 @@ def knock_meeting(host: str, port: int) -> str | None:
     from protocol.errors import WorkerLost
 
     with socket.create_connection((host, port), KNOCK_S) as knocker:
-        visit = Sealed(knocker, key=b"a guess", host=False)
+        visit = Sealed(knocker, group=f"decode-0:{RENDEZVOUS}", key=b"a guess", host=False)
         try:
             visit.be_greeted()
         except WorkerLost:
             return None
-        ticket = Ticket(
-            group="", rank=1, number=1, address="", last_epoch=0, last_members=(), terms={}
-        )
+        ticket = Ticket(rank=1, number=1, address="", last_epoch=0, last_members=(), terms={})
         try:
             visit.send(ticket)
             return f"OPEN: it answers a stranger's ticket: {visit.answer()}"

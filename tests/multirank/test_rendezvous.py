@@ -232,7 +232,7 @@ def test_a_rank_of_another_group_is_not_received(ranks: dict[int, RankProcess]) 
     together(ranks)
     expert_group = ExpertGroup(seat=3, num_seats=SEATS, device=CPU)
     stranger = Rendezvous(expert_group, address, name="another", attempt_s=1)
-    with pytest.raises(DeadlineExceeded, match="last failure: rank 0: the connection has ended"):
+    with pytest.raises(DeadlineExceeded, match="a rank of another group answers there"):
         stranger.form(deadline_s=1.5)
     stranger.close()
     assert not any(rank.pipe.poll() for rank in ranks.values())

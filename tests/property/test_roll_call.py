@@ -11,7 +11,6 @@ SEATS = 6
 
 def ticket(rank: int, last_epoch: int = 0, last_members: tuple[int, ...] = ()) -> Ticket:
     return Ticket(
-        group="",
         rank=rank,
         number=rank + 100,
         address="",
