@@ -133,13 +133,15 @@ def test_only_the_lost_rank_s_streams_move_and_no_stream_changes(
     whole_again(system)
     victim, before = rank_process(system, rank), migrations(system)
 
-    tokens = all_streams(system, folder.name, 25, lambda: victim.send_signal(how))
+    try:
+        tokens = all_streams(system, folder.name, 25, lambda: victim.send_signal(how))
+    finally:
+        if how is signal.SIGSTOP:
+            victim.send_signal(signal.SIGCONT)
 
     assert tokens == wanted
     moved = migrations(system) - before
     assert 0 < moved <= STREAMS / 2, "streams of the other ranks stay where they are"
-    if how is signal.SIGSTOP:
-        victim.send_signal(signal.SIGCONT)
     whole_again(system)
     assert all_streams(system, folder.name, 1, lambda: None) == wanted
 
