@@ -8,10 +8,7 @@ for events, so that nothing here ever waits for the whole device.
 import contextlib
 import ctypes
 import importlib
-import select
-import socket
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,9 +23,7 @@ from protocol.errors import ConfigError, TransferError
 from protocol.ids import BlockId
 
 HOW_TO_INSTALL = "install it with pip install 'headrace[gpu]'"
-_SPINS = 200
 _FABRIC_READY = 3
-_PAUSE_S = 0.00002
 
 
 def library() -> Any:
@@ -190,25 +185,3 @@ def allocation_of(address: int) -> tuple[int, int]:
         if found == 0:
             return base.value, size.value
     raise TransferError("the KV memory is no CUDA allocation that can be shared")
-
-
-def wait_until(
-    done: Callable[[], bool], sock: socket.socket, stall_s: float, late: Exception
-) -> None:
-    """
-    Raises:
-        late: not done in ``stall_s``.
-        OSError: not done, and the peer's end of ``sock`` has gone.
-    """
-    for _ in range(_SPINS):
-        if done():
-            return
-    deadline = time.monotonic() + stall_s
-    poller = select.poll()
-    poller.register(sock, select.POLLRDHUP)
-    while not done():
-        if time.monotonic() > deadline:
-            raise late
-        if poller.poll(0) and not done():
-            raise ConnectionResetError("the KV peer has gone")
-        time.sleep(_PAUSE_S)

@@ -20,6 +20,7 @@ import torch
 
 from kvtransfer import cuda, terms
 from kvtransfer.carrier import Receiving, Sending, Transport
+from kvtransfer.completion import wait_until
 from kvtransfer.cuda import DevicePages
 from kvtransfer.frames import Frame, Kind, encode
 from kvtransfer.interface import Fence, KVMemory
@@ -164,7 +165,7 @@ class CudaIpcOutlet:
             f"copies to the decode rank's GPU have not ended in {self._stall_s} s"
         )
         over = partial(self._pages.is_over, self._pages.mark())
-        cuda.wait_until(over, self._sock, self._stall_s, late)
+        wait_until(over, self._sock, self._stall_s, late)
         length = self._pages.num_bytes(chunk)
         notice = Frame(Kind.CHUNK, generation, chunk, length, crc)
         send_all(self._sock, [encode(notice, self._seal)])
@@ -181,7 +182,7 @@ class CudaIpcOutlet:
             )
             over.record(stream)
             late = TransferTimeout("a first copy from the decode rank's GPU has not ended")
-            cuda.wait_until(partial(self._pages.is_over, over), self._sock, self._stall_s, late)
+            wait_until(partial(self._pages.is_over, over), self._sock, self._stall_s, late)
             seconds = begun.elapsed_time(over) / 1000
         return num_bytes / max(seconds, 1e-9)
 

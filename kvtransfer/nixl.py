@@ -12,11 +12,8 @@ encrypts and authenticates nothing: it needs a network that strangers are not on
 
 import ctypes
 import mmap
-import select
-import socket
 import struct
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
@@ -25,6 +22,7 @@ import msgspec
 
 from kvtransfer import nixl_agent, terms
 from kvtransfer.carrier import Receiving, Sending, Transport
+from kvtransfer.completion import wait_until
 from kvtransfer.frames import NO_GRANT, Frame, Kind, encode
 from kvtransfer.interface import Fence, KVMemory
 from kvtransfer.nixl_agent import Agent, Piece
@@ -35,8 +33,6 @@ from protocol.errors import ConfigError, ProtocolError, TransferError, TransferT
 from protocol.ids import BlockId, Generation, WorkerRef
 
 MAX_PIECES = 16  # a longer list of places is gathered first: each costs UCX more than the copy
-_SPINS = 64  # looks without a pause: most chunks arrive within them
-_PAUSE_S = 0.00005
 _NOTE = struct.Struct("<Q")
 
 
@@ -204,7 +200,7 @@ class NixlOutlet:
 
     def _wait(self, done: Callable[[], bool], what: str) -> None:
         error = TransferTimeout(f"the decode rank has {what} for {self._stall_s} s")
-        _until(done, self._sock, self._stall_s, error)
+        wait_until(done, self._sock, self._stall_s, error)
 
 
 class NixlInlet:
@@ -265,7 +261,7 @@ class NixlInlet:
         """The number of the next chunk, whose bytes are in its slot."""
         number, self._taken = self._taken, self._taken + 1
         error = TimeoutError("the prefill worker has stopped inside a chunk")
-        _until(lambda: self._heard(number), self._sock, self._stall_s, error)
+        wait_until(lambda: self._heard(number), self._sock, self._stall_s, error)
         return number
 
     def _heard(self, number: int) -> bool:
@@ -275,23 +271,3 @@ class NixlInlet:
         if self._notes.popleft() != _NOTE.pack(number):
             raise ProtocolError("a NIXL note that does not fit the chunk")
         return True
-
-
-def _until(done: Callable[[], bool], sock: socket.socket, stall_s: float, late: Exception) -> None:
-    """
-    Raises:
-        late: not done in ``stall_s``.
-        OSError: not done, and the peer's end of the connection has gone.
-    """
-    for _ in range(_SPINS):
-        if done():
-            return
-    deadline = time.monotonic() + stall_s
-    poller = select.poll()
-    poller.register(sock, select.POLLRDHUP)
-    while not done():
-        if time.monotonic() > deadline:
-            raise late
-        if poller.poll(0) and not done():
-            raise ConnectionResetError("the KV peer has gone")
-        time.sleep(_PAUSE_S)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar
 
 from kvtransfer.checksum import Checksum
-from kvtransfer.cuda import wait_until
+from kvtransfer.completion import wait_until
 from kvtransfer.frames import NO_GRANT, Frame, Kind, Seal, encode
 from kvtransfer.outlet import send_all
 from kvtransfer.plan import Chunk

@@ -1,7 +1,7 @@
 """A rank's seat for libraries that connect ranks by themselves: who it is, and a way to tell all.
 
 Libraries ask for a communicator in mpi4py's form, and only to exchange a few addresses when they
-start. Those travel as rows of the group, encoded without pickle.
+start. Those travel as rows of the group, in msgpack.
 """
 
 from typing import Protocol
