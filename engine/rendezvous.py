@@ -229,6 +229,7 @@ class Rendezvous:
             listener,
             group=self._name,
             rank=self._rank,
+            num_ranks=self._quorum.ranks,
             terms=self._terms,
             key=self._key,
             stuck_s=self._collective_timeout_s,

@@ -36,17 +36,20 @@ class Doorman:
         *,
         group: str,
         rank: int,
+        num_ranks: int,
         terms: Mapping[str, str],
         key: bytes,
         stuck_s: float,
     ) -> None:
         """``listener`` is bound. Visitors of another ``group`` go away by themselves; those whose
-        ``terms`` differ are refused. After ``stuck_s`` without ``seen`` nobody is received.
+        ``terms`` differ are refused, and such as cannot come to ``rank`` of ``num_ranks``. After
+        ``stuck_s`` without ``seen`` nobody is received.
         """
         listener.listen(BACKLOG)
         self._listener = listener
         self._group = group
         self._rank = rank
+        self._above = range(rank + 1, num_ranks)
         self._terms = dict(terms)
         self._key = key
         self._stuck_s = stuck_s
@@ -125,10 +128,15 @@ class Doorman:
                 sealed = Sealed(connection, group=self._group, key=self._key, host=True)
                 sealed.greet()
                 ticket = sealed.ticket()
-                if ticket.terms == self._terms:
-                    self._host(sealed, _Visitor(ticket))
-                else:
+                if ticket.rank not in self._above:
+                    reason = (
+                        f"rank {ticket.rank} cannot come to rank {self._rank}: decode.group.rank"
+                    )
+                    sealed.send(Refusal(f"{reason} must be one of 0 to {self._above.stop - 1}"))
+                elif ticket.terms != self._terms:
                     sealed.send(Refusal(self._differences(ticket)))
+                else:
+                    self._host(sealed, _Visitor(ticket))
             except WorkerLost as error:
                 log.debug("a visitor has gone", reason=str(error))
 

@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import secrets
 import socket
+import time
 from typing import Any, Final
 
 import msgspec
@@ -128,8 +129,13 @@ class Sealed:
             raise WorkerLost(f"the connection has ended: {error}") from error
 
     def _read(self, size: int) -> bytes:
+        # In all, not for each part: who sends a byte at a time is silent too.
+        timeout_s = self._connection.gettimeout()
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
         data = bytearray()
         while len(data) < size:
+            if deadline is not None and time.monotonic() > deadline:
+                raise WorkerLost("a frame did not come in time")
             try:
                 part = self._connection.recv(size - len(data))
             except OSError as error:

@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -13,6 +14,8 @@ from engine.collectives import ExpertGroup
 from engine.experts.cover import cover, least_ranks
 from engine.experts.layer import ExpertLayer
 from engine.experts.placement import ExpertPlacement
+from engine.meeting.tickets import Sealed, Ticket
+from engine.meeting.visit import visit
 from engine.meeting.waiting import FormingProgress
 from engine.rendezvous import Rendezvous
 from protocol.errors import ConfigError, DeadlineExceeded, WorkerLost
@@ -236,6 +239,42 @@ def test_a_rank_of_another_group_is_not_received(ranks: dict[int, RankProcess]) 
         stranger.form(deadline_s=1.5)
     stranger.close()
     assert not any(rank.pipe.poll() for rank in ranks.values())
+
+
+@pytest.mark.parametrize("rank", [-1, 0, SEATS, 10**6])
+def test_a_ticket_for_a_rank_that_cannot_come_changes_no_group(
+    ranks: dict[int, RankProcess], rank: int
+) -> None:
+    address = free_address()
+    ranks |= {seat: start(seat, address, FEW) for seat in (0, 1, 2)}
+    together(ranks)
+    group = f":{address.rpartition(':')[2]}"
+    ticket = Ticket(rank=rank, number=1, address="", last_epoch=99, last_members=(), terms={})
+    with pytest.raises(ConfigError, match=f"rank {rank} cannot come to rank 0"):
+        visit(address, ticket, group=group, key=b"", on_wait=lambda: None)
+    assert not any(process.pipe.poll(0.2) for process in ranks.values())
+
+
+def test_who_sends_a_byte_at_a_time_is_not_waited_for() -> None:
+    host, visitor = socket.socketpair()
+    with host, visitor:
+        host.settimeout(0.2)
+        sealed = Sealed(host, group="", key=b"", host=True)
+        stopped = threading.Event()
+
+        def drip() -> None:
+            while not stopped.wait(0.01):
+                visitor.send(b"\0" if visitor.fileno() >= 0 else b"")
+
+        dripping = threading.Thread(target=drip)
+        dripping.start()
+        try:
+            visitor.send((200_000).to_bytes(4, "little"))
+            with pytest.raises(WorkerLost, match="did not come in time"):
+                sealed.ticket()
+        finally:
+            stopped.set()
+            dripping.join(5)
 
 
 def rendezvous_of(seat: int, seats: int, address: str) -> Rendezvous:
