@@ -28,6 +28,7 @@ def asked_constraint(asked: GenerationRequest, text: ModelText) -> Constraint | 
     return constraint_of(
         asked.response_format,
         asked.structured_outputs,
+        spell=text.spell,
         allowed_token_ids=allowed,
         bad_words=asked.bad_words,
     )

@@ -13,8 +13,9 @@ import msgspec
 from protocol.errors import InvalidRequest
 from protocol.ids import new_request_id
 from server.openai.schema import ChatRequest, NamedTool, ToolCall, ToolDefinition
-from server.structured.constraints import Constraint, lark_constraint
-from server.text.families.family import Spell, Tool
+from server.structured.constraints import WHOLE_TEXT, Constraint, lark_constraint
+from server.structured.tags import lark_regex
+from server.text.families.family import Tool
 from server.text.families.json_call import json_rule
 from server.text.families.parts import CallArguments, CallBegun, Part, PartReader
 from server.text.families.reasoning import PlainReader, ReasoningReader
@@ -99,12 +100,12 @@ def tool_constraint(
     choices: list[str] = []
     if use.tools:
         listed = use.forced or use.tools
-        rules.append(text.family.grammar(listed, parallel=use.parallel, spell=_spell(text)))
+        rules.append(text.family.grammar(listed, parallel=use.parallel, spell=text.spell))
         choices.append("calls")
     if not use.forced and other is not None:
-        if other.kind != "json":
+        if other.param in WHOLE_TEXT:
             raise _invalid(other.param, "cannot be combined with tools or with reasoning")
-        rules.append(f"answer: {json_rule(json.loads(other.source))}\n")
+        rules.append(f"answer: {_as_rule(other)}\n")
         choices.append("answer")
     start = "start: " + " | ".join(choices)
     if reasoning is not None:
@@ -112,6 +113,16 @@ def tool_constraint(
         start += f"reasoning[suffix={json.dumps(reasoning.close)}]: /(?s:.*)/"
     param = "tools" if other is None or use.forced else other.param
     return lark_constraint("\n".join((start, *rules)), param=param)
+
+
+def _as_rule(constraint: Constraint) -> str:
+    match constraint.kind:
+        case "json":
+            return json_rule(json.loads(constraint.source), lenient=constraint.lenient)
+        case "regex":
+            return lark_regex(constraint.source)
+        case "lark":
+            return f"%lark {{\n{constraint.source}\n}}"
 
 
 def part_reader(use: ToolUse, text: ModelText, *, reasons: bool) -> PartReader | None:
@@ -148,17 +159,6 @@ def _is_wanted(part: Part) -> bool:
 
 def _new_call_id() -> str:
     return f"call_{new_request_id()}"
-
-
-def _spell(text: ModelText) -> Spell:
-    """Markers that are special tokens cannot be spelt by text."""
-
-    def spell(marker: str) -> str:
-        token_id = text.tokenizer.token_id(marker)
-        special = token_id is not None and token_id in text.tokenizer.special_ids
-        return f"<[{token_id}]>" if special else json.dumps(marker)
-
-    return spell
 
 
 def _tool(tool: ToolDefinition, path: str) -> Tool:

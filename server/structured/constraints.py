@@ -13,9 +13,12 @@ from msgspec import UNSET, UnsetType
 
 from protocol.errors import InvalidRequest
 from runtime.grammars import Kind
+from server.structured.tags import tags_grammar
+from server.text.families.family import Spell
 
 MAX_BYTES = 64 * 1024
 MAX_CHOICES = 1024
+WHOLE_TEXT = ("allowed_token_ids", "bad_words")  # they hold for reasoning and calls as well
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 
 
@@ -27,8 +30,13 @@ class JsonSchemaFormat(msgspec.Struct, kw_only=True):
 
 
 class ResponseFormat(msgspec.Struct, kw_only=True):
+    """``structures`` with ``triggers``, or ``format``, are those of the type structural_tag."""
+
     type: str
     json_schema: JsonSchemaFormat | None = None
+    structures: list[Any] | None = None
+    triggers: list[Any] | None = None
+    format: dict[str, Any] | None = None
 
 
 class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
@@ -39,6 +47,7 @@ class StructuredOutputs(msgspec.Struct, kw_only=True, forbid_unknown_fields=True
     regex: str | UnsetType | None = UNSET
     choice: list[str] | UnsetType | None = UNSET
     grammar: str | UnsetType | None = UNSET
+    structural_tag: dict[str, Any] | str | UnsetType | None = UNSET
 
 
 class Constraint(NamedTuple):
@@ -54,6 +63,7 @@ def constraint_of(
     response_format: ResponseFormat | None,
     structured: StructuredOutputs | None,
     *,
+    spell: Spell,
     allowed_token_ids: Sequence[int] | None = None,
     bad_words: Sequence[str] | None = None,
 ) -> Constraint | None:
@@ -62,8 +72,8 @@ def constraint_of(
         InvalidRequest: the fields contradict each other, or one is too large.
     """
     constraints = {
-        "response_format": response_format and _of_response_format(response_format),
-        "structured_outputs": structured and _of_extension(structured),
+        "response_format": response_format and _of_response_format(response_format, spell),
+        "structured_outputs": structured and _of_extension(structured, spell),
         "allowed_token_ids": allowed_token_ids and _only(allowed_token_ids),
         "bad_words": bad_words and _without(bad_words),
     }
@@ -81,13 +91,17 @@ def lark_constraint(source: str, *, param: str) -> Constraint:
     return _checked("lark", source, param)
 
 
-def _of_response_format(asked: ResponseFormat) -> Constraint | None:
+def _of_response_format(asked: ResponseFormat, spell: Spell) -> Constraint | None:
     if asked.type == "json_object":
         return json_constraint({"type": "object"}, param="response_format")
     if asked.type == "text":
         return None
+    if asked.type == "structural_tag":
+        return _tags(msgspec.structs.asdict(asked), spell, param="response_format")
     if asked.type != "json_schema":
-        raise _invalid("response_format.type", "must be text, json_object or json_schema")
+        raise _invalid(
+            "response_format.type", "must be text, json_object, json_schema or structural_tag"
+        )
     if asked.json_schema is None:
         raise _invalid("response_format.json_schema", "is required")
     if not _NAME.match(asked.json_schema.name):
@@ -118,7 +132,7 @@ def _literal(character: str) -> str:
     return character if character.isalnum() else f"\\x{{{ord(character):x}}}"
 
 
-def _of_extension(asked: StructuredOutputs) -> Constraint | None:
+def _of_extension(asked: StructuredOutputs, spell: Spell) -> Constraint | None:
     fields = msgspec.structs.asdict(asked)
     given = {name: value for name, value in fields.items() if value not in (UNSET, None, False)}
     if len(given) != 1:
@@ -134,8 +148,17 @@ def _of_extension(asked: StructuredOutputs) -> Constraint | None:
             return _checked("regex", value, param)
         case "choice":
             return lark_constraint(f"start: {_one_of(value, param)}", param=param)
+        case "structural_tag":
+            tags = _parsed(value, param)
+            if not isinstance(tags, dict):
+                raise _invalid(param, "must be an object, or the JSON text of one")
+            return _tags(tags, spell, param=param)
         case _:
             return lark_constraint(value, param=param)
+
+
+def _tags(asked: dict[str, Any], spell: Spell, *, param: str) -> Constraint:
+    return lark_constraint(tags_grammar(asked, spell, param=param), param=param)
 
 
 def _one_of(choices: Sequence[str], param: str) -> str:

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
+import orjson
+
 from protocol.errors import InvalidRequest
 from server.text.chat_template import ChatMessage, ChatTemplate, TemplateOption
 from server.text.families.choose import PLAIN
@@ -41,6 +43,14 @@ class ModelText:
     defaults: GenerationDefaults
     family: Family = PLAIN
     reasoning: ReasoningMarks | None = None  # of a model that may reason before it answers
+
+    def spell(self, text: str) -> str:
+        """``text`` as items of a Lark grammar: text cannot spell special tokens."""
+        special = self.tokenizer.special_ids
+        return " ".join(
+            f"<[{token_id}]>" if token_id in special else orjson.dumps(piece).decode()
+            for piece, token_id in self.tokenizer.pieces_of(text)
+        )
 
     def chat_prompt(
         self,

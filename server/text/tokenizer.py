@@ -7,7 +7,7 @@ business, joining bytes into characters is ``server.text.detokenizer``'s.
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from tokenizers import Tokenizer
 
@@ -93,6 +93,17 @@ class TextTokenizer:
 
     def has_control_literal(self, text: str) -> bool:
         return self._literal.search(text) is not None
+
+    def pieces_of(self, text: str) -> Iterator[tuple[str, int | None]]:
+        """``text`` cut at its control tokens: these with their ids, the rest with None."""
+        start = 0
+        for found in self._literal.finditer(text):
+            if start < found.start():
+                yield text[start : found.start()], None
+            yield found.group(), self._control_ids[found.group()]
+            start = found.end()
+        if start < len(text):
+            yield text[start:], None
 
     def mark_control_literals(self, text: str, mark: str) -> str:
         """``text`` with ``mark`` before every place where a control token could be read."""

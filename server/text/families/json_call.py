@@ -166,11 +166,11 @@ def call_schema(name: str, parameters: object, *, argument_key: str) -> dict[str
     }
 
 
-def json_rule(schema: Mapping[str, object]) -> str:
-    """What a Lark rule says to mean JSON of ``schema``. Keywords that cannot be enforced are left
-    to the model, since tools are described with more than can be.
+def json_rule(schema: Mapping[str, object], *, lenient: bool = True) -> str:
+    """What a Lark rule says to mean JSON of ``schema``. ``lenient`` leaves keywords that cannot be
+    enforced to the model, since tools are described with more than can be.
     """
-    guided = {**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE, "lenient": True}}
+    guided = {**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE, "lenient": lenient}}
     return f"%json {json.dumps(guided)}"
 
 
