@@ -7,6 +7,17 @@ from protocol.ids import AttemptRef, RequestId
 DEFAULT_NAMESPACE = "default"
 
 
+class ReasoningLimit(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """After ``max_tokens`` tokens of reasoning the next one is the token ``close``. The prompt has
+    ``begun`` the reasoning, or else the token ``open`` does as the first of the output.
+    """
+
+    max_tokens: int
+    close: int
+    open: int | None = None
+    begun: bool = False
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How the next token is chosen. Ranges are the gateway's to check; workers trust them.
 
@@ -26,7 +37,11 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     seed: int = 0
     choice: int = 0  # the k-th of n choices: same seed, other random stream
     logprobs: int | None = None  # alternatives to report per token; 0 reports the chosen one only
-    prompt_logprobs: int | None = None  # likewise, for the prompt's tokens from the second on
+    logprob_token_ids: tuple[int, ...] = ()  # reported in place of the likeliest alternatives
+    prompt_logprobs: int | None = (
+        None  # as ``logprobs``, for the prompt's tokens from the second on
+    )
+    reasoning_limit: ReasoningLimit | None = None
     grammar: str | None = None  # that the output must match: ``runtime.grammars.grammar_of``
 
 

@@ -5,7 +5,7 @@ counts the steps it has served instead of touching its requests at each of them;
 them up to date when the plan ends.
 
 Shape suffixes: R rows of the batch   S rows that are drawn at random   T those with top-k or top-p
-    L rows that report logprobs   P rows with penalties   E single entries of (R, V)
+    L rows that report logprobs   P rows with penalties   E single entries of (R, V) or (L, V)
 """
 
 from collections.abc import Callable, Sequence
@@ -16,10 +16,12 @@ from torch import Tensor
 
 from engine.sampling.draw import Truncation
 from engine.sampling.grammar import ConstrainedRows, ConstrainedText
+from engine.sampling.logprobs import NamedTokens
 from engine.sampling.penalties import PenaltyRows
 from engine.sampling.philox import uniform
+from engine.sampling.reasoning import LimitedReasoning, ReasoningRows
 from protocol.ids import AttemptRef
-from protocol.requests import GenerateRequest
+from protocol.requests import GenerateRequest, SamplingParams
 
 DRAWS_AHEAD = 16  # uniform numbers per row and call of Philox: its cost is in launches
 
@@ -33,6 +35,7 @@ class SampledRequest:
     history_slot: int | None  # None: no penalties
     history_length: int
     constrained: ConstrainedText | None = None
+    reasoning: LimitedReasoning | None = None
 
 
 class Uniforms:
@@ -90,6 +93,7 @@ class LogprobRows:
     rows: list[int]
     rows_L: Tensor
     counts: list[int]
+    named: NamedTokens | None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -102,6 +106,7 @@ class SamplingPlan:
     masked: MaskedEntries | None
     logprobs: LogprobRows | None
     constrained: ConstrainedRows | None
+    reasoning: ReasoningRows | None
     steps: int = 0
 
     def settle(self) -> None:
@@ -128,6 +133,7 @@ def make_plan(
         masked=_masked_entries(requests, vocab_size, device),
         logprobs=_logprob_rows(requests, device),
         constrained=_constrained_rows(requests, device),
+        reasoning=_reasoning_rows(requests),
     )
 
 
@@ -231,8 +237,28 @@ def _logprob_rows(requests: Sequence[SampledRequest], device: torch.device) -> L
     rows = _rows_where(requests, lambda one: one.request.sampling.logprobs is not None)
     if not rows:
         return None
-    counts = [requests[row].request.sampling.logprobs or 0 for row in rows]
-    return LogprobRows(rows=rows, rows_L=torch.tensor(rows, device=device), counts=counts)
+    asked = [requests[row].request.sampling for row in rows]
+    return LogprobRows(
+        rows=rows,
+        rows_L=torch.tensor(rows, device=device),
+        counts=[0 if one.logprob_token_ids else one.logprobs or 0 for one in asked],
+        named=_named_tokens(asked, device),
+    )
+
+
+def _named_tokens(asked: Sequence[SamplingParams], device: torch.device) -> NamedTokens | None:
+    entries = [
+        (row, token_id) for row, one in enumerate(asked) for token_id in one.logprob_token_ids
+    ]
+    if not entries:
+        return None
+    rows, ids = map(list, zip(*entries, strict=True))
+    return NamedTokens(
+        rows=rows,
+        ids=ids,
+        rows_E=torch.tensor(rows, device=device),
+        ids_E=torch.tensor(ids, device=device),
+    )
 
 
 def _constrained_rows(
@@ -243,6 +269,14 @@ def _constrained_rows(
         return None
     texts = [text for row in rows if (text := requests[row].constrained) is not None]
     return ConstrainedRows(rows=rows, rows_G=torch.tensor(rows, device=device), texts=texts)
+
+
+def _reasoning_rows(requests: Sequence[SampledRequest]) -> ReasoningRows | None:
+    rows = _rows_where(requests, lambda one: one.reasoning is not None)
+    if not rows:
+        return None
+    found = [reasoning for row in rows if (reasoning := requests[row].reasoning) is not None]
+    return ReasoningRows(rows=rows, reasonings=found)
 
 
 def _rows_where(

@@ -4,8 +4,9 @@ A request's tokens depend on its logits, its parameters and (seed, choice, token
 its batch-mates or on which steps it sat out. Blocks, models and stop strings are not known here.
 
 Order of work: repetition, frequency and presence penalties; logit bias; stop tokens masked while
-``min_tokens`` are not reached; what a grammar does not allow masked; log-probabilities; then
-greedy choice, or temperature and the filters of ``engine.sampling.draw``.
+``min_tokens`` are not reached; the end of reasoning forced where it is due; what a grammar does
+not allow masked; log-probabilities; then greedy choice, or temperature and the filters of
+``engine.sampling.draw``.
 
 Shape suffixes: R rows   V vocabulary   S rows drawn at random
 """
@@ -22,6 +23,7 @@ from engine.sampling.logprobs import token_logprobs
 from engine.sampling.ordering import argmax
 from engine.sampling.penalties import TokenHistory
 from engine.sampling.plan import RandomRows, SampledRequest, SamplingPlan, make_plan
+from engine.sampling.reasoning import limited_reasoning
 from protocol.errors import EngineError, InvalidRequest
 from protocol.ids import AttemptRef
 from protocol.requests import GenerateRequest, SamplingParams, TokenLogprobs
@@ -58,17 +60,12 @@ class Sampler:
         """Be ready for a request whose output so far is ``output_ids``.
 
         Raises:
-            InvalidRequest: ``logit_bias`` names a token that the model does not have, or the
-                grammar cannot be used; the request is not admitted.
+            InvalidRequest: a field names a token that the model does not have, or the grammar
+                cannot be used; the request is not admitted.
         """
         ref, sampling = request.ref, request.sampling
         assert ref not in self._requests, f"{ref} was admitted twice"
-        for token_id in sampling.logit_bias:
-            if not 0 <= token_id < self._vocab_size:
-                raise InvalidRequest(
-                    f"token id {token_id} is outside the vocabulary of {self._vocab_size}",
-                    param="logit_bias",
-                )
+        self._check_token_ids(sampling)
         constrained = constrained_text(request, output_ids, self._grammars, self._vocab_size)
         slot, length = None, 0
         if _penalised(sampling):
@@ -81,6 +78,7 @@ class Sampler:
             history_slot=slot,
             history_length=length,
             constrained=constrained,
+            reasoning=limited_reasoning(sampling.reasoning_limit, output_ids),
         )
 
     def retire(self, ref: AttemptRef) -> None:
@@ -117,11 +115,28 @@ class Sampler:
         plan.steps += 1
         if plan.constrained is not None:
             plan.constrained.accept(token_ids)
+        if plan.reasoning is not None:
+            plan.reasoning.accept(token_ids)
         return Sampled(
             token_ids=token_ids,
             logprobs=self._logprobs(x_RV, ids_R, token_ids, plan),
             errors=_errors(plan, token_ids) if FAILED in token_ids else {},
         )
+
+    def _check_token_ids(self, sampling: SamplingParams) -> None:
+        limit = sampling.reasoning_limit
+        named = {
+            "logit_bias": sampling.logit_bias,
+            "logprob_token_ids": sampling.logprob_token_ids,
+            "thinking_token_budget": () if limit is None else (limit.close,),
+        }
+        for param, token_ids in named.items():
+            for token_id in token_ids:
+                if not 0 <= token_id < self._vocab_size:
+                    raise InvalidRequest(
+                        f"token id {token_id} is outside the vocabulary of {self._vocab_size}",
+                        param=param,
+                    )
 
     def _plan_for(self, refs: list[AttemptRef]) -> SamplingPlan:
         plan = self._plan
@@ -146,6 +161,8 @@ class Sampler:
         if masked is not None and plan.steps < masked.max_steps:
             entries = (masked.rows_E, masked.ids_E)
             x_RV[entries] = torch.where(masked.steps_E > plan.steps, float("-inf"), x_RV[entries])
+        if plan.reasoning is not None:
+            plan.reasoning.end_(x_RV)
         if plan.constrained is not None:
             plan.constrained.mask_(x_RV)
 
@@ -182,7 +199,7 @@ class Sampler:
         if asked is None:
             return found
         chosen_L = ids_R[asked.rows_L].clamp(min=0)  # FAILED is no index
-        every = token_logprobs(x_RV[asked.rows_L], chosen_L, asked.counts)
+        every = token_logprobs(x_RV[asked.rows_L], chosen_L, asked.counts, asked.named)
         for row, one in zip(asked.rows, every, strict=True):
             if token_ids[row] != FAILED:
                 found[row] = one

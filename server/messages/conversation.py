@@ -13,14 +13,17 @@ from server.messages.schema import (
     MessagesRequest,
     MessageTool,
     MessageToolChoice,
+    Thinking,
 )
+from server.text.model_text import ModelText
 
+_SWITCH = "enable_thinking"  # what most templates call it
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _THOUGHTS = ("thinking", "redacted_thinking")  # models are not shown what they thought before
 
 
-def chat_fields(asked: CountRequest) -> dict[str, Any]:
-    """The body of the chat request that means the same.
+def chat_fields(asked: CountRequest, text: ModelText) -> dict[str, Any]:
+    """The body of the chat request that means the same to the model whose ``text`` this is.
 
     Raises:
         InvalidRequest: a block is something that a chat cannot say.
@@ -37,6 +40,7 @@ def chat_fields(asked: CountRequest) -> dict[str, Any]:
         "tools": [_tool(tool, i) for i, tool in enumerate(asked.tools or ())] or None,
         "tool_choice": None if choice is None else _tool_choice(choice),
         "parallel_tool_calls": not (choice and choice.disable_parallel_tool_use),
+        **_thinking(asked.thinking, text),
     }
     if isinstance(asked, MessagesRequest):
         fields |= {
@@ -48,6 +52,18 @@ def chat_fields(asked: CountRequest) -> dict[str, Any]:
             "stream": asked.stream,
         }
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _thinking(asked: Thinking | None, text: ModelText) -> dict[str, Any]:
+    """Clients ask every model to think: one that does not reason answers as it always does."""
+    if asked is None or text.reasoning is None:
+        return {}
+    fields: dict[str, Any] = {}
+    if text.template is not None and _SWITCH in text.template.options:
+        fields["chat_template_kwargs"] = {_SWITCH: asked.type != "disabled"}
+    if asked.type != "disabled":
+        fields["thinking_token_budget"] = asked.budget_tokens
+    return fields
 
 
 def _messages(message: InputMessage, path: str) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ async def plan_message(
     """
     raw = read_object(body, services.limits)
     asked, ignored = convert(raw, MessagesRequest, services.limits)
-    chat = _chat(chat_fields(asked), services)
+    chat = _chat(chat_fields(asked, services.text), services)
     return await plan_parsed_chat(
         chat, services, answer_id=answer_id, caller=caller, ignored=ignored, form=MessagesForm()
     )
@@ -47,7 +47,7 @@ class CountTokens:
             request.scope, request.receive, timeout_s=services.limits.body_timeout_s
         )
         asked, _ = convert(read_object(body, services.limits), CountRequest, services.limits)
-        chat = _chat(chat_fields(asked), services)
+        chat = _chat(chat_fields(asked, services.text), services)
         model = find_model(services.generator, chat.model)
         prompt = await chat_prompt(chat, services, model=model)
         shown = orjson.dumps({"input_tokens": len(prompt.token_ids)})

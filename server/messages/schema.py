@@ -1,6 +1,6 @@
 """Request bodies of ``/v1/messages``, as far as this server honours them."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -41,8 +41,8 @@ class MessageToolChoice(msgspec.Struct, kw_only=True):
 
 
 class Thinking(msgspec.Struct, kw_only=True):
-    type: str
-    budget_tokens: int | None = None
+    type: Literal["enabled", "adaptive", "disabled"]
+    budget_tokens: Count | None = None
 
 
 class CountRequest(msgspec.Struct, kw_only=True):

@@ -7,7 +7,6 @@ from protocol.errors import InvalidRequest
 from server.callers import Caller
 from server.generation import ServedModel
 from server.openai.answer import Answer, Form, Services
-from server.openai.choice import Reasoned
 from server.openai.models import find_model
 from server.openai.parsing import parse_chat
 from server.openai.part_events import ReadAnswer
@@ -16,6 +15,8 @@ from server.openai.planning import (
     choices_of_prompt,
     compile_grammar,
     logprob_shapes,
+    reasoned_by,
+    reasoning_limit,
 )
 from server.openai.prompts import check_length, text_length, tokenise, truncated
 from server.openai.sampling import request_seed, token_budget
@@ -71,6 +72,7 @@ async def plan_parsed_chat(
     constraint = asked_constraint(asked, text)
     constraint = tool_constraint(use, constraint, text, reasons=prompt.reasons)
     readers = [part_reader(use, text, reasons=prompt.reasons) for _ in range(asked.n or 1)]
+    reasoned = reasoned_by(text, begun=prompt.reasons)
     choices = choices_of_prompt(
         asked,
         text,
@@ -84,7 +86,8 @@ async def plan_parsed_chat(
         first_index=0,
         grammar=await compile_grammar(constraint, asked, services),
         shown_markers=_shown_markers(use, text),
-        reasoned=_reasoned(text, reasons=prompt.reasons),
+        reasoned=reasoned,
+        limit=reasoning_limit(asked, reasoned),
     )
     return Answer(
         kind="chat" if form is None else form.kind,
@@ -139,16 +142,6 @@ def _shown_markers(use: ToolUse, text: ModelText) -> tuple[str, ...]:
     reasoning = () if marks is None else (marks.open, marks.close)
     uses_family = use.tools or text.family.reads_every_text
     return (*reasoning, *(text.family.markers if uses_family else ()))
-
-
-def _reasoned(text: ModelText, *, reasons: bool) -> Reasoned | None:
-    """How the tokens of reasoning are told from those of the answer."""
-    if text.reasoning is None:
-        return None
-    close = text.tokenizer.token_id(text.reasoning.close)
-    if close is None:
-        return None
-    return Reasoned(open=text.tokenizer.token_id(text.reasoning.open), close=close, begun=reasons)
 
 
 def _message(message: Message, path: str, text: ModelText) -> ChatMessage:

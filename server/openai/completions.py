@@ -3,6 +3,7 @@
 The caller owns the whole prompt here, control tokens included: that is what the endpoint is for.
 """
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 
 from server.callers import Caller
@@ -15,6 +16,8 @@ from server.openai.planning import (
     choices_of_prompt,
     compile_grammar,
     logprob_shapes,
+    reasoned_by,
+    reasoning_limit,
 )
 from server.openai.prompts import check_length, tokenise, truncated
 from server.openai.sampling import check_token_ids, request_seed, token_budget
@@ -69,6 +72,7 @@ async def plan_completion(
             prompt_logprobs=_prompt_logprobs(asked),
             first_index=len(choices),
             grammar=grammar,
+            limit=reasoning_limit(asked, reasoned_by(text, begun=_reasons(ids, text))),
         )
         choices += mine
         if asked.echo:
@@ -104,6 +108,15 @@ async def _token_ids(
         ids = (await tokenise(job, services, chars=len(ids), param="prompt")).token_ids
     check_token_ids(ids, vocab_size=services.text.tokenizer.vocab_size, param="prompt")
     return tuple(ids)
+
+
+def _reasons(prompt: Sequence[int], text: ModelText) -> bool:
+    """Whether the prompt has begun the model's reasoning and not ended it."""
+    if text.reasoning is None:
+        return False
+    marks = tuple(map(text.tokenizer.token_id, (text.reasoning.open, text.reasoning.close)))
+    last = next((token_id for token_id in reversed(prompt) if token_id in marks), None)
+    return last is not None and last == marks[0]
 
 
 def _decoded(prompt: list[int], text: ModelText) -> str:

@@ -63,6 +63,8 @@ def check_chat(request: ChatRequest, ignored: tuple[str, ...], limits: LimitSett
         if not request.logprobs:
             raise _invalid("top_logprobs", "needs logprobs: true")
         _check_at_most("top_logprobs", request.top_logprobs, limits.max_top_logprobs)
+    if request.logprob_token_ids and not request.logprobs:
+        raise _invalid("logprob_token_ids", "needs logprobs: true")
     if request.max_tokens == 0:
         raise _invalid("max_tokens", "must be at least 1")
     if request.continue_final_message and request.add_generation_prompt:
@@ -92,6 +94,8 @@ def parse_completion(body: bytes, limits: LimitSettings) -> ParsedCompletion:
         raise _invalid("prompt", f"more than {limits.max_prompts} prompts")
     if request.logprobs is not None:
         _check_at_most("logprobs", request.logprobs, limits.max_top_logprobs)
+    if request.logprob_token_ids and (request.logprobs is None or request.max_tokens == 0):
+        raise _invalid("logprob_token_ids", "needs logprobs, and at least 1 token of output")
     max_tokens = request.max_tokens
     if max_tokens is None:
         max_tokens = _COMPLETION_DEFAULT_MAX_TOKENS

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from protocol.errors import InvalidRequest
 from protocol.ids import RequestId
-from protocol.requests import GenerateRequest
+from protocol.requests import GenerateRequest, ReasoningLimit
 from server.callers import Caller
 from server.openai.answer import Services
 from server.openai.choice import Choice, Reasoned
@@ -59,6 +59,34 @@ async def compile_grammar(
     return await services.grammars.compile(constraint)
 
 
+def reasoned_by(text: ModelText, *, begun: bool) -> Reasoned | None:
+    """How the tokens of reasoning are told from those of the answer."""
+    if text.reasoning is None:
+        return None
+    close = text.tokenizer.token_id(text.reasoning.close)
+    if close is None:
+        return None
+    return Reasoned(open=text.tokenizer.token_id(text.reasoning.open), close=close, begun=begun)
+
+
+def reasoning_limit(asked: GenerationRequest, reasoned: Reasoned | None) -> ReasoningLimit | None:
+    """
+    Raises:
+        InvalidRequest: no token of this model ends its reasoning.
+    """
+    budget = asked.thinking_token_budget
+    if budget is None or budget < 0:
+        return None
+    if reasoned is None:
+        raise InvalidRequest(
+            "thinking_token_budget: this model has no token that ends its reasoning: leave it out",
+            param="thinking_token_budget",
+        )
+    return ReasoningLimit(
+        max_tokens=budget, close=reasoned.close, open=reasoned.open, begun=reasoned.begun
+    )
+
+
 def choices_of_prompt(
     asked: GenerationRequest,
     text: ModelText,
@@ -74,6 +102,7 @@ def choices_of_prompt(
     grammar: str | None = None,
     shown_markers: Sequence[str] = (),
     reasoned: Reasoned | None = None,
+    limit: ReasoningLimit | None = None,
 ) -> list[Choice]:
     """The ``n`` choices of one prompt: the same seed, another random stream for each.
 
@@ -99,6 +128,7 @@ def choices_of_prompt(
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             grammar=grammar,
+            reasoning_limit=limit,
             vocab_size=vocab_size,
         )
         request = GenerateRequest(

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from protocol.errors import ContextLengthExceeded, InvalidRequest
-from protocol.requests import SamplingParams, StopConditions
+from protocol.requests import ReasoningLimit, SamplingParams, StopConditions
 from server.openai.schema import GenerationRequest
 from server.text.model_text import GenerationDefaults
 
@@ -58,12 +58,16 @@ def sampling_params(
     logprobs: int | None,
     prompt_logprobs: int | None,
     grammar: str | None,
+    reasoning_limit: ReasoningLimit | None,
     vocab_size: int,
 ) -> SamplingParams:
     """
     Raises:
-        InvalidRequest: a key of ``logit_bias`` is not a token id.
+        InvalidRequest: a key of ``logit_bias``, or one of ``logprob_token_ids``, is no token id.
     """
+    named = tuple(dict.fromkeys(request.logprob_token_ids or ()))
+    if named:
+        check_token_ids(named, vocab_size=vocab_size, param="logprob_token_ids")
     temperature = _given(request.temperature, defaults.temperature)
     if 0 < temperature < _COLDEST:
         temperature = _COLDEST
@@ -79,7 +83,9 @@ def sampling_params(
         seed=seed,
         choice=choice,
         logprobs=logprobs,
+        logprob_token_ids=named,
         prompt_logprobs=prompt_logprobs,
+        reasoning_limit=reasoning_limit,
         grammar=grammar,
     )
 

@@ -59,6 +59,8 @@ class GenerationRequest(msgspec.Struct, kw_only=True):
     structured_outputs: StructuredOutputs | None = None
     allowed_token_ids: Annotated[TokenIds, Meta(min_length=1)] | None = None
     bad_words: Annotated[list[Word], Meta(max_length=128)] | None = None
+    logprob_token_ids: Annotated[TokenIds, Meta(max_length=128)] | None = None
+    thinking_token_budget: Annotated[int, Meta(ge=-1)] | None = None
     truncate_prompt_tokens: Annotated[int, Meta(ge=-1)] | None = None
 
     @property

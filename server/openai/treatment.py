@@ -22,7 +22,7 @@ _REFUSED: dict[str, str] = {
         (
             *("response_schema", "json_schema", "json_object", "grammar"),
             *("regex", "ebnf", "structural_tag", "choice"),
-            *("logits_processors", "thinking_token_budget", "tool_parser", "guidance"),
+            *("logits_processors", "tool_parser", "guidance"),
         ),
         _CONSTRAINS,
     ),
@@ -46,7 +46,7 @@ _REFUSED: dict[str, str] = {
     **dict.fromkeys(
         (
             *("audio", "web_search_options", "suffix", "use_beam_search"),
-            *("logprob_token_ids", "input_embeds"),
+            "input_embeds",
         ),
         _UNSUPPORTED,
     ),

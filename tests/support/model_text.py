@@ -15,19 +15,23 @@ TEMPLATE = (
 )
 
 
-def byte_tokenizer() -> Tokenizer:
+def byte_tokenizer(*markers: str) -> Tokenizer:
+    """``markers`` are tokens that text can spell too."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     for control in ("<|im_start|>", "<|im_end|>"):
         tokenizer.add_tokens([AddedToken(control, special=True, normalized=False)])
+    tokenizer.add_tokens([AddedToken(marker, normalized=False) for marker in markers])
     return tokenizer
 
 
-def byte_model_text(**defaults: float) -> ModelText:
+def byte_model_text(*markers: str, **defaults: float) -> ModelText:
     """``<|im_end|>`` ends an answer; ``defaults`` override the neutral sampling values."""
-    tokenizer = TextTokenizer(byte_tokenizer(), control_tokens=["<|im_start|>", "<|im_end|>"])
+    tokenizer = TextTokenizer(
+        byte_tokenizer(*markers), control_tokens=["<|im_start|>", "<|im_end|>"]
+    )
     end = tokenizer.token_id("<|im_end|>")
     assert end is not None
     return ModelText(

@@ -40,7 +40,7 @@ def triggered(**more: Any) -> dict[str, Any]:
     return {"format": {"type": "triggered_tags", "triggers": ["<f="], "tags": tags, **more}}
 
 
-STRUCTURES = {
+STRUCTURES: dict[str, Any] = {
     "type": "structural_tag",
     "structures": [
         {"begin": "<f=one>", "schema": A, "end": "</f>"},
