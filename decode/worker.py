@@ -64,18 +64,22 @@ def run(settings: DecodeSettings) -> int:
     )
     if settings.process.threads is not None:
         torch.set_num_threads(settings.process.threads)
-    loaded = load(
-        Path(settings.model.path),
-        device=device,
-        dtype=settings.model.dtype,
-        numerics=resolve_numerics(settings.model.numerics, device),
-        group=group,
-        split_dense_experts=settings.model.split_dense_experts,
-        spread=_spread(settings),
-        exchange=_exchange(settings),
-        block_tokens=settings.kv.block_tokens,
-        progress=weights_progress(),
-    )
+    try:
+        loaded = load(
+            Path(settings.model.path),
+            device=device,
+            dtype=settings.model.dtype,
+            numerics=resolve_numerics(settings.model.numerics, device),
+            group=group,
+            split_dense_experts=settings.model.split_dense_experts,
+            spread=_spread(settings),
+            exchange=_exchange(settings),
+            block_tokens=settings.kv.block_tokens,
+            progress=weights_progress(),
+        )
+    except ConfigError as error:
+        _tell_others(str(error), settings, group, key)
+        raise
     process = WorkerProcess(
         Decoder[ToDecode](ToDecode),
         make_engine=functools.partial(_make_engine, settings, loaded, group, key),
@@ -85,6 +89,23 @@ def run(settings: DecodeSettings) -> int:
     )
     anyio.run(process.serve, settings.bind)
     return 0
+
+
+def _tell_others(
+    failure: str, settings: DecodeSettings, group: ExpertGroup, key: ClusterKey | None
+) -> None:
+    """Other ranks would wait for this one for as long as they may."""
+    if group.num_seats == 1:
+        return
+    report("failed", message=failure)  # a launcher that ends all ranks need not wait either
+    log.error("this rank cannot serve, and tells the others", reason=failure)
+    rendezvous = Rendezvous(
+        group,
+        settings.group.rendezvous.removeprefix("tcp://"),
+        name=settings.worker_id,
+        key=b"" if key is None else key.derive("ranks"),
+    )
+    rendezvous.tell(failure, deadline_s=settings.group.rendezvous_timeout_s)
 
 
 def _spread(settings: DecodeSettings) -> ExpertSpread:

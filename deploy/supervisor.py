@@ -113,7 +113,7 @@ class Supervisor:
             if self._stopping:
                 return
             reason = f"{command.name} ended ({describe_exit(code)})"
-            if code > 0 and not self._ever_ready:
+            if (code > 0 or failure) and not self._ever_ready:
                 raise SystemFailed(failure or f"{reason} while starting")
             pause_s = budget.pause_s(anyio.current_time())
             if pause_s is None:
@@ -142,6 +142,8 @@ class Supervisor:
             async for report in reports:
                 if report.event == "failed":
                     failures.append(f"{child.name}: {report.fields.get('message', 'failed')}")
+                    if not self._ever_ready:
+                        child.kill()  # it may want to tell others, who end with it
                 self._observer.reported(child.name, report)
 
     async def _drain(self) -> None:

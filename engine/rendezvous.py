@@ -15,7 +15,7 @@ again when it finds one. Who starts the processes is unknown here.
 import errno
 import socket
 from collections.abc import Callable, Collection, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from secrets import randbits
 from typing import Any
@@ -30,7 +30,7 @@ from engine.meeting.lookout import Lookout
 from engine.meeting.roll_call import Quorum
 from engine.meeting.tickets import Roll, Ticket
 from engine.meeting.waiting import FormingProgress, Waiting
-from protocol.errors import ConfigError, WorkerLost
+from protocol.errors import ConfigError, DeadlineExceeded, WorkerLost
 
 _RETRY_S = 0.1
 _PORT_GRACE_S = 2.0  # the previous rank 0 may still be on its way out
@@ -72,7 +72,8 @@ class Rendezvous:
         self._addresses = {0: _joined(self._host, self._port)}
         self._collective_timeout_s = collective_timeout_s
         self._attempt_s = attempt_s
-        self._terms = dict(terms or {})
+        self._terms = {"decode.group.ranks": str(ranks), **(terms or {})}
+        self._failure = ""
         self._key = key
         self._doorman: Doorman | None = None
         self._own_host = ""
@@ -103,8 +104,9 @@ class Rendezvous:
         Raises:
             DeadlineExceeded: too few ranks came within ``deadline_s``; the message names who is
                 known to be missing, and the last failure.
-            ConfigError: rank 0 cannot listen at the address, or this rank's terms are not the
-                others'.
+            ConfigError: rank 0 cannot listen at the address; or a rank cannot take part in the
+                first group, or has other terms than the others, and every rank hears that; or this
+                rank has other terms than the group that it wants to join.
         """
         if self._quorum.ranks == 1:
             self._last_epoch += 1
@@ -124,6 +126,22 @@ class Rendezvous:
             else:
                 self._enter(roll, doorman)
                 return group
+
+    def tell(
+        self,
+        failure: str,
+        *,
+        deadline_s: float,
+        on_progress: Callable[[FormingProgress], None] = lambda _: None,
+    ) -> None:
+        """Come to the meeting only to say why this rank cannot take part, and ``close``. Before
+        the first group that ends all ranks with this reason; it returns when they have heard it,
+        or after ``deadline_s``. A group that serves goes on without this rank.
+        """
+        self._failure = failure
+        with suppress(ConfigError, DeadlineExceeded):
+            self.form(deadline_s=deadline_s, on_progress=on_progress)
+        self.close()
 
     def close(self) -> None:
         """Receive nobody any more."""
@@ -150,6 +168,7 @@ class Rendezvous:
                 last_epoch=self._last_epoch,
                 last_members=self._last_members,
                 terms=self._terms,
+                failure=self._failure,
             ),
             doorman=doorman,
             addresses=self._addresses,
@@ -198,6 +217,7 @@ class Rendezvous:
         self._last_epoch, self._last_members = roll.epoch, roll.members
         self._addresses.update(zip(roll.members, roll.addresses, strict=True))
         doorman.seen()
+        doorman.formed()
         leader = roll.members[0]
         if leader != self._rank:
             doorman.send_on(leader, self._addresses[leader])

@@ -1,13 +1,16 @@
 """Receives the ranks that come to this one, on threads of its own.
 
 A visitor waits here until the engine thread calls the roll or follows a lower rank. In a group that
-serves, whoever waits at its leader wants to join. A rank whose engine thread has not been seen for
-long receives nobody, so that nobody waits at a rank that will never call.
+serves, whoever waits at its leader wants to join, and who does not fit in is sent away; before the
+first one, that is everybody's concern, and the engine thread tells all. A rank whose engine thread
+has not been seen for long receives nobody, so that nobody waits at a rank that will never call.
+Who connects and does not say at once which rank it is gives way to those who come later.
 """
 
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,12 +24,15 @@ log = get_log(__name__)
 
 BEAT_S = 0.2
 BACKLOG = 128
+MOST_STRANGERS = 128  # connections that have not shown a ticket yet
+TELLING_S = 2.0
 
 
 @dataclass(slots=True, eq=False)
 class _Visitor:
     ticket: Ticket
-    answer: Follow | Roll | None = None
+    misfit: str  # why it cannot be in a group with this rank; empty: it can
+    answer: Follow | Roll | Refusal | None = None
 
 
 class Doorman:
@@ -42,8 +48,8 @@ class Doorman:
         stuck_s: float,
     ) -> None:
         """``listener`` is bound. Visitors of another ``group`` go away by themselves; those whose
-        ``terms`` differ are refused, and such as cannot come to ``rank`` of ``num_ranks``. After
-        ``stuck_s`` without ``seen`` nobody is received.
+        ``terms`` differ are misfits, and such as cannot come to ``rank`` of ``num_ranks`` are
+        refused. After ``stuck_s`` without ``seen`` nobody is received.
         """
         listener.listen(BACKLOG)
         self._listener = listener
@@ -56,6 +62,8 @@ class Doorman:
         self._changed = threading.Condition()
         self._visitors: dict[int, _Visitor] = {}
         self._follow: Follow | None = None
+        self._strangers: deque[socket.socket] = deque()
+        self._formed = False
         self._closed = False
         self._seen_at = time.monotonic()
         threading.Thread(target=self._receive_all, name="doorman", daemon=True).start()
@@ -68,13 +76,36 @@ class Doorman:
 
     @property
     def visitors(self) -> Mapping[int, Ticket]:
-        """Who waits here now, by rank; not who has had an answer and is about to go."""
+        """Who waits here now, by rank; neither misfits nor who has had an answer and is about to
+        go.
+        """
         with self._changed:
             return {
                 rank: visitor.ticket
                 for rank, visitor in self._visitors.items()
-                if visitor.answer is None
+                if visitor.answer is None and not visitor.misfit
             }
+
+    @property
+    def misfits(self) -> Mapping[int, tuple[Ticket, str]]:
+        """Who waits here and cannot be in a group with this rank, and why; none once it is in
+        one.
+        """
+        with self._changed:
+            return {
+                rank: (visitor.ticket, visitor.misfit)
+                for rank, visitor in self._visitors.items()
+                if visitor.answer is None and visitor.misfit
+            }
+
+    def formed(self) -> None:
+        """This rank is in a group: from now on misfits are sent away, those that wait too."""
+        self._formed = True
+        with self._changed:
+            for visitor in self._visitors.values():
+                if visitor.misfit:
+                    visitor.answer = Refusal(visitor.misfit)
+            self._changed.notify_all()
 
     def keep(self) -> None:
         """From now on visitors wait here."""
@@ -98,6 +129,14 @@ class Doorman:
                     visitor.answer = roll
             self._changed.notify_all()
 
+    def refuse(self, reason: str) -> None:
+        """Tell all who wait here; returns when they have heard it, or soon."""
+        with self._changed:
+            for visitor in self._visitors.values():
+                visitor.answer = Refusal(reason)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._visitors, timeout=TELLING_S)
+
     def close(self) -> None:
         """Receive nobody any more; who waits here finds the connection ended."""
         with self._changed:
@@ -115,30 +154,49 @@ class Doorman:
                 connection, _ = self._listener.accept()
             except OSError:
                 return  # closed
+            self._admit(connection)
             threading.Thread(
                 target=self._receive, args=(connection,), name="visitor", daemon=True
             ).start()
 
+    def _admit(self, connection: socket.socket) -> None:
+        with self._changed:
+            self._strangers.append(connection)
+            oldest = self._strangers.popleft() if len(self._strangers) > MOST_STRANGERS else None
+        if oldest is not None:
+            with suppress(OSError):
+                oldest.shutdown(socket.SHUT_RDWR)  # wakes the thread that listens to it
+
     def _receive(self, connection: socket.socket) -> None:
         with connection:
-            connection.settimeout(SILENT_S)
-            if not self._receives():
-                return
             try:
+                connection.settimeout(SILENT_S)
                 sealed = Sealed(connection, group=self._group, key=self._key, host=True)
-                sealed.greet()
-                ticket = sealed.ticket()
+                ticket = self._greeted(sealed, connection)
+                if ticket is None:
+                    return
+                misfit = self._misfit(ticket)
                 if ticket.rank not in self._above:
                     reason = (
                         f"rank {ticket.rank} cannot come to rank {self._rank}: decode.group.rank"
                     )
                     sealed.send(Refusal(f"{reason} must be one of 0 to {self._above.stop - 1}"))
-                elif ticket.terms != self._terms:
-                    sealed.send(Refusal(self._differences(ticket)))
+                elif misfit and self._formed:
+                    sealed.send(Refusal(misfit))
                 else:
-                    self._host(sealed, _Visitor(ticket))
+                    self._host(sealed, _Visitor(ticket, misfit))
             except WorkerLost as error:
                 log.debug("a visitor has gone", reason=str(error))
+
+    def _greeted(self, sealed: Sealed, connection: socket.socket) -> Ticket | None:
+        try:
+            if not self._receives():
+                return None
+            sealed.greet()
+            return sealed.ticket()
+        finally:
+            with self._changed, suppress(ValueError):  # it may have been dropped
+                self._strangers.remove(connection)
 
     def _host(self, sealed: Sealed, visitor: _Visitor) -> None:
         rank = visitor.ticket.rank
@@ -160,6 +218,13 @@ class Doorman:
             with self._changed:
                 if self._visitors.get(rank) is visitor:
                     del self._visitors[rank]
+                    self._changed.notify_all()
+
+    def _misfit(self, ticket: Ticket) -> str:
+        """Why the rank cannot be in a group with this one; empty if it can."""
+        if ticket.failure:
+            return f"rank {ticket.rank} cannot serve: {ticket.failure}"
+        return "" if ticket.terms == self._terms else self._differences(ticket)
 
     def _differences(self, ticket: Ticket) -> str:
         ours, theirs = self._terms, ticket.terms

@@ -11,11 +11,13 @@ from engine.meeting.roll_call import Quorum, call, expected
 from engine.meeting.tickets import Follow, Roll, Ticket
 from engine.meeting.visit import answers, visit
 from engine.meeting.waiting import Waiting
-from protocol.errors import WorkerLost
+from protocol.errors import ConfigError, WorkerLost
 
 _POLL_S = 0.02
 _LEAD_S = 0.5  # then lower ranks are looked for again
 _PROBES = 16
+_LAST_WORDS_S = 1.0  # of the deadline are kept for telling why all must end
+_MOST_REASONS = 4
 _AGAIN_S = 2.0  # then a rank that was gone is looked for again; it costs a second if it is frozen
 
 
@@ -53,6 +55,8 @@ class Gathering:
         Raises:
             WorkerLost: another attempt is needed.
             DeadlineExceeded: from ``Waiting``.
+            ConfigError: some rank cannot take part, and none has been in a group yet; all are told.
+                Or it is this rank that does not fit in a group that has been.
         """
         self._doorman.seen()
         self._doorman.keep()
@@ -116,6 +120,7 @@ class Gathering:
         end = time.monotonic() + _LEAD_S
         while time.monotonic() < end:
             self._doorman.seen()
+            self._settle_misfits()
             present = {**self._doorman.visitors, self._ticket.rank: self._ticket}
             members = call(present, quorum=self._quorum, gone=self._gone, leaving=self._leaving)
             if members is not None:
@@ -126,6 +131,27 @@ class Gathering:
             self._note_gone(missing)
             self._waiting.pause(_POLL_S)
         return None
+
+    def _settle_misfits(self) -> None:
+        """Before the first group one rank that does not fit in ends all, once all are there to hear
+        it, or no more can be waited for. A group that has been is not ended by a rank that has not.
+        """
+        misfits = dict(self._doorman.misfits)
+        if self._ticket.failure:
+            own = f"rank {self._ticket.rank} cannot serve: {self._ticket.failure}"
+            misfits[self._ticket.rank] = (self._ticket, own)
+        if not misfits:
+            return
+        fitting = self._doorman.visitors
+        reason = _told(reason for _, (_, reason) in sorted(misfits.items()))
+        tickets = [*fitting.values(), *(ticket for ticket, _ in misfits.values())]
+        if any(ticket.last_epoch for ticket in tickets):
+            raise ConfigError(reason)  # theirs is the group, and this rank is new
+        self._waiting.last_failure = reason
+        present = misfits.keys() | fitting.keys() | {self._ticket.rank}
+        if len(present) == self._quorum.ranks or self._waiting.left_s() < _LAST_WORDS_S:
+            self._doorman.refuse(reason)
+            raise ConfigError(reason)
 
     def _note_gone(self, missing: Iterable[int]) -> None:
         known = [r for r in missing if r in self._addresses and not self._lately_gone(r)]
@@ -163,3 +189,10 @@ class Gathering:
         if self._ticket.number not in roll.tickets:
             raise WorkerLost("another process has taken this rank's place")
         return roll
+
+
+def _told(reasons: Iterable[str]) -> str:
+    found = list(reasons)
+    more = len(found) - _MOST_REASONS
+    rest = [f"and {more} more ranks"] if more > 0 else []
+    return "; ".join([*found[:_MOST_REASONS], *rest])

@@ -35,6 +35,7 @@ class Ticket(msgspec.Struct, frozen=True, array_like=True, tag="ticket"):
     last_epoch: int  # of the group that it was in before; 0: in none
     last_members: tuple[int, ...]
     terms: dict[str, str]  # what must be equal on all ranks of a group
+    failure: str = ""  # why it comes only to say that it cannot take part
 
 
 class Wait(msgspec.Struct, frozen=True, array_like=True, tag="wait"):

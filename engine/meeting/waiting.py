@@ -30,6 +30,9 @@ class Waiting:
     def waited_s(self) -> float:
         return time.monotonic() - self._start
 
+    def left_s(self) -> float:
+        return self._deadline_s - self.waited_s()
+
     def check(self) -> None:
         """Report about once a second.
 

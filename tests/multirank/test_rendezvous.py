@@ -4,6 +4,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +15,7 @@ from engine.collectives import ExpertGroup
 from engine.experts.cover import cover, least_ranks
 from engine.experts.layer import ExpertLayer
 from engine.experts.placement import ExpertPlacement
+from engine.meeting.doorman import MOST_STRANGERS
 from engine.meeting.tickets import Sealed, Ticket
 from engine.meeting.visit import visit
 from engine.meeting.waiting import FormingProgress
@@ -34,6 +36,7 @@ CPU = torch.device("cpu")
 CASE = Case(tokens_of_rank=(3, 0, 6, 2), num_experts=7, chosen=3, redundant=5)
 SEATS = 4
 STEP_TIMEOUT_S = 2.0
+RECEIVED_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,17 @@ def serve(seat: int, address: str, options: Options, parent: Parent) -> None:
         except WorkerLost as error:
             parent.send(str(error))
         group.close()
+
+
+def connected(host: str, port: int) -> socket.socket:
+    """As soon as somebody listens there."""
+    deadline = time.monotonic() + RECEIVED_S
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=RECEIVED_S)
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
 
 
 def start(seat: int, address: str, options: Options = Options()) -> RankProcess:
@@ -215,6 +229,24 @@ def test_a_rank_with_other_terms_is_told_and_the_others_go_on(
     assert not any(rank.pipe.poll() for rank in ranks.values())
 
 
+def test_a_rank_0_that_comes_with_other_terms_ends_alone(ranks: dict[int, RankProcess]) -> None:
+    """The group that serves would meet at rank 0's, but it is rank 0 that does not fit in."""
+    address = free_address()
+    right, wrong = Options(terms={"weights": "a"}), Options(terms={"weights": "b"})
+    ranks |= {seat: start(seat, address, right) for seat in range(SEATS)}
+    together(ranks)
+    ranks.pop(0).stop()
+    together(ranks)
+
+    other = start(0, address, wrong)
+    with pytest.raises(AssertionError, match=r"weights is a on rank \d, b on rank 0"):
+        other.receive()
+
+    ranks[0] = start(0, address, right)
+    while together_again(ranks) is None:
+        pass
+
+
 def test_a_rank_without_the_key_is_not_received(ranks: dict[int, RankProcess]) -> None:
     address = free_address()
     secret = replace(FEW, key=b"k" * 32)
@@ -327,3 +359,24 @@ def test_a_group_that_is_closed_exchanges_nothing() -> None:
     group = ExpertGroup(seat=0, num_seats=2, device=CPU)
     with pytest.raises(WorkerLost, match="not connected"):
         group.exchange_rows(torch.zeros(2, 3), [1, 1], [1, 1])
+
+
+def test_who_connects_and_says_nothing_gives_way_to_the_ranks(
+    ranks: dict[int, RankProcess],
+) -> None:
+    address = free_address()
+    ranks[0] = start(0, address, FEW)
+    strangers: list[socket.socket] = []
+    host, _, port = address.rpartition(":")
+    try:
+        for _ in range(2 * MOST_STRANGERS):
+            strangers.append(connected(host, int(port)))
+        ranks |= {seat: start(seat, address, FEW) for seat in (1, 2)}
+        together(ranks)
+        first = strangers[0]
+        first.settimeout(RECEIVED_S)
+        while first.recv(64):  # the greeting; then it ends
+            pass
+    finally:
+        for stranger in strangers:
+            stranger.close()
