@@ -147,4 +147,6 @@ def child_environment(*, report_fd: int, parent_fd: int) -> dict[str, str]:
     inherited = {REPORT_FD: str(report_fd), PARENT_FD: str(parent_fd)}
     # A lost rank is ours to report, in a line; torch's own account of it has pages.
     quiet = {"TORCH_CPP_LOG_LEVEL": os.environ.get("TORCH_CPP_LOG_LEVEL", "ERROR")}
-    return {**os.environ, **quiet, **inherited}
+    # Weights are read once a step, from end to end: in 4 KB pages that waits for the TLB.
+    large_pages = {"GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")}
+    return {**os.environ, **quiet, **large_pages, **inherited}
