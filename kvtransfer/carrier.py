@@ -11,6 +11,7 @@ from typing import Literal, Protocol
 
 from kvtransfer.checksum import Checksum
 from kvtransfer.handshake import Admitted, Connected, Payload
+from kvtransfer.heads import WHOLE, Share
 from kvtransfer.inlet import Inlet, Reader
 from kvtransfer.interface import Fence, KVMemory
 from kvtransfer.limits import TransferLimits
@@ -30,6 +31,7 @@ class Sending:
     worker: WorkerRef
     connected: Connected
     limits: TransferLimits
+    share: Share = WHOLE  # what ``memory`` is of the decode rank's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +46,11 @@ class Receiving:
     worker: WorkerRef
     admitted: Admitted
     limits: TransferLimits
+
+    @property
+    def share(self) -> Share:
+        """What the sender brings of every block."""
+        return self.admitted.share
 
 
 class Carrier(Protocol):

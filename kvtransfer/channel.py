@@ -39,6 +39,7 @@ from protocol.errors import ProtocolError, TransferError, TransferTimeout
 from protocol.ids import Generation
 from protocol.kv import KVLayout
 
+_APART = 2  # rectangles that may wait for a third one to join them
 _LISTEN_BYTES = 4 * 1024 * 1024  # how much is sent before a look at what the peer has said
 
 
@@ -138,7 +139,7 @@ class Channel:
             error = self._work(line)
         except TransferError as problem:
             error = problem
-        except (OSError, ProtocolError) as problem:
+        except (OSError, ProtocolError, RuntimeError) as problem:  # the last from CUDA
             error = TransferError(f"the KV connection was lost: {problem}")
         finally:
             if line is not None:
@@ -147,29 +148,35 @@ class Channel:
             self._end(error)
 
     def _measure(self, line: Line) -> None:
-        """How fast the link is; the answers come while it is in use already."""
+        """How fast the link is; the answers may come while it is in use already."""
         self._link.up(line.route)
+        while self._probe(line):
+            pass
+
+    def _probe(self, line: Line) -> bool:
+        """Whether to do it once more. Where answers come, it is over with the last of them."""
         wanted = self._limits.probe_bytes
         size = min(wanted, self._pool_bytes, line.outlet.frame_bytes, PROBE_FRAME_BYTES)
         if not size:
-            return
+            return False
         count = wanted // size
         self._link.probing(count, size)
         for _ in range(count):
             bytes_per_s = line.outlet.probe(size)
             if bytes_per_s is not None:
-                self._link.measured(bytes_per_s)
-                return
+                return self._link.measured(bytes_per_s)
+        return False
 
     @staticmethod
     def _hang_up(line: Line) -> None:
-        """Nothing is written from here on, and where the peer cannot see that, it is told."""
-        line.outlet.close()
-        if line.fence == "one_sided":
-            with contextlib.suppress(OSError):
+        """Nothing is written from here on, and where the peer cannot see that, it is told; but
+        not where that is not certain.
+        """
+        with line.sock, contextlib.suppress(OSError, RuntimeError):
+            line.outlet.close()
+            if line.fence == "one_sided":
                 frame = control(Kind.STOPPED, NO_GRANT, line.outgoing)
                 line.sock.send(frame, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-        line.sock.close()
 
     def _end(self, error: TransferError) -> None:
         with self._lock:
@@ -266,18 +273,25 @@ class Channel:
             self._ready.append(push)
 
     def _joined(self, push: Pushing, send: Send, frame_bytes: int) -> Send:
-        """Sends of neighbouring rectangles are one, up to a frame."""
-        while push.backlog:
+        """Sends of neighbouring rectangles are one, up to a frame. Groups of layers of the next
+        blocks first join one another, and then what was there before.
+        """
+        held = [send]
+        while push.backlog and len(held) <= _APART:
             other = push.backlog[0]
-            size = send.chunk.num_layers * send.chunk.num_blocks * self._unit
-            if not isinstance(other, Send) or size >= frame_bytes:
+            pieces = sum(part.chunk.num_layers * part.chunk.num_blocks for part in held)
+            if not isinstance(other, Send) or pieces * self._unit >= frame_bytes:
                 break
-            both = joined(send.chunk, send.source_blocks, other.chunk, other.source_blocks)
-            if both is None:
-                break
+            held.append(other)
             push.backlog.popleft()
-            send = Send(*both, other.ready)  # which has come later
-        return send
+            while len(held) > 1:
+                one, two = held[-2:]
+                both = joined(one.chunk, one.source_blocks, two.chunk, two.source_blocks)
+                if both is None:
+                    break
+                held[-2:] = [Send(*both, two.ready)]  # which has come later
+        push.backlog.extendleft(reversed(held[1:]))
+        return held[0]
 
     def _write(self, line: Line, push: Pushing, piece: Chunk) -> None:
         send, granted = push.send, push.grant.block_ids
@@ -324,7 +338,8 @@ class Channel:
                 self._fail(push, error)
             self._say(line, frame.generation, Kind.DRAINED, encode_error(error))
         elif frame.kind is Kind.PROBED:
-            self._link.probed()
+            if self._link.probed():
+                self._probe(line)
         elif push is None:
             return
         elif frame.kind is Kind.OPENED and push.state == "opening":

@@ -19,7 +19,7 @@ PREFERENCE: tuple[Transport, ...] = ("cuda_ipc", "nccl", "shm", "tcp", "nixl")
 """GPU to GPU before host memory, and one host's own means before the network's. NIXL is last: it
 is offered only where an operator has asked for it."""
 
-_NEAR: frozenset[Place] = frozenset({"same process", "same host"})
+NEAR: frozenset[Place] = frozenset({"same process", "same host"})
 _MB = 1e6
 _EXPECTED: dict[Transport, tuple[float, float]] = {
     "cuda_ipc": (20_000 * _MB, 0.0),  # PCIe; NVLink and one and the same GPU give far more
@@ -95,7 +95,7 @@ def place_of(endpoint: KVEndpoint, here: Here) -> Place:
 def expected_bytes_per_s(transport: Transport, place: Place) -> float:
     """What a healthy path gives at least, on ordinary hardware."""
     near, far = _EXPECTED[transport]
-    return near if place in _NEAR else far
+    return near if place in NEAR else far
 
 
 def is_far_below(bytes_per_s: float, transport: Transport, place: Place) -> bool:
@@ -106,7 +106,7 @@ def _obstacle(transport: Transport, endpoint: KVEndpoint, here: Here, place: Pla
     of_one_host, of_gpus = transport in {"shm", "cuda_ipc"}, transport in {"cuda_ipc", "nccl"}
     obstacles = (
         (transport not in endpoint.addresses, "the decode rank does not offer it"),
-        (of_one_host and place not in _NEAR, "needs one host"),
+        (of_one_host and place not in NEAR, "needs one host"),
         (of_gpus and not here.gpu, "this worker's blocks are not on a GPU"),
         (of_gpus and not endpoint.gpu, "the decode rank's blocks are not on a GPU"),
         (transport == "cuda_ipc" and place == "same process", "needs two processes"),

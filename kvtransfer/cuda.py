@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kvtransfer.checksum import Checksum
 from kvtransfer.gather import gather, scatter
+from kvtransfer.heads import WHOLE, Share, places_of
 from kvtransfer.interface import KVMemory
 from kvtransfer.plan import Chunk, Geometry
 from protocol.errors import ConfigError, TransferError
@@ -34,7 +35,7 @@ def library() -> Any:
     """
     try:
         return importlib.import_module("cupy")
-    except ImportError as error:
+    except (ImportError, OSError, RuntimeError) as error:
         raise ConfigError(f"cannot load the library cupy: {error}; {HOW_TO_INSTALL}") from error
 
 
@@ -43,9 +44,11 @@ def problem(memory: KVMemory) -> str | None:
     if memory.device is None:
         return "the KV blocks are not on a GPU"
     try:
-        library()
+        library().cuda.runtime.getDeviceCount()
     except ConfigError as error:
         return str(error)
+    except RuntimeError as error:  # of another CUDA version than the driver's, for instance
+        return f"cupy cannot use CUDA here: {error}"
     return None
 
 
@@ -91,11 +94,14 @@ def domain_of(gpu: str) -> str:
     except OSError:
         return ""
     device, info = ctypes.c_void_p(), _FabricInfo()
-    found = (
-        nvml.nvmlInit_v2() == 0
-        and nvml.nvmlDeviceGetHandleByUUID(f"GPU-{gpu}".encode(), ctypes.byref(device)) == 0
-        and nvml.nvmlDeviceGetGpuFabricInfo(device, ctypes.byref(info)) == 0
-    )
+    try:
+        found = (
+            nvml.nvmlInit_v2() == 0
+            and nvml.nvmlDeviceGetHandleByUUID(f"GPU-{gpu}".encode(), ctypes.byref(device)) == 0
+            and nvml.nvmlDeviceGetGpuFabricInfo(device, ctypes.byref(info)) == 0
+        )
+    except AttributeError:  # a driver that is older than the fabric
+        return ""
     cluster = bytes(info.cluster)
     if not found or info.state != _FABRIC_READY or not any(cluster):
         return ""
@@ -105,10 +111,12 @@ def domain_of(gpu: str) -> str:
 class DevicePages:
     """One rank's blocks in GPU memory, and a stream of its own to move them on."""
 
-    def __init__(self, memory: KVMemory) -> None:
+    def __init__(self, memory: KVMemory, share: Share = WHOLE) -> None:
+        """``share`` is what chunks carry of these blocks."""
         assert memory.device is not None
         self.memory = memory
-        self.geometry = Geometry(memory.layout, memory.num_blocks)
+        places = places_of(share, memory.layout)
+        self.geometry = Geometry(memory.layout, memory.num_blocks, places)
         self.device = torch.device("cuda", memory.device)
         self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         flat = tensor_at(memory.address, memory.num_bytes, memory.device, memory.owner)
@@ -116,7 +124,7 @@ class DevicePages:
         self._pages = flat.view(layout.num_layers, memory.num_blocks, layout.layer_block_bytes)
 
     def num_bytes(self, chunk: Chunk) -> int:
-        return chunk.num_layers * chunk.num_blocks * self.geometry.unit
+        return chunk.num_layers * chunk.num_blocks * self.geometry.carried
 
     def staging(self, num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device=self.device)
@@ -132,7 +140,7 @@ class DevicePages:
 
     def scatter(self, chunk: Chunk, blocks: Sequence[BlockId], row: Tensor) -> None:
         with torch.cuda.stream(self.stream):
-            scatter(row, self._pages, chunk, blocks)
+            scatter(row, self._pages, chunk, blocks, self.geometry.places)
 
     def event(self, *, timed: bool = False) -> torch.cuda.Event:
         return torch.cuda.Event(enable_timing=timed)  # type: ignore[no-untyped-call]

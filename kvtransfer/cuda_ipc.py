@@ -23,9 +23,10 @@ from kvtransfer.carrier import Receiving, Sending, Transport
 from kvtransfer.completion import wait_until
 from kvtransfer.cuda import DevicePages
 from kvtransfer.frames import Frame, Kind, encode
+from kvtransfer.heads import places_of, whole_of
 from kvtransfer.interface import Fence, KVMemory
 from kvtransfer.outlet import send_all
-from kvtransfer.plan import Chunk, check_blocks, runs
+from kvtransfer.plan import Chunk, Run, check_blocks, runs
 from protocol.errors import TransferError, TransferTimeout
 from protocol.ids import BlockId, Generation, WorkerRef
 
@@ -70,7 +71,7 @@ class CudaIpcInlet:
     def __init__(self, receiving: Receiving) -> None:
         self._process = process_of(receiving.sock)
         self._reader = receiving.reader
-        self._pages = DevicePages(receiving.memory)
+        self._pages = DevicePages(receiving.memory, receiving.share)
         self._checksum = receiving.checksum
         memory = receiving.memory
         assert memory.device is not None
@@ -127,6 +128,9 @@ class CudaIpcOutlet:
         self._target = self._opened + window.offset
         self._target_blocks = connected.num_blocks
         self._source = sending.memory.address
+        whole = whole_of(sending.share, sending.memory.layout)
+        self._target_unit = whole.layer_block_bytes
+        self._places = places_of(sending.share, whole)
         self._sock = sending.sock
         self._seal = connected.outgoing
         self._checksum = connected.checksum
@@ -144,23 +148,12 @@ class CudaIpcOutlet:
         target_blocks: Sequence[BlockId],
     ) -> None:
         check_blocks(target_blocks, self._target_blocks, side="granted")
-        unit = self._pages.geometry.unit
-        source_pitch = self._pages.geometry.layer_bytes
-        target_pitch = self._target_blocks * unit
         crc = self._pages.crc(self._checksum, chunk, source_blocks)
-        source = self._source + chunk.first_layer * source_pitch
-        target = self._target + chunk.first_layer * target_pitch
-        for here, there, count in runs(source_blocks, target_blocks):
-            self._runtime.memcpy2DAsync(
-                target + there * unit,
-                target_pitch,
-                source + here * unit,
-                source_pitch,
-                count * unit,
-                chunk.num_layers,
-                _DEVICE_TO_DEVICE,
-                self._pages.stream.cuda_stream,
-            )
+        for run in runs(source_blocks, target_blocks):
+            if len(self._places) == 1:
+                self._copy_run(chunk, run)
+            else:
+                self._copy_places(chunk, run)
         late = TransferTimeout(
             f"copies to the decode rank's GPU have not ended in {self._stall_s} s"
         )
@@ -169,6 +162,41 @@ class CudaIpcOutlet:
         length = self._pages.num_bytes(chunk)
         notice = Frame(Kind.CHUNK, generation, chunk, length, crc)
         send_all(self._sock, [encode(notice, self._seal)])
+
+    def _copy_run(self, chunk: Chunk, run: Run) -> None:
+        unit, pitch = self._target_unit, self._pages.geometry.layer_bytes
+        target_pitch = self._target_blocks * unit
+        self._copy(
+            self._target + chunk.first_layer * target_pitch + run.target * unit,
+            target_pitch,
+            self._source + chunk.first_layer * pitch + run.source * unit,
+            pitch,
+            run.length * unit,
+            chunk.num_layers,
+        )
+
+    def _copy_places(self, chunk: Chunk, run: Run) -> None:
+        unit, target_unit = self._pages.geometry.unit, self._target_unit
+        for layer in range(chunk.first_layer, chunk.first_layer + chunk.num_layers):
+            here = self._source + layer * self._pages.geometry.layer_bytes + run.source * unit
+            there = self._target + (layer * self._target_blocks + run.target) * target_unit
+            for at, length in self._places:
+                self._copy(there + at, target_unit, here, unit, length, run.length)
+                here += length
+
+    def _copy(  # noqa: PLR0917  the order of CUDA's own call
+        self, target: int, target_pitch: int, source: int, pitch: int, width: int, height: int
+    ) -> None:
+        self._runtime.memcpy2DAsync(
+            target,
+            target_pitch,
+            source,
+            pitch,
+            width,
+            height,
+            _DEVICE_TO_DEVICE,
+            self._pages.stream.cuda_stream,
+        )
 
     def probe(self, num_bytes: int) -> float:
         """Reads the decode rank's memory: only a granted page may be written."""

@@ -2,52 +2,57 @@
 
 On a CPU by indexing; on a GPU by one Triton kernel for all layers and blocks, because a copy for
 each would cost more to start than to run. A row is in the order of ``kvtransfer.plan``: layer by
-layer, within a layer block by block. With ``strips`` only these bytes of each block move, for ranks
-whose layouts differ in their heads. Blocks and layers that come here are in range.
+layer, within a layer block by block. Where a row carries some heads only, these bytes of
+each block move. Blocks and layers that come here are in range.
 """
 
 # Shape suffixes: L layers of the pool   B blocks of the pool   M layers   N blocks   X bytes
 
 import importlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kvtransfer.heads import Strip
-from kvtransfer.plan import Chunk
+from kvtransfer.plan import Chunk, Extent
 from protocol.ids import BlockId
 
 _WORDS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
+class Strip(NamedTuple):
+    """``length`` bytes at an offset within one block of one layer, in the pages and in the row."""
+
+    page: int
+    row: int
+    length: int
+
+
 def gather(pages_LBX: Tensor, chunk: Chunk, blocks: Sequence[BlockId], row_X: Tensor) -> None:
     """Copy the chunk into the head of ``row_X``; on a GPU queued on the current stream."""
     unit = pages_LBX.shape[2]
-    _move(pages_LBX, chunk, blocks, row_X, [Strip(0, 0, unit)], to_row=True)
+    _move(pages_LBX, chunk, blocks, row_X, [Strip(0, 0, unit)], to_row=True, row_unit=unit)
 
 
-def scatter(row_X: Tensor, pages_LBX: Tensor, chunk: Chunk, blocks: Sequence[BlockId]) -> None:
-    """Copy the chunk that is in the head of ``row_X`` to its blocks."""
-    unit = pages_LBX.shape[2]
-    _move(pages_LBX, chunk, blocks, row_X, [Strip(0, 0, unit)], to_row=False)
-
-
-def scatter_strips(
+def scatter(
     row_X: Tensor,
     pages_LBX: Tensor,
     chunk: Chunk,
     blocks: Sequence[BlockId],
-    *,
-    source_unit: int,
-    strips: Sequence[Strip],
+    places: Sequence[Extent] = (),
 ) -> None:
-    """As ``scatter``, where the row has blocks of another layout, of ``source_unit`` bytes. Only
-    the strips are written; the rest of the target's blocks stays as it is.
+    """Copy the chunk that is in the head of ``row_X`` to its blocks.
+
+    Where the row carries only some parts of every block, ``places`` are these, in its order; the
+    rest of the blocks stays as it is.
     """
-    moved = [Strip(strip.target, strip.source, strip.length) for strip in strips]
-    _move(pages_LBX, chunk, blocks, row_X, moved, to_row=False, row_unit=source_unit)
+    moved: list[Strip] = []
+    at = 0
+    for place, length in places or ((0, pages_LBX.shape[2]),):
+        moved.append(Strip(place, at, length))
+        at += length
+    _move(pages_LBX, chunk, blocks, row_X, moved, to_row=False, row_unit=at)
 
 
 def _move(
@@ -58,17 +63,15 @@ def _move(
     strips: Sequence[Strip],
     *,
     to_row: bool,
-    row_unit: int | None = None,
+    row_unit: int,
 ) -> None:
-    """A strip's ``source`` is in the pages here, its ``target`` in the row."""
-    row_unit = row_unit or pages_LBX.shape[2]
     index_N = torch.tensor(blocks, dtype=torch.int64, device=pages_LBX.device)
     layers = slice(chunk.first_layer, chunk.first_layer + chunk.num_layers)
     count = chunk.num_layers * chunk.num_blocks
     row_MNX = row_X[: count * row_unit].view(chunk.num_layers, chunk.num_blocks, row_unit)
     for strip in strips:
-        here = pages_LBX[layers, :, strip.source : strip.source + strip.length]
-        there = row_MNX[:, :, strip.target : strip.target + strip.length]
+        here = pages_LBX[layers, :, strip.page : strip.page + strip.length]
+        there = row_MNX[:, :, strip.row : strip.row + strip.length]
         if pages_LBX.device.type != "cpu":
             kernels().copy_blocks(here, index_N, there, to_row=to_row)
         elif to_row:

@@ -26,8 +26,10 @@ import msgspec
 
 from kvtransfer.checksum import Checksum
 from kvtransfer.frames import MAGIC, VERSION, Seal
+from kvtransfer.heads import WHOLE, Share, layout_of
 from protocol.errors import BY_CODE, LayoutMismatch, ProtocolError, TransferError
 from protocol.ids import WorkerRef
+from protocol.kv import KVLayout
 
 MAX_MESSAGE_BYTES = 4096
 _PREFIX = struct.Struct("<4sI")
@@ -43,7 +45,9 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     nonce: bytes
     source: WorkerRef
     decode: WorkerRef
-    layout_digest: str
+    layout_digest: str  # of all heads
+    part: int = 0  # of every block this connection brings one of so many equal parts
+    parts: int = 1
 
 
 class Challenge(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -71,6 +75,7 @@ class Admitted:
     """A peer that has proven itself, and the seals of the frames to come."""
 
     source: WorkerRef
+    share: Share
     incoming: Seal
     outgoing: Seal
 
@@ -99,6 +104,7 @@ def connect(
     source: WorkerRef,
     decode: WorkerRef,
     layout_digest: str,
+    share: Share = WHOLE,
     cluster_key: bytes | None,
     timeout_s: float,
 ) -> Connected:
@@ -116,6 +122,8 @@ def connect(
         source=source,
         decode=decode,
         layout_digest=layout_digest,
+        part=share.part,
+        parts=share.parts,
     )
     greeting = _encode(hello)
     try:
@@ -144,7 +152,7 @@ def admit(
     sock: socket.socket,
     *,
     decode: WorkerRef,
-    layout_digest: str,
+    layout: KVLayout,
     num_blocks: int,
     checksum: Checksum,
     payload: Payload = "exact",
@@ -174,7 +182,7 @@ def admit(
         raise ProtocolError(f"not a KV handshake: {error}") from error
     if not hmac.compare_digest(answer.proof, _proof(cluster_key, b"prefill", transcript)):
         raise ProtocolError("the prefill worker does not hold this cluster's key")
-    problem = _mismatch(hello, decode, layout_digest)
+    problem = _mismatch(hello, decode, layout)
     if problem is not None:
         _send(sock, _encode(Declined(code=problem.code, message=str(problem))), deadline)
         raise problem
@@ -182,6 +190,7 @@ def admit(
     _send(sock, _encode(accepted), deadline)
     return Admitted(
         source=hello.source,
+        share=Share(hello.part, hello.parts),
         incoming=_seal(cluster_key, b"from prefill", transcript),
         outgoing=_seal(cluster_key, b"from decode", transcript),
     )
@@ -219,13 +228,17 @@ def check_user(sock: socket.socket) -> None:
         raise ProtocolError("a KV peer of another user")
 
 
-def _mismatch(hello: Hello, decode: WorkerRef, layout_digest: str) -> TransferError | None:
+def _mismatch(hello: Hello, decode: WorkerRef, layout: KVLayout) -> TransferError | None:
     if hello.version != VERSION:
         return LayoutMismatch(f"KV frames of version {hello.version}, here {VERSION}")
     if hello.decode != decode:
         return TransferError("another decode worker, or an earlier life of it, was meant")
-    if hello.layout_digest != layout_digest:
-        return LayoutMismatch(f"KV layout {hello.layout_digest}, here {layout_digest}")
+    if hello.layout_digest != layout.digest():
+        return LayoutMismatch(f"KV layout {hello.layout_digest}, here {layout.digest()}")
+    try:
+        layout_of(Share(hello.part, hello.parts), layout)
+    except LayoutMismatch as problem:
+        return problem
     return None
 
 

@@ -16,12 +16,14 @@ from kvtransfer.carrier import Carrier, Receiving
 from kvtransfer.checksum import Checksum, ChecksumChoice
 from kvtransfer.frames import FROM_SOURCE, Frame, Kind, Seal, check_tag, control, decode
 from kvtransfer.handshake import Admitted, Payload, admit, is_one_machine
+from kvtransfer.heads import WHOLE
 from kvtransfer.inlet import Inlet, Reader
 from kvtransfer.interface import KVMemory
-from kvtransfer.ledger import ConnectionId, GrantLedger, Notice, NoticeKind, Step
+from kvtransfer.ledger import GrantLedger
 from kvtransfer.limits import TransferLimits
 from kvtransfer.plan import Chunk
 from kvtransfer.reports import decode_attempt, decode_error, encode_error
+from kvtransfer.steps import ConnectionId, Notice, NoticeKind, Step
 from protocol.errors import ProtocolError, ServingError, TransferError
 from protocol.ids import BlockId, Generation, WorkerRef
 
@@ -73,7 +75,7 @@ class Inbound:
         self._number = number
         self._carrier = carrier
         self._memory = memory
-        self._unit = memory.layout.layer_block_bytes
+        self._share = WHOLE
         self._checksum: Checksum = "off"
         self._payload: Payload = sink.payload if carrier.name == "tcp" else "exact"
         self._sock = sock
@@ -132,14 +134,14 @@ class Inbound:
             admitted = admit(
                 self._sock,
                 decode=sink.worker,
-                layout_digest=memory.layout.digest(),
+                layout=memory.layout,
                 num_blocks=memory.num_blocks,
                 checksum=self._checksum,
                 payload=self._payload,
                 cluster_key=sink.cluster_key,
                 timeout_s=sink.limits.handshake_s,
             )
-            self._outgoing = admitted.outgoing
+            self._outgoing, self._share = admitted.outgoing, admitted.share
             self.is_admitted = True
         except (ServingError, OSError) as error:
             sink.refused(str(error))
@@ -160,7 +162,7 @@ class Inbound:
                     limits=self._sink.limits,
                 )
             )
-        except (ServingError, OSError, ValueError) as error:
+        except (ServingError, OSError, ValueError, RuntimeError) as error:  # CUDA's are the last
             reason = f"no {self._carrier.name} from {admitted.source.worker_id}: {error}"
             self._sink.refused(reason)
             return None
@@ -173,7 +175,7 @@ class Inbound:
         except ProtocolError as error:
             problem = f"{admitted.source.worker_id} broke the KV protocol: {error}"
             self._sink.refused(problem)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # the latter from CUDA
             problem = f"the connection to {admitted.source.worker_id} was lost: {error}"
         lost = TransferError(problem)
         self.close()
@@ -203,10 +205,14 @@ class Inbound:
     def _control(self, frame: Frame, payload: bytes) -> Callable[[GrantLedger], Step]:
         generation, number = frame.generation, self._number
         if frame.kind is Kind.OPEN:
-            ref, fence = decode_attempt(payload), self._carrier.fence
-            on_device = self._carrier.on_device
+            ref, carrier, share = decode_attempt(payload), self._carrier, self._share
             return lambda ledger: ledger.bind(
-                generation, ref, connection=number, fence=fence, on_device=on_device
+                generation,
+                ref,
+                connection=number,
+                fence=carrier.fence,
+                on_device=carrier.on_device,
+                share=share,
             )
         if frame.kind is Kind.FINISH:
             return lambda ledger: ledger.finish(generation, payload, connection=number)
@@ -220,19 +226,22 @@ class Inbound:
         self._sink.apply(lambda ledger: ledger.probed(self._number))
 
     def _take_chunk(self, frame: Frame, inlet: Inlet) -> None:
-        sink, generation, chunk = self._sink, frame.generation, frame.chunk
-        unit = self._unit
+        sink, number = self._sink, self._number
+        generation, chunk = frame.generation, frame.chunk
+        unit = self._memory.layout.layer_block_bytes // self._share.parts
         if frame.length != chunk.num_layers * chunk.num_blocks * unit:
             raise ProtocolError("a chunk's length is not that of its blocks", bytes=frame.length)
         if frame.length > max(MAX_CHUNK_BYTES, unit):
             raise ProtocolError("a chunk is too long", bytes=frame.length, limit=MAX_CHUNK_BYTES)
-        blocks = sink.begin_chunk(generation, chunk, self._number)
+        blocks = sink.begin_chunk(generation, chunk, number)
         if blocks is None:
             inlet.discard(frame.length)
             return
         complete = inlet.receive(chunk, blocks, lambda: sink.may_copy(generation))
         intact = not complete or inlet.is_intact(frame.crc, chunk, blocks)
-        sink.apply(lambda ledger: ledger.end_chunk(generation, chunk, intact=intact))
+        sink.apply(
+            lambda ledger: ledger.end_chunk(generation, chunk, intact=intact, connection=number)
+        )
 
 
 def _checksum(choice: ChecksumChoice, sock: socket.socket) -> Checksum:

@@ -1,6 +1,6 @@
 """The receiving side's record of grants: who may write which pages, and when nobody can any more.
 
-    EXPECTED ── bind ──► OPEN ── last piece and finish ──► COMMITTED
+    EXPECTED ── bind ──► OPEN ── all pieces and finishes ──► COMMITTED
         │                  │
         └──── abort ───────┴──► QUARANTINED ── proof ──► QUIET
 
@@ -8,57 +8,24 @@ Pure, single-owner and without a clock: every call returns what to tell the role
 the prefill workers (``notices``). A grant ends exactly once; afterwards its generation is a
 tombstone, and whatever still arrives for it is counted and never acts. A quarantined grant
 becomes quiet by proof only: a receiver that has stopped copying, a source that has drained, or
-a connection whose other end is gone.
+a connection whose other end is gone. Where several ranks of a prefill worker have a share of the
+heads each, a grant is filled by as many connections: all must finish, and all must be proven.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NewType
+from typing import Literal
 
-from kvtransfer.interface import Committed, Fence, Quiet, SinkEvent, TransferFailed
+from kvtransfer.entries import Entry, Writer
+from kvtransfer.heads import WHOLE, Share
+from kvtransfer.interface import Committed, Fence, Quiet
 from kvtransfer.plan import Chunk, check_blocks
+from kvtransfer.steps import NO_GRANT, NOTHING, ConnectionId, Notice, Step, one_after_another
 from protocol.errors import TransferCorrupt, TransferError
 from protocol.ids import AttemptRef, BlockId, Generation, WorkerRef
 from protocol.kv import Grant, KVLayout
 
-ConnectionId = NewType("ConnectionId", int)  # one authenticated connection of one prefill worker
-NoticeKind = Literal["opened", "refused", "committed", "cancel", "probed"]
-NO_GRANT = Generation(0)  # of notices about no grant
-
 MAX_TOMBSTONES = 4096
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Notice:
-    connection: ConnectionId
-    kind: NoticeKind
-    generation: Generation
-    error: TransferError | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """What one call has decided, in the order in which it is to be said."""
-
-    events: tuple[SinkEvent, ...] = ()
-    notices: tuple[Notice, ...] = ()
-
-
-NOTHING = Step()
-
-
-@dataclass(slots=True, kw_only=True)
-class _Entry:
-    grant: Grant
-    arrived: bytearray  # (layers x blocks), 1 where the piece has arrived and matched
-    missing: int
-    connection: ConnectionId | None = None
-    fence: Fence = "receiver_checked"
-    on_device: bool = False
-    quarantined: bool = False
-    copying: bool = False  # the receiver is writing a chunk into the pages
-    num_bytes: int = 0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -94,7 +61,7 @@ class GrantLedger:
         self._layout = layout
         self._num_blocks = num_blocks
         self._max_tombstones = max_tombstones
-        self._live: dict[Generation, _Entry] = {}
+        self._live: dict[Generation, Entry] = {}
         self._ended: OrderedDict[Generation, Literal["committed", "quiet"]] = OrderedDict()
         self.counts = LedgerCounts()
 
@@ -106,7 +73,7 @@ class GrantLedger:
     @property
     def num_open(self) -> int:
         """Live grants that a prefill worker has opened."""
-        return sum(entry.connection is not None for entry in self._live.values())
+        return sum(bool(entry.writers) for entry in self._live.values())
 
     @property
     def num_quarantined_blocks(self) -> int:
@@ -130,10 +97,7 @@ class GrantLedger:
             raise ValueError(f"generation {grant.generation} is expected already")
         if grant.generation in self._ended:
             return
-        pieces = self._layout.num_layers * len(grant.block_ids)
-        self._live[grant.generation] = _Entry(
-            grant=grant, arrived=bytearray(pieces), missing=pieces
-        )
+        self._live[grant.generation] = Entry(grant=grant)
 
     def abort(self, grant: Grant) -> Step:
         """The role gives the grant up. Exactly one ``Quiet`` follows every first abort, now or
@@ -155,8 +119,9 @@ class GrantLedger:
         connection: ConnectionId,
         fence: Fence,
         on_device: bool = False,
+        share: Share = WHOLE,
     ) -> Step:
-        """A prefill worker asks to fill the grant; the answer is a notice to it."""
+        """A prefill rank asks to fill its share of the grant; the answer is a notice to it."""
         entry = self._live.get(generation)
         if entry is None:
             self._count_late(generation)
@@ -167,11 +132,18 @@ class GrantLedger:
         elif entry.grant.ref != ref:
             self.counts.refused += 1
             problem = "the grant is another request's"
-        elif entry.connection is not None:
+        elif share.part in entry.writers or entry.writer(connection) is not None:
             self.counts.refused += 1
             problem = "the grant is being filled already"
+        elif entry.writers and (entry.parts, entry.on_device) != (share.parts, on_device):
+            self.counts.refused += 1
+            problem = "the grant is being filled in other parts, or in other memory"
         else:
-            entry.connection, entry.fence, entry.on_device = connection, fence, on_device
+            pieces = self._layout.num_layers * len(entry.grant.block_ids)
+            entry.parts, entry.on_device = share.parts, on_device
+            entry.writers[share.part] = Writer(
+                connection=connection, fence=fence, arrived=bytearray(pieces), missing=pieces
+            )
             return Step(
                 notices=(Notice(connection=connection, kind="opened", generation=generation),)
             )
@@ -191,15 +163,15 @@ class GrantLedger:
         With pages the caller answers by ``end_chunk``. A chunk outside its grant, or one that
         overlaps another, fails the grant.
         """
-        entry = self._bound(generation, connection)
-        if entry is None or entry.quarantined:
+        entry, writer = self._bound(generation, connection)
+        if entry is None or writer is None or entry.quarantined:
             self._count_late(generation)
             return None, NOTHING
-        problem = self._outside(entry, chunk)
+        problem = entry.outside(chunk, self._layout.num_layers)
         if problem is None:
-            held = [entry.arrived.count(1, *row) for row in self._rows(entry, chunk)]
+            held = [writer.arrived.count(1, *row) for row in entry.rows(chunk)]
             if not any(held):
-                entry.copying = True
+                writer.copying = True
                 end = chunk.first_block + chunk.num_blocks
                 return entry.grant.block_ids[chunk.first_block : end], NOTHING
             if sum(held) == chunk.num_layers * chunk.num_blocks:
@@ -213,54 +185,68 @@ class GrantLedger:
         entry = self._live.get(generation)
         return entry is not None and not entry.quarantined
 
-    def end_chunk(self, generation: Generation, chunk: Chunk, *, intact: bool) -> Step:
+    def end_chunk(
+        self, generation: Generation, chunk: Chunk, *, intact: bool, connection: ConnectionId
+    ) -> Step:
         """The chunk that ``begin_chunk`` admitted is in place, or is known to be damaged."""
-        entry = self._live[generation]
-        entry.copying = False
+        entry, writer = self._bound(generation, connection)
+        assert entry is not None
+        assert writer is not None
+        writer.copying = False
         if entry.quarantined:
-            return self._quiet(entry) if entry.fence == "receiver_checked" else NOTHING
+            writer.quiet = writer.quiet or writer.fence == "receiver_checked"
+            return self._quiet_if_proven(entry)
         if not intact:
             self.counts.corrupt += 1
             return self._fail(entry, TransferCorrupt("KV bytes do not match their checksum"))
-        for start, stop in self._rows(entry, chunk):
-            entry.arrived[start:stop] = b"\1" * (stop - start)
+        for start, stop in entry.rows(chunk):
+            writer.arrived[start:stop] = b"\1" * (stop - start)
         pieces = chunk.num_layers * chunk.num_blocks
         self.counts.chunks += 1
-        entry.missing -= pieces
-        entry.num_bytes += pieces * self._layout.layer_block_bytes
+        writer.missing -= pieces
+        entry.num_bytes += pieces * self._layout.layer_block_bytes // entry.parts
         return NOTHING
 
     def finish(self, generation: Generation, payload: bytes, *, connection: ConnectionId) -> Step:
-        """Prefill has sent everything: commits, or fails where a piece is missing."""
-        entry = self._bound(generation, connection)
-        if entry is None or entry.quarantined:
+        """A prefill rank has sent its whole share: commits where it is the last one, or fails where
+        a piece is missing. ``payload`` is empty but for one of the ranks.
+        """
+        entry, writer = self._bound(generation, connection)
+        if entry is None or writer is None or entry.quarantined:
             self._count_late(generation)
             return NOTHING
-        if entry.missing:
-            problem = f"finished with {entry.missing} of {len(entry.arrived)} pieces missing"
+        if writer.missing:
+            problem = f"finished with {writer.missing} of {len(writer.arrived)} pieces missing"
             return self._fail(entry, TransferError(problem))
+        writer.finished = True
+        entry.payload = entry.payload or payload
+        if sum(other.finished for other in entry.writers.values()) < entry.parts:
+            return NOTHING
         self._end(entry, "committed")
         self.counts.committed += 1
         self.counts.bytes_committed += entry.num_bytes
         event = Committed(
             ref=entry.grant.ref,
             generation=generation,
-            payload=payload,
+            payload=entry.payload,
             bytes_received=entry.num_bytes,
             on_device=entry.on_device,
         )
-        notice = Notice(connection=connection, kind="committed", generation=generation)
-        return Step(events=(event,), notices=(notice,))
+        notices = (
+            Notice(connection=other.connection, kind="committed", generation=generation)
+            for other in entry.writers.values()
+        )
+        return Step(events=(event,), notices=tuple(notices))
 
     def source_stopped(
         self, generation: Generation, error: TransferError, *, connection: ConnectionId
     ) -> Step:
         """The source says that it writes nothing more: of its own accord, or asked to."""
-        entry = self._bound(generation, connection)
-        if entry is None:
+        entry, writer = self._bound(generation, connection)
+        if entry is None or writer is None:
             self._count_late(generation)
             return NOTHING
-        return self._stop(entry, error)
+        return self._stop(entry, writer, error)
 
     @staticmethod
     def probed(connection: ConnectionId) -> Step:
@@ -272,48 +258,61 @@ class GrantLedger:
         """The connection is of no more use, but its other end may still write: what it has open
         fails now and is quiet only when the connection is lost.
         """
-        events: list[SinkEvent] = []
-        for entry in self._live.values():
-            if entry.connection == connection and not entry.quarantined:
-                entry.quarantined = True
+        steps: list[Step] = []
+        for entry, _ in self._of(connection):
+            if not entry.quarantined:
                 self.counts.failed += 1
-                events.append(self._failure(entry, error))
-        return Step(events=tuple(events))
+                steps.append(self._give_up(entry, error, without=connection))
+        return one_after_another(steps)
 
     def connection_lost(self, connection: ConnectionId, error: TransferError) -> Step:
         """The other end is gone for certain, so nothing it had open can be written any more."""
-        events: list[SinkEvent] = []
-        for entry in [e for e in self._live.values() if e.connection == connection]:
-            entry.copying = False
-            events += self._stop(entry, error).events
-        return Step(events=tuple(events))
+        steps: list[Step] = []
+        for entry, writer in self._of(connection):
+            writer.copying = False
+            steps.append(self._stop(entry, writer, error))
+        return one_after_another(steps)
 
-    def _stop(self, entry: _Entry, error: TransferError) -> Step:
-        failed: tuple[SinkEvent, ...] = ()
-        if not entry.quarantined:
-            self.counts.failed += 1
-            failed = (self._failure(entry, error),)
-        return Step(events=failed + self._quiet(entry).events)
-
-    def _fail(self, entry: _Entry, error: TransferError) -> Step:
+    def _stop(self, entry: Entry, writer: Writer, error: TransferError) -> Step:
+        writer.quiet = True
+        if entry.quarantined:
+            return self._quiet_if_proven(entry)
         self.counts.failed += 1
-        step = self._quarantine(entry, error)
-        return Step(events=(self._failure(entry, error), *step.events), notices=step.notices)
+        return self._give_up(entry, error, without=writer.connection)
 
-    def _quarantine(self, entry: _Entry, error: TransferError) -> Step:
-        if entry.connection is None:
-            return self._quiet(entry)
+    def _fail(self, entry: Entry, error: TransferError) -> Step:
+        self.counts.failed += 1
+        return self._give_up(entry, error)
+
+    def _give_up(
+        self, entry: Entry, error: TransferError, *, without: ConnectionId | None = None
+    ) -> Step:
+        """Of its own accord: the role is told. ``without`` is not asked to stop."""
+        step = self._quarantine(entry, error, without=without)
+        return Step(events=(entry.failure(error), *step.events), notices=step.notices)
+
+    def _quarantine(
+        self, entry: Entry, error: TransferError, *, without: ConnectionId | None = None
+    ) -> Step:
         entry.quarantined = True
-        notice = Notice(
-            connection=entry.connection,
-            kind="cancel",
-            generation=entry.grant.generation,
-            error=error,
-        )
-        proven = entry.fence == "receiver_checked" and not entry.copying
-        return Step(events=self._quiet(entry).events if proven else (), notices=(notice,))
+        notices: list[Notice] = []
+        for writer in entry.writers.values():
+            if writer.fence == "receiver_checked" and not writer.copying:
+                writer.quiet = True
+            if writer.connection != without:
+                notices.append(
+                    Notice(
+                        connection=writer.connection,
+                        kind="cancel",
+                        generation=entry.grant.generation,
+                        error=error,
+                    )
+                )
+        return Step(events=self._quiet_if_proven(entry).events, notices=tuple(notices))
 
-    def _quiet(self, entry: _Entry) -> Step:
+    def _quiet_if_proven(self, entry: Entry) -> Step:
+        if not all(writer.quiet for writer in entry.writers.values()):
+            return NOTHING
         self._end(entry, "quiet")
         return Step(events=(Quiet(ref=entry.grant.ref, generation=entry.grant.generation),))
 
@@ -324,7 +323,7 @@ class GrantLedger:
         self._bury(grant.generation, "quiet")
         return Step(events=(Quiet(ref=grant.ref, generation=grant.generation),))
 
-    def _end(self, entry: _Entry, how: Literal["committed", "quiet"]) -> None:
+    def _end(self, entry: Entry, how: Literal["committed", "quiet"]) -> None:
         del self._live[entry.grant.generation]
         self._bury(entry.grant.generation, how)
 
@@ -333,33 +332,18 @@ class GrantLedger:
         while len(self._ended) > self._max_tombstones:
             self._ended.popitem(last=False)
 
-    def _bound(self, generation: Generation, connection: ConnectionId) -> _Entry | None:
+    def _bound(
+        self, generation: Generation, connection: ConnectionId
+    ) -> tuple[Entry | None, Writer | None]:
         entry = self._live.get(generation)
-        return entry if entry is not None and entry.connection == connection else None
+        return entry, None if entry is None else entry.writer(connection)
+
+    def _of(self, connection: ConnectionId) -> list[tuple[Entry, Writer]]:
+        found = ((entry, entry.writer(connection)) for entry in self._live.values())
+        return [(entry, writer) for entry, writer in found if writer is not None]
 
     def _count_late(self, generation: Generation) -> None:
         if generation in self._ended or generation in self._live:
             self.counts.stale += 1
         else:
             self.counts.unknown += 1
-
-    def _outside(self, entry: _Entry, chunk: Chunk) -> str | None:
-        blocks, layers = len(entry.grant.block_ids), self._layout.num_layers
-        if not chunk.num_layers or chunk.first_layer + chunk.num_layers > layers:
-            return f"a chunk's layers are not within the model's {layers}"
-        if not chunk.num_blocks or chunk.first_block + chunk.num_blocks > blocks:
-            return f"a chunk's blocks are not within the grant's {blocks}"
-        return None
-
-    @staticmethod
-    def _rows(entry: _Entry, chunk: Chunk) -> Sequence[tuple[int, int]]:
-        width = len(entry.grant.block_ids)
-        starts = (
-            layer * width + chunk.first_block
-            for layer in range(chunk.first_layer, chunk.first_layer + chunk.num_layers)
-        )
-        return [(start, start + chunk.num_blocks) for start in starts]
-
-    @staticmethod
-    def _failure(entry: _Entry, error: TransferError) -> TransferFailed:
-        return TransferFailed(ref=entry.grant.ref, generation=entry.grant.generation, error=error)

@@ -23,6 +23,8 @@ from protocol.errors import ConfigError, TransferError, TransferTimeout
 from protocol.ids import WorkerRef
 
 _DECODE, _PREFILL = 0, 1
+_REFUSALS = (RuntimeError, KeyError)
+"""What cupy raises: its own error is the former, and the latter for codes that it does not know."""
 
 
 class Meeting(msgspec.Struct, frozen=True, kw_only=True):
@@ -64,7 +66,7 @@ class NcclCarrier:
         )
 
     def inlet(self, receiving: Receiving) -> TwoSidedInlet[Tensor]:
-        pages, limits = DevicePages(receiving.memory), receiving.limits
+        pages, limits = DevicePages(receiving.memory, receiving.share), receiving.limits
         meeting = Meeting(id=tuple(_nccl().get_unique_id()))
         answer = msgspec.msgpack.encode(meeting)
         terms.tell(receiving.sock, receiving.admitted.outgoing, answer, limits.handshake_s)
@@ -104,7 +106,7 @@ class NcclPair:
             try:
                 torch.cuda.set_device(pages.device)
                 found.append(self._nccl.NcclCommunicator(2, meeting, rank))
-            except self._nccl.NcclError as error:
+            except _REFUSALS as error:
                 found.append(error)
             met.set()
 
@@ -139,15 +141,17 @@ class NcclPair:
                 self._nccl.groupStart()
                 operation(row.data_ptr(), num_bytes, self._nccl.NCCL_UINT8, self._peer, stream)
                 self._nccl.groupEnd()
-            except self._nccl.NcclError as error:
+            except _REFUSALS as error:
                 raise ConnectionResetError(f"NCCL: {error}") from error
         return self.queued()
 
     def _over(self, event: torch.cuda.Event) -> bool:
         if self._pages.is_over(event):
             return True
-        if self._communicator.check_async_error() != self._nccl.NCCL_SUCCESS:
-            raise ConnectionResetError("NCCL has lost the peer")
+        try:
+            self._communicator.check_async_error()
+        except _REFUSALS as error:
+            raise ConnectionResetError(f"NCCL has lost the peer: {error}") from error
         return False
 
 

@@ -210,9 +210,9 @@ class NixlInlet:
         limits, admitted = receiving.limits, receiving.admitted
         self._sock = receiving.sock
         self._stall_s = limits.stall_s
-        self._pages = HostPages(receiving.memory)
+        self._pages = HostPages(receiving.memory, receiving.share)
         self._checksum = receiving.checksum
-        slot_bytes = max(limits.nixl_frame_bytes, self._pages.geometry.unit)
+        slot_bytes = max(limits.nixl_frame_bytes, self._pages.geometry.carried)
         self._taken = 0
         self._notes: deque[bytes] = deque()
         self._agent = Agent(receiving.worker.worker_id)

@@ -13,6 +13,7 @@ from kvtransfer import tcp
 from kvtransfer.carrier import Receiving, Sending
 from kvtransfer.fp8 import pack, packed_bytes, unpack
 from kvtransfer.frames import NO_GRANT, Frame, Kind
+from kvtransfer.heads import layout_of
 from kvtransfer.pages import HostPages
 from kvtransfer.plan import Chunk
 from protocol.ids import BlockId, Generation
@@ -63,8 +64,8 @@ class PackedInlet:
     def __init__(self, receiving: Receiving) -> None:
         self._reader = receiving.reader
         self._seal = receiving.admitted.incoming
-        self._layout = receiving.memory.layout
-        self._pages = HostPages(receiving.memory)
+        self._layout = layout_of(receiving.share, receiving.memory.layout)
+        self._pages = HostPages(receiving.memory, receiving.share)
         self._intact = False
 
     def receive(self, chunk: Chunk, blocks: Sequence[BlockId], wanted: Callable[[], bool]) -> bool:

@@ -7,6 +7,7 @@ that come here are in range.
 from collections.abc import Sequence
 
 from kvtransfer.checksum import Checksum, chunk_crc
+from kvtransfer.heads import WHOLE, Share, places_of
 from kvtransfer.interface import KVMemory
 from kvtransfer.memory import buffer
 from kvtransfer.plan import Chunk, Geometry
@@ -14,12 +15,14 @@ from protocol.ids import BlockId
 
 
 class HostPages:
-    def __init__(self, memory: KVMemory) -> None:
-        self.geometry = Geometry(memory.layout, memory.num_blocks)
+    def __init__(self, memory: KVMemory, share: Share = WHOLE) -> None:
+        """``share`` is what chunks carry of these blocks."""
+        places = places_of(share, memory.layout)
+        self.geometry = Geometry(memory.layout, memory.num_blocks, places)
         self.view = buffer(memory)
 
     def num_bytes(self, chunk: Chunk) -> int:
-        return chunk.num_layers * chunk.num_blocks * self.geometry.unit
+        return chunk.num_layers * chunk.num_blocks * self.geometry.carried
 
     def places(self, chunk: Chunk, blocks: Sequence[BlockId]) -> list[memoryview]:
         """The chunk's bytes where they lie, in order."""

@@ -134,18 +134,42 @@ def slices(places: Sequence[memoryview], max_bytes: int) -> Iterator[list[memory
 
 
 class Geometry:
-    """Where one rank keeps its blocks. Layers and blocks that come here are in range already."""
+    """Where one rank keeps its blocks. Layers and blocks that come here are in range already.
 
-    __slots__ = ("layer_bytes", "num_blocks", "num_layers", "unit")
+    ``places`` are the parts of each block of each layer that chunks carry, in their order: all of
+    it, unless the other end has only some of the heads.
+    """
 
-    def __init__(self, layout: KVLayout, num_blocks: int) -> None:
+    __slots__ = ("layer_bytes", "num_blocks", "num_layers", "places", "sample_bytes", "unit")
+
+    def __init__(
+        self, layout: KVLayout, num_blocks: int, places: Sequence[Extent] | None = None
+    ) -> None:
         self.unit = layout.layer_block_bytes  # bytes of one block of one layer
+        self.places: Sequence[Extent] = places or ((0, self.unit),)
         self.num_layers = layout.num_layers
         self.num_blocks = num_blocks
         self.layer_bytes = num_blocks * self.unit
+        self.sample_bytes = min(self.places[0][1], layout.head_block_bytes, SAMPLE_BYTES)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.places[0][1] == self.unit
+
+    @property
+    def carried(self) -> int:
+        """Bytes of one block of one layer that chunks carry."""
+        return sum(length for _, length in self.places)
 
     def extents(self, chunk: Chunk, blocks: Sequence[BlockId]) -> list[Extent]:
         """The bytes of the chunk that is in these blocks, in its order, neighbours merged."""
+        if not self.is_whole:
+            return [
+                (start + block * self.unit + at, length)
+                for start in self._layers(chunk)
+                for block in blocks
+                for at, length in self.places
+            ]
         if _is_contiguous(blocks):
             at, size = blocks[0] * self.unit, len(blocks) * self.unit
             if size == self.layer_bytes:
@@ -157,9 +181,9 @@ class Geometry:
     def sample(self, chunk: Chunk, blocks: Sequence[BlockId]) -> list[Extent]:
         """The head of one block of each layer of the chunk, of another from layer to layer."""
         unit, count, layer = self.unit, len(blocks), chunk.first_layer
-        size = min(unit, SAMPLE_BYTES)
+        first, size = self.places[0][0], self.sample_bytes
         return [
-            (start + blocks[(layer + i) % count] * unit, size)
+            (start + blocks[(layer + i) % count] * unit + first, size)
             for i, start in enumerate(self._layers(chunk))
         ]
 

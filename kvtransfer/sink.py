@@ -24,9 +24,10 @@ from kvtransfer.checksum import ChecksumChoice
 from kvtransfer.handshake import Payload
 from kvtransfer.inbound import Inbound
 from kvtransfer.interface import KVMemory, OnSinkEvent
-from kvtransfer.ledger import ConnectionId, GrantLedger, Step
+from kvtransfer.ledger import GrantLedger
 from kvtransfer.limits import TransferLimits
 from kvtransfer.plan import Chunk
+from kvtransfer.steps import ConnectionId, Step
 from protocol.errors import ConfigError
 from protocol.ids import BlockId, Generation, WorkerRef
 from protocol.kv import Grant, KVEndpoint
@@ -309,6 +310,8 @@ def _can(
         problem = "this rank's KV memory is not shared memory"
     if problem is not None and forced:
         raise ConfigError(f"kv.transport is {name}: {problem}")
+    if problem is not None:
+        _log.warning("kv transport cannot be used", transport=name, reason=problem)
     return problem is None
 
 

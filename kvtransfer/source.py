@@ -17,6 +17,7 @@ from kvtransfer.carriers import make_carriers
 from kvtransfer.channel import Channel, Line
 from kvtransfer.choice import Here, Route, routes
 from kvtransfer.handshake import connect
+from kvtransfer.heads import WHOLE, Share, whole_of
 from kvtransfer.interface import KVMemory
 from kvtransfer.limits import MAX_CONTROL_BYTES, TransferLimits
 from kvtransfer.links import Link
@@ -40,12 +41,13 @@ def make_source(
     device_memory: KVMemory | None = None,
     lift: Lift | None = None,
     transport: TransportChoice = "auto",
+    share: Share = WHOLE,
     cluster_key: bytes | None = None,
     limits: TransferLimits | None = None,
 ) -> "Source":
-    """``worker`` is this prefill worker; ``transport`` other than ``auto`` allows only that one.
-    Where the blocks lie on a GPU, in ``device_memory``, ``lift`` brings them to ``memory`` for the
-    transports that need them there.
+    """``worker`` is this prefill worker, or a rank of it, and ``share`` what ``memory`` has of the
+    heads; ``transport`` other than ``auto`` allows only that one. Where the blocks lie on a GPU, in
+    ``device_memory``, ``lift`` brings them to ``memory`` for the transports that need them there.
 
     Raises:
         ConfigError: this process cannot do ``transport``.
@@ -56,6 +58,7 @@ def make_source(
         lift=lift,
         worker=worker,
         transport=transport,
+        share=share,
         cluster_key=cluster_key,
         limits=limits or TransferLimits(),
     )
@@ -72,6 +75,7 @@ class Source:
         lift: Lift | None,
         worker: WorkerRef,
         transport: TransportChoice,
+        share: Share,
         cluster_key: bytes | None,
         limits: TransferLimits,
     ) -> None:
@@ -82,7 +86,8 @@ class Source:
         self._choice: TransportChoice = transport
         self._cluster_key = cluster_key
         self._limits = limits
-        self._digest = memory.layout.digest()
+        self._share = share
+        self._digest = whole_of(share, memory.layout).digest()
         self._here = _here(device_memory)
         self._carriers = make_carriers(gpu=device_memory is not None)
         self._problems: dict[Transport, str | None] = {}
@@ -143,6 +148,12 @@ class Source:
                 if carrier is None or memory is None
                 else carrier.problem(memory)
             )
+            if self._device_memory is not None and self._problems[transport] is not None:
+                _log.warning(
+                    "kv transport cannot be used",
+                    transport=transport,
+                    reason=self._problems[transport],
+                )
         return self._problems[transport]
 
     def _memory_of(self, carrier: Carrier) -> KVMemory | None:
@@ -208,6 +219,7 @@ class Source:
                     source=self._worker,
                     decode=decode,
                     layout_digest=self._digest,
+                    share=self._share,
                     cluster_key=self._cluster_key,
                     timeout_s=limits.handshake_s,
                 )
@@ -218,11 +230,17 @@ class Source:
                         worker=self._worker,
                         connected=connected,
                         limits=limits,
+                        share=self._share,
                     )
                 )
             except TransferError:
                 raise
-            except (ServingError, OSError, ValueError) as error:
+            except (
+                ServingError,
+                OSError,
+                ValueError,
+                RuntimeError,
+            ) as error:  # CUDA's are the last
                 raise TransferError(
                     f"cannot reach {decode.worker_id} by {name}: {error}"
                 ) from error

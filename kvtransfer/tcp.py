@@ -149,7 +149,7 @@ class TcpInlet:
         self._reader = receiving.reader
         self._seal = receiving.admitted.incoming
         self._checksum = receiving.checksum
-        self._pages = HostPages(receiving.memory)
+        self._pages = HostPages(receiving.memory, receiving.share)
         self._last = Received(complete=False, crc=0, expected=1)
 
     def receive(self, chunk: Chunk, blocks: Sequence[BlockId], wanted: Callable[[], bool]) -> bool:

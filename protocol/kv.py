@@ -2,7 +2,8 @@
 
 Memory of a rank is layer-major: all blocks of layer 0, then all of layer 1, and so on. A block of
 one layer is ``layer_block_bytes`` contiguous bytes, whatever the attention kind puts inside. Two
-ranks can exchange blocks when their layouts are equal; their number of blocks may differ.
+ranks can exchange blocks when their layouts are equal, or differ in the number of heads only, where
+one rank of several has a share of them; their number of blocks may differ.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ from typing import Literal
 
 import msgspec
 
+from protocol.errors import LayoutMismatch
 from protocol.ids import AttemptRef, BlockId, Generation, WorkerRef
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -32,6 +34,11 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
         return self.block_tokens * width * DTYPE_BYTES[self.dtype]
 
     @property
+    def head_block_bytes(self) -> int:
+        """The keys of one head in one block of one layer."""
+        return self.block_tokens * self.key_width * DTYPE_BYTES[self.dtype]
+
+    @property
     def block_bytes(self) -> int:
         return self.num_layers * self.layer_block_bytes
 
@@ -40,6 +47,25 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True):
 
     def digest(self) -> str:
         return hashlib.sha256(msgspec.json.encode(self)).hexdigest()[:16]
+
+
+def heads_of_rank(rank: int, num_ranks: int, num_heads: int) -> range:
+    """The KV heads that rank ``rank`` of a tensor-parallel group holds: neighbours in equal parts,
+    and beyond one rank a head, neighbouring ranks the same head.
+
+    Raises:
+        LayoutMismatch: neither number divides the other.
+    """
+    if num_heads % num_ranks == 0:
+        count = num_heads // num_ranks
+        return range(rank * count, (rank + 1) * count)
+    if num_ranks % num_heads == 0:
+        head = rank * num_heads // num_ranks
+        return range(head, head + 1)
+    raise LayoutMismatch(
+        f"{num_heads} KV heads cannot be split over {num_ranks} ranks; use a number of ranks that "
+        "divides them or that they divide"
+    )
 
 
 class KVEndpoint(msgspec.Struct, frozen=True, kw_only=True):

@@ -7,8 +7,7 @@ import random
 import signal
 import socket
 import threading
-import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -48,6 +47,7 @@ from tests.support.transfers import (
     a_worker,
     block_bytes,
     patterned,
+    until,
 )
 
 KEY = b"the cluster's key, 32 bytes long"
@@ -140,13 +140,6 @@ def pair(transport: Transport) -> Generator[Pair]:
 
 def send(push: Push, layers: range, first_block: int, blocks: list[int]) -> None:
     push.send(layers, first_block, [BlockId(block) for block in blocks])
-
-
-def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.002)
 
 
 def stop(pid: int) -> None:
@@ -697,7 +690,7 @@ def a_deaf_sink(pair: Pair, answers: list[Kind], blocks: int = 1) -> Generator[G
         admitted = admit(
             sock,
             decode=decode,
-            layout_digest=pair.target.layout.digest(),
+            layout=pair.target.layout,
             num_blocks=pair.target.num_blocks,
             checksum="off",
             cluster_key=None,

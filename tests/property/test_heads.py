@@ -1,4 +1,6 @@
-"""Heads that ranks split differently arrive once each, in the right place."""
+"""Heads that prefill ranks split arrive once each, in the right place."""
+
+import random
 
 import numpy as np
 import pytest
@@ -6,18 +8,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.gather import gather, scatter_strips
-from kvtransfer.heads import HeadRange, heads_of_rank, senders, strips
+from kvtransfer.gather import gather, scatter
+from kvtransfer.heads import WHOLE, Share, layout_of, places_of, share_of_rank, whole_of
 from kvtransfer.plan import Chunk
 from protocol.errors import LayoutMismatch
 from protocol.ids import BlockId
-from protocol.kv import KVLayout
+from protocol.kv import KVLayout, heads_of_rank
 
 TOKENS, WIDTH, LAYERS = 4, 2, 2
 SPLITS = [(1, 8), (2, 8), (4, 8), (8, 8), (16, 8), (32, 8), (4, 4), (2, 1), (3, 3), (6, 3)]
 
 
-def a_layout(num_heads: int, kind: str = "gqa") -> KVLayout:
+def a_layout(num_heads: int, kind: str = "gqa", value_width: int = WIDTH) -> KVLayout:
     return KVLayout(
         kind=kind,  # type: ignore[arg-type]
         dtype="float32",
@@ -25,80 +27,81 @@ def a_layout(num_heads: int, kind: str = "gqa") -> KVLayout:
         block_tokens=TOKENS,
         kv_heads=num_heads,
         key_width=WIDTH,
-        value_width=WIDTH if kind == "gqa" else 0,
+        value_width=value_width if kind == "gqa" else 0,
     )
 
 
-def model_kv(total: int, num_blocks: int) -> torch.Tensor:
-    """(layers, blocks, keys and values, heads, tokens, width), every element another number."""
-    shape = (LAYERS, num_blocks, 2, total, TOKENS, WIDTH)
-    return torch.arange(int(np.prod(shape)), dtype=torch.float32).view(shape)
-
-
-def pages_of(kv: torch.Tensor, heads: HeadRange) -> torch.Tensor:
-    held = kv[:, :, :, heads.first : heads.first + heads.num_heads].contiguous()
+def pages_of(kv: torch.Tensor, heads: range) -> torch.Tensor:
+    held = kv[:, :, :, heads.start : heads.stop].contiguous()
     return held.view(torch.uint8).view(LAYERS, kv.shape[1], -1)
 
 
-@given(split=st.sampled_from(SPLITS), target_split=st.sampled_from(SPLITS), dice=st.randoms())
+@given(split=st.sampled_from(SPLITS), seed=st.integers(0, 99))
 def test_a_decode_rank_gets_every_head_once_from_prefill_ranks_of_any_number(
-    split: tuple[int, int], target_split: tuple[int, int], dice: np.random.RandomState
+    split: tuple[int, int], seed: int
 ) -> None:
     num_ranks, total = split
-    wanted = heads_of_rank(0, target_split[0], total) if target_split[1] == total else None
-    wanted = wanted or HeadRange(0, total, total)
-    kv = model_kv(total, num_blocks=3)
-    target = torch.full((LAYERS, 5, a_layout(wanted.num_heads).layer_block_bytes), 255).byte()
-    blocks = [BlockId(block) for block in dice.sample(range(5), 3)]  # type: ignore[attr-defined]
-    chunk = Chunk(0, LAYERS, 0, 3)
-    for rank, part in senders(num_ranks, wanted):
-        held = heads_of_rank(rank, num_ranks, total)
-        layout = a_layout(held.num_heads)
-        row = torch.empty(LAYERS * 3 * layout.layer_block_bytes, dtype=torch.uint8)
-        gather(pages_of(kv, held), chunk, [BlockId(0), BlockId(1), BlockId(2)], row)
-        moved = strips(layout, held, a_layout(wanted.num_heads), wanted)
-        assert sum(strip.length for strip in moved) >= part.num_heads * 2 * TOKENS * WIDTH * 4
-        scatter_strips(
-            row, target, chunk, blocks, source_unit=layout.layer_block_bytes, strips=moved
-        )
-    assert torch.equal(target[:, blocks], pages_of(kv, wanted))
+    whole = a_layout(total)
+    shape = (LAYERS, 3, 2, total, TOKENS, WIDTH)  # layers, blocks, keys and values, heads
+    kv = torch.arange(int(np.prod(shape)), dtype=torch.float32).view(shape)
+    target = torch.full((LAYERS, 5, whole.layer_block_bytes), 255).byte()
+    blocks = [BlockId(block) for block in random.Random(seed).sample(range(5), 3)]
+    written = 0
+    for rank in range(num_ranks):
+        share = share_of_rank(rank, num_ranks, whole)
+        if share is None:
+            continue
+        pages = pages_of(kv, heads_of_rank(rank, num_ranks, total))
+        held = layout_of(share, whole)
+        assert pages.shape[2] == held.layer_block_bytes
+        assert whole_of(share, held) == whole
+        row = torch.empty(pages.numel(), dtype=torch.uint8)
+        chunk = Chunk(0, LAYERS, 0, 3)
+        gather(pages, chunk, [BlockId(0), BlockId(1), BlockId(2)], row)
+        scatter(row, target, chunk, blocks, places_of(share, whole))
+        written += row.numel()
+    assert torch.equal(target[:, blocks], pages_of(kv, range(total)))
+    assert written == 3 * whole.block_bytes
     rest = [block for block in range(5) if block not in blocks]
     assert (target[:, rest] == 255).all()
 
 
-@given(split=st.sampled_from(SPLITS))
-def test_senders_share_the_heads_out_without_overlap(split: tuple[int, int]) -> None:
+@given(split=st.sampled_from(SPLITS), value_width=st.sampled_from([2, 6]))
+def test_the_places_of_all_shares_are_the_whole_block(
+    split: tuple[int, int], value_width: int
+) -> None:
     num_ranks, total = split
-    parts = [part for _, part in senders(num_ranks, HeadRange(0, total, total))]
-    heads = [head for part in parts for head in range(part.first, part.first + part.num_heads)]
-    assert heads == list(range(total))
+    whole = a_layout(total, value_width=value_width)
+    shares = [share_of_rank(rank, num_ranks, whole) for rank in range(num_ranks)]
+    places = sorted(place for share in shares if share for place in places_of(share, whole))
+    end = 0
+    for start, length in places:
+        assert start == end
+        end += length
+    assert end == whole.layer_block_bytes
 
 
-def test_equal_heads_are_one_strip_and_latents_always_are() -> None:
-    whole = HeadRange(0, 4, 4)
-    (strip,) = strips(a_layout(4), whole, a_layout(4), whole)
-    assert strip == (0, 0, a_layout(4).layer_block_bytes)
-    latent, one = a_layout(1, "mla"), HeadRange(0, 1, 1)
-    assert strips(latent, one, latent, one) == [(0, 0, latent.layer_block_bytes)]
-
-
-def test_ranks_without_a_head_in_common_exchange_nothing() -> None:
-    assert strips(a_layout(2), HeadRange(0, 2, 4), a_layout(2), HeadRange(2, 2, 4)) == []
+def test_latents_are_sent_once_and_whole() -> None:
+    latent = a_layout(1, "mla")
+    assert [share_of_rank(rank, 4, latent) for rank in range(4)] == [WHOLE, None, None, None]
+    assert places_of(WHOLE, latent) == [(0, latent.layer_block_bytes)]
 
 
 @pytest.mark.parametrize(
-    ("target", "heads", "problem"),
+    ("share", "whole", "problem"),
     [
-        (a_layout(1, "mla"), HeadRange(0, 1, 4), "differ in kind: gqa here, mla there"),
-        (a_layout(2), HeadRange(0, 2, 8), "4 KV heads here, 8 there"),
-        (a_layout(2), HeadRange(0, 4, 4), "a layout of 2 KV heads does not hold 4"),
+        (Share(0, 2), a_layout(1, "mla"), "latents are not split"),
+        (Share(0, 3), a_layout(4), "part 0 of 3 is no share of 4 KV heads"),
+        (Share(2, 2), a_layout(4), "part 2 of 2 is no share"),
+        (Share(-1, 2), a_layout(4), "part -1 of 2 is no share"),
+        (Share(0, 0), a_layout(4), "part 0 of 0 is no share"),
     ],
 )
-def test_layouts_that_differ_in_more_than_heads_are_refused(
-    target: KVLayout, heads: HeadRange, problem: str
+def test_what_is_no_share_of_the_layout_is_refused(
+    share: Share, whole: KVLayout, problem: str
 ) -> None:
     with pytest.raises(LayoutMismatch, match=problem):
-        strips(a_layout(4), HeadRange(0, 4, 4), target, heads)
+        places_of(share, whole)
 
 
 def test_heads_that_do_not_divide_are_refused() -> None:

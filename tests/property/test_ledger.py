@@ -4,9 +4,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from kvtransfer.heads import WHOLE, Share
 from kvtransfer.interface import Committed, Fence, Quiet, TransferFailed
-from kvtransfer.ledger import ConnectionId, GrantLedger, Step
+from kvtransfer.ledger import GrantLedger
 from kvtransfer.plan import Chunk
+from kvtransfer.steps import ConnectionId, Step
 from protocol.errors import TransferError
 from protocol.ids import Generation
 from protocol.kv import Grant
@@ -22,6 +24,11 @@ FENCES: dict[ConnectionId, Fence] = {
 }
 
 
+def share(generation: Generation, connection: ConnectionId) -> Share:
+    """Every other grant is filled by two connections, half of the heads each."""
+    return WHOLE if generation % 2 else Share(connection - 1, 2)
+
+
 class LedgerMachine(RuleBasedStateMachine):
     """The model of a writer: who may still write which generation's pages, by the rules of its
     transport. A page in ``free`` or in a later grant must have no such writer."""
@@ -31,7 +38,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger = GrantLedger(worker=DECODE, layout=LAYOUT, num_blocks=NUM_BLOCKS)
         self.free = set(range(NUM_BLOCKS))
         self.held: dict[Generation, Grant] = {}
-        self.writers: dict[Generation, ConnectionId] = {}
+        self.writers: dict[Generation, set[ConnectionId]] = {}
         self.sent: dict[Generation, int] = {}
         self.copying: dict[ConnectionId, Generation] = {}
         self.pending: dict[ConnectionId, Chunk] = {}
@@ -41,7 +48,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def heed(self, step: Step) -> None:
         for notice in step.notices:
             if notice.kind == "opened":
-                self.writers[notice.generation] = notice.connection
+                self.writers.setdefault(notice.generation, set()).add(notice.connection)
         for event in step.events:
             seen = self.ends.setdefault(event.generation, [])
             assert type(event) not in seen, "an end was told twice"
@@ -49,11 +56,12 @@ class LedgerMachine(RuleBasedStateMachine):
             assert not (isinstance(event, Committed | TransferFailed) and Quiet in seen)
             seen.append(type(event))
             if isinstance(event, Committed):
-                assert self.sent[event.generation] == LAYOUT.num_layers
+                parts = share(event.generation, ConnectionId(1)).parts
+                assert self.sent[event.generation] == LAYOUT.num_layers * parts
                 self.writers.pop(event.generation)
             if isinstance(event, Quiet):
-                connection = self.writers.get(event.generation)
-                assert connection is None or FENCES[connection] == "receiver_checked"
+                still = self.writers.get(event.generation, set())
+                assert all(FENCES[connection] == "receiver_checked" for connection in still)
                 assert event.generation not in self.copying.values()
             if isinstance(event, Committed | Quiet) and event.generation in self.held:
                 self.free |= set(self.held.pop(event.generation).block_ids)
@@ -72,7 +80,13 @@ class LedgerMachine(RuleBasedStateMachine):
         generation = data.draw(self.generations())
         ref = a_grant(DECODE, []).ref
         self.heed(
-            self.ledger.bind(generation, ref, connection=connection, fence=FENCES[connection])
+            self.ledger.bind(
+                generation,
+                ref,
+                connection=connection,
+                fence=FENCES[connection],
+                share=share(generation, connection),
+            )
         )
 
     @rule(data=st.data(), connection=CONNECTIONS, layer=st.integers(0, LAYOUT.num_layers))
@@ -88,7 +102,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if found is not None:
             assert grant is not None
             assert found == grant.block_ids
-            assert self.writers[generation] == connection
+            assert connection in self.writers[generation]
             self.copying[connection] = generation
             self.pending[connection] = Chunk(layer, 1, 0, blocks)
         self.heed(step)
@@ -100,7 +114,9 @@ class LedgerMachine(RuleBasedStateMachine):
             chunk = self.pending[connection]
             if intact:
                 self.sent[generation] = self.sent.get(generation, 0) + 1
-            self.heed(self.ledger.end_chunk(generation, chunk, intact=intact))
+            self.heed(
+                self.ledger.end_chunk(generation, chunk, intact=intact, connection=connection)
+            )
 
     @rule(data=st.data(), connection=CONNECTIONS)
     def finish(self, data: st.DataObject, connection: ConnectionId) -> None:
@@ -112,14 +128,14 @@ class LedgerMachine(RuleBasedStateMachine):
     def drain(self, data: st.DataObject, connection: ConnectionId) -> None:
         if connection not in self.copying:
             generation = data.draw(self.generations())
-            if self.writers.get(generation) == connection:
-                del self.writers[generation]
+            self.writers.get(generation, set()).discard(connection)
             self.heed(self.ledger.source_stopped(generation, LOST, connection=connection))
 
     @rule(connection=CONNECTIONS)
     def lose(self, connection: ConnectionId) -> None:
         self.copying.pop(connection, None)
-        self.writers = {g: c for g, c in self.writers.items() if c != connection}
+        for writers in self.writers.values():
+            writers.discard(connection)
         self.heed(self.ledger.connection_lost(connection, LOST))
 
     @rule(connection=CONNECTIONS)

@@ -2,7 +2,8 @@
 
 import queue
 import random
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 from kvtransfer.interface import Committed, KVMemory, Quiet, SinkEvent, TransferFailed
 from kvtransfer.memory import allocate_shared, buffer
@@ -70,6 +71,14 @@ def block_bytes(memory: KVMemory, block: int) -> bytes:
         (layer * memory.num_blocks + block) * unit for layer in range(memory.layout.num_layers)
     )
     return b"".join(view[start : start + unit] for start in starts)
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    """Return when the condition holds; ``what`` is the complaint where it never does."""
+    deadline = time.monotonic() + WAIT_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.002)
 
 
 class Events:

@@ -1,8 +1,10 @@
 import pytest
 
+from kvtransfer.heads import Share
 from kvtransfer.interface import Committed, Fence, Quiet, TransferFailed
-from kvtransfer.ledger import NOTHING, ConnectionId, GrantLedger, Step
+from kvtransfer.ledger import GrantLedger
 from kvtransfer.plan import Chunk
+from kvtransfer.steps import NOTHING, ConnectionId, Step
 from protocol.errors import TransferCorrupt, TransferError
 from protocol.ids import AttemptRef, Generation, RequestId
 from protocol.kv import Grant
@@ -30,7 +32,7 @@ def an_open_grant(fence: Fence = "receiver_checked") -> tuple[GrantLedger, Grant
 def fill(ledger: GrantLedger, chunk: Chunk = WHOLE, *, intact: bool = True) -> Step:
     blocks, _ = ledger.begin_chunk(GENERATION, chunk, connection=ONE)
     assert blocks is not None
-    return ledger.end_chunk(GENERATION, chunk, intact=intact)
+    return ledger.end_chunk(GENERATION, chunk, intact=intact, connection=ONE)
 
 
 def kinds(step: Step) -> list[type]:
@@ -105,7 +107,7 @@ def test_an_abort_while_a_chunk_is_copied_waits_for_the_copy() -> None:
     step = ledger.abort(grant)
     assert (kinds(step), said(step)) == ([], ["cancel"])
     assert not ledger.may_copy(GENERATION)
-    assert kinds(ledger.end_chunk(GENERATION, WHOLE, intact=True)) == [Quiet]
+    assert kinds(ledger.end_chunk(GENERATION, WHOLE, intact=True, connection=ONE)) == [Quiet]
 
 
 def test_an_aborted_one_sided_grant_is_not_quiet_by_anything_but_proof() -> None:
@@ -248,3 +250,76 @@ def test_tombstones_are_bounded() -> None:
     ledger.begin_chunk(Generation(1), WHOLE, connection=ONE)
     ledger.begin_chunk(Generation(9), WHOLE, connection=ONE)
     assert (ledger.counts.unknown, ledger.counts.stale) == (1, 1)
+
+
+def a_grant_in_halves(fence: Fence = "receiver_checked") -> tuple[GrantLedger, Grant]:
+    """Opened by two connections, which have half of the heads each."""
+    ledger, grant = a_ledger(), a_grant(DECODE, [5, 2])
+    ledger.expect(grant)
+    for part, connection in enumerate((ONE, TWO)):
+        ledger.bind(GENERATION, grant.ref, connection=connection, fence=fence, share=Share(part, 2))
+    return ledger, grant
+
+
+def fill_half(ledger: GrantLedger, connection: ConnectionId) -> None:
+    assert ledger.begin_chunk(GENERATION, WHOLE, connection=connection)[0] is not None
+    assert ledger.end_chunk(GENERATION, WHOLE, intact=True, connection=connection) == NOTHING
+
+
+def test_a_grant_in_halves_commits_when_both_have_finished() -> None:
+    ledger, _ = a_grant_in_halves()
+    fill_half(ledger, ONE)
+    assert ledger.finish(GENERATION, b"token", connection=ONE) == NOTHING
+    fill_half(ledger, TWO)
+    step = ledger.finish(GENERATION, b"", connection=TWO)
+    (committed,) = step.events
+    assert isinstance(committed, Committed)
+    assert (committed.payload, committed.bytes_received) == (b"token", 2 * LAYOUT.block_bytes)
+    assert [(n.kind, n.connection) for n in step.notices] == [
+        ("committed", ONE),
+        ("committed", TWO),
+    ]
+
+
+def test_the_loss_of_one_half_fails_the_grant_and_is_no_proof_for_the_other() -> None:
+    ledger, _ = a_grant_in_halves("one_sided")
+    step = ledger.connection_lost(TWO, LOST)
+    assert kinds(step) == [TransferFailed]
+    assert [(n.kind, n.connection) for n in step.notices] == [("cancel", ONE)]
+    assert kinds(ledger.source_stopped(GENERATION, LOST, connection=ONE)) == [Quiet]
+
+
+def test_an_abort_of_a_grant_in_halves_is_quiet_when_both_are() -> None:
+    ledger, grant = a_grant_in_halves("one_sided")
+    assert said(ledger.abort(grant)) == ["cancel", "cancel"]
+    assert ledger.source_stopped(GENERATION, LOST, connection=TWO) == NOTHING
+    assert kinds(ledger.source_stopped(GENERATION, LOST, connection=ONE)) == [Quiet]
+
+
+def test_a_half_that_comes_after_the_abort_is_refused() -> None:
+    ledger, grant = a_ledger(), a_grant(DECODE, [5, 2])
+    ledger.expect(grant)
+    ledger.bind(GENERATION, grant.ref, connection=ONE, fence="one_sided", share=Share(0, 2))
+    ledger.abort(grant)
+    late = ledger.bind(GENERATION, grant.ref, connection=TWO, fence="one_sided", share=Share(1, 2))
+    assert said(late) == ["refused"]
+    assert kinds(ledger.source_stopped(GENERATION, LOST, connection=ONE)) == [Quiet]
+
+
+@pytest.mark.parametrize("share", [Share(0, 2), Share(1, 4), Share(0, 1)])
+def test_a_part_twice_or_of_another_division_is_refused(share: Share) -> None:
+    ledger, grant = a_ledger(), a_grant(DECODE, [5, 2])
+    ledger.expect(grant)
+    ledger.bind(GENERATION, grant.ref, connection=ONE, fence="one_sided", share=Share(0, 2))
+    other = ledger.bind(GENERATION, grant.ref, connection=TWO, fence="one_sided", share=share)
+    assert said(other) == ["refused"]
+    assert ledger.counts.refused == 1
+
+
+def test_a_finish_of_one_half_with_pieces_missing_fails_the_grant_for_both() -> None:
+    ledger, _ = a_grant_in_halves()
+    fill_half(ledger, ONE)
+    ledger.finish(GENERATION, b"token", connection=ONE)
+    step = ledger.finish(GENERATION, b"", connection=TWO)
+    assert kinds(step) == [TransferFailed, Quiet]
+    assert said(step) == ["cancel", "cancel"]

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from kvtransfer.choice import Route
-from kvtransfer.links import Link
+from kvtransfer.links import MEASUREMENTS, Link
 from protocol.ids import WorkerId
 
 ROUTE = Route("tcp", "h:1", "same host", "same host, auto")
@@ -53,5 +53,35 @@ def test_a_slow_link_is_worth_a_warning(
 ) -> None:
     link = a_link()
     with caplog.at_level(logging.WARNING):
-        link.measured(bytes_per_s)
+        for _ in range(MEASUREMENTS - 1):
+            assert link.measured(bytes_per_s) is warns
+        assert "kv link is slow" not in caplog.text
+        assert not link.measured(bytes_per_s)
     assert ("kv link is slow" in caplog.text) is warns
+
+
+def test_one_good_measurement_of_several_is_enough(caplog: pytest.LogCaptureFixture) -> None:
+    link = a_link()
+    with caplog.at_level(logging.WARNING):
+        assert link.measured(1e6)
+        assert not link.measured(1e9)
+    assert not caplog.text
+    report = link.report()
+    assert report is not None
+    assert report.measured_bytes_per_s == 1e9
+
+
+def test_the_warning_says_what_was_measured_and_what_to_do(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    link = a_link()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(MEASUREMENTS):
+            link.measured(90e6)
+    said = vars(caplog.records[-1])["fields"]
+    assert (said["measured_mb_s"], said["expected_mb_s"], said["warned_below_mb_s"]) == (
+        90,
+        1000,
+        250,
+    )
+    assert "harmless where other programs keep this machine busy" in said["advice"]

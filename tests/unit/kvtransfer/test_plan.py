@@ -48,8 +48,8 @@ def test_a_whole_pool_is_one_extent_across_layers() -> None:
 
 def test_a_sample_stays_within_the_chunk() -> None:
     geometry = Geometry(LAYOUT, 8)
-    places = geometry.sample(Chunk(0, 3, 0, 2), ids(6, 1))
-    assert places == [(6 * UNIT, UNIT), ((8 + 1) * UNIT, UNIT), ((16 + 6) * UNIT, UNIT)]
+    places, size = geometry.sample(Chunk(0, 3, 0, 2), ids(6, 1)), LAYOUT.head_block_bytes
+    assert places == [(6 * UNIT, size), ((8 + 1) * UNIT, size), ((16 + 6) * UNIT, size)]
 
 
 @pytest.mark.parametrize("block", [-1, 4])
