@@ -57,16 +57,16 @@ class Link:
             self._lost += 1
 
     def probing(self, count: int, frame_bytes: int) -> None:
-        """So many frames are on their way; the first only wakes everything up."""
-        self._probe_started = 0.0
-        self._probes_left, self._probe_bytes = count, (count - 1) * frame_bytes
+        """So many frames are sent from now on. The time until the last answer counts: answers may
+        have been waiting for a look, so the time between them says nothing.
+        """
+        self._probe_started = time.monotonic()
+        self._probes_left, self._probe_bytes = count, count * frame_bytes
 
     def probed(self) -> bool:
         """The decode rank has taken one more probe. The answer is as that of ``measured``."""
-        if not self._probe_started:
-            self._probe_started = time.monotonic()
         self._probes_left -= 1
-        if self._probes_left == 0 and self._probe_bytes:
+        if self._probes_left == 0:
             took = max(time.monotonic() - self._probe_started, 1e-9)
             return self.measured(self._probe_bytes / took)
         return False
