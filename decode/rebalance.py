@@ -3,8 +3,9 @@
 A window of steps is counted; then, a layer at a time, ranks add up what they counted, one of them
 finds a better placement, and each reads what that brings to its slots, all beside their steps.
 When all have it, they commit between the same two steps. Every step of this is in the rows
-(``decode.lockstep``), so no rank is ever ahead, and a step waits at most for one layer's copy.
-Whatever fails, the old placement stays whole. Replicas hold equal bytes: no token changes.
+(``decode.lockstep``), so no rank is ever ahead. What ranks tell one another travels beside the step
+in which it is sent and is heard after it, so a step waits at most for one layer's copy. Whatever
+fails, the old placement stays whole. Replicas hold equal bytes: no token changes.
 
 When seats are lost, those that are left take over their experts before the next step
 (``engine.experts.cover``); when a seat is taken again, all go back to where they started. While one
@@ -21,7 +22,7 @@ from itertools import chain
 from typing import Generic, TypeVar
 
 from decode.lockstep import ExpertStep, Rebalancing
-from engine.collectives import StepGroup
+from engine.collectives import PendingLines, StepGroup
 from engine.experts.balancer import Mode, balance_of, rebalance
 from engine.experts.counting import ExpertCounts
 from engine.experts.cover import cover
@@ -36,7 +37,7 @@ log = get_log(__name__)
 T = TypeVar("T")
 # The planner gives way this long after each stretch of work this long: the engine thread gives
 # Python's lock up with every operation, and would else wait for it each time.
-BREATH_S = 0.0005
+BREATH_S = 0.002
 STRETCH_S = 0.00025
 
 
@@ -106,6 +107,8 @@ class ExpertMoves:
         self._window: Mapping[int, tuple[int, ...]] = {}
         self._pending: list[int] = []  # layers of this round that are still to be looked at
         self._waiting_for_plan = False
+        self._counts_coming: PendingLines | None = None
+        self._plan_coming: PendingLines | None = None
         self._planning: _Beside[ExpertPlacement] | None = None  # on one rank
         self._staging: _Beside[StagedSlots] | None = None
         self._epoch = 0
@@ -134,6 +137,7 @@ class ExpertMoves:
         Raises:
             WorkerLost: a rank failed during the exchange of counts or of the plan.
         """
+        self._hear()
         if plan == "gather":
             self._gather(group)
         elif plan == "share":
@@ -145,7 +149,12 @@ class ExpertMoves:
             self._abandon()
 
     def after_step(self) -> None:
-        """All ranks have computed a step."""
+        """All ranks have computed a step.
+
+        Raises:
+            WorkerLost: as ``follow``.
+        """
+        self._hear()
         self._steps += 1
         if self._counted is not None:
             self._counted += 1
@@ -207,12 +216,21 @@ class ExpertMoves:
 
     def _gather(self, group: StepGroup) -> None:
         layer = self._pending[0]
-        counts = group.exchange(self._window[layer])
+        self._counts_coming = group.begin_gather(self._window[layer], root=self._planner(layer))
         self._waiting_for_plan = True
-        if group.rank == self._planner(layer):
-            load = [float(sum(tokens)) for tokens in zip(*counts, strict=True)]
-            current = self._exchanges[layer].placement
-            self._planning = _Beside(lambda: self._plan(load, current))
+
+    def _hear(self) -> None:
+        """What ranks told one another while they computed the last step."""
+        if self._counts_coming is not None:
+            counts, self._counts_coming = self._counts_coming.wait(), None
+            layer = self._pending[0]
+            if self._seat == self._planner(layer):
+                load = [float(sum(tokens)) for tokens in zip(*counts, strict=True)]
+                current = self._exchanges[layer].placement
+                self._planning = _Beside(lambda: self._plan(load, current))
+        if self._plan_coming is not None:
+            (told,), self._plan_coming = self._plan_coming.wait(), None
+            self._begin_staging(told)
 
     def _plan(self, load: list[float], current: ExpertPlacement) -> ExpertPlacement:
         if balance_of(load, current).max_over_mean <= self._rule.above:
@@ -225,14 +243,22 @@ class ExpertMoves:
         return list(self._exchanges).index(layer) % self._topology.num_ranks
 
     def _share(self, group: StepGroup) -> None:
-        layer, exchange = self._pending[0], self._exchanges[self._pending[0]]
-        current, planning = exchange.placement, self._planning
+        layer, planning = self._pending[0], self._planning
+        current = self._exchanges[layer].placement
         mine = current if planning is None or planning.result is None else planning.result
-        told = group.exchange(tuple(chain.from_iterable(mine.slots)))[self._planner(layer)]
+        line = tuple(chain.from_iterable(mine.slots))
+        self._plan_coming = group.begin_broadcast(line, root=self._planner(layer))
+        self._planning = None
+
+    def _begin_staging(self, told: Sequence[int]) -> None:
+        exchange = self._exchanges[self._pending[0]]
+        current = exchange.placement
         per_rank = current.slots_per_rank
-        slots = tuple(told[first : first + per_rank] for first in range(0, len(told), per_rank))
+        slots = tuple(
+            tuple(told[first : first + per_rank]) for first in range(0, len(told), per_rank)
+        )
         wanted = ExpertPlacement(current.num_experts, slots)
-        self._waiting_for_plan, self._planning = False, None
+        self._waiting_for_plan = False
         if wanted == current:
             self._pending.pop(0)
         else:
@@ -259,6 +285,7 @@ class ExpertMoves:
 
     def _abandon(self) -> None:
         self._waiting_for_plan, self._planning, self._staging = False, None, None
+        self._counts_coming, self._plan_coming = None, None
         self._pending = []
         self._steps, self._counted = 0, None
         self._begin_window()

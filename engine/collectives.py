@@ -132,6 +132,24 @@ class PendingRows:
         return self.rows
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PendingLines:
+    """Numbers of other ranks on their way to this one, beside whatever it does."""
+
+    lines: Tensor
+    work: Awaited
+
+    def wait(self) -> list[tuple[int, ...]]:
+        """One line for each rank that this one hears; none where it only speaks.
+
+        Raises:
+            WorkerLost: a rank failed or did not answer in time.
+        """
+        with losing("exchange of what ranks plan"):
+            self.work.wait()
+        return [tuple(line) for line in self.lines.tolist()]
+
+
 class ExpertGroup:
     """One process's seat among those that share the experts.
 
@@ -275,13 +293,11 @@ class StepGroup:
             WorkerLost: a rank failed or did not come within the collective timeout. The group is
                 closed; form the next one.
         """
-        if self._connection is None:
-            raise WorkerLost("the ranks of this decode worker are not connected", stage="decode")
+        control = self._control
         mine = torch.tensor(row, dtype=torch.int64)
         rows = mine.new_empty(self.world_size, len(row))
         gather, broadcast = dist.GatherOptions(), dist.BroadcastOptions()
         gather.rootRank = broadcast.rootRank = 0
-        control = self._connection.control
         try:
             with losing(f"exchange of step rows in epoch {self.epoch}"):
                 outputs = [list(rows.unbind(0))] if self.rank == 0 else []
@@ -291,6 +307,39 @@ class StepGroup:
             self.close()
             raise
         return [tuple(line) for line in rows.tolist()]
+
+    def begin_gather(self, line: Sequence[int], *, root: int) -> PendingLines:
+        """Send ``line``, of the same width on all ranks, to rank ``root``, which hears all of them
+        by rank. Returns at once; all ranks call it in the same order as whatever they exchange.
+
+        Raises:
+            WorkerLost: the ranks are not connected.
+        """
+        mine = torch.tensor(line, dtype=torch.int64)
+        lines = mine.new_empty(self.world_size if self.rank == root else 0, len(line))
+        options = dist.GatherOptions()
+        options.rootRank = root
+        outputs = [list(lines.unbind(0))] if self.rank == root else []
+        with losing("exchange of what ranks plan"):
+            work = self._control.gather(outputs, [mine], options)
+        return PendingLines(lines=lines, work=work)
+
+    def begin_broadcast(self, line: Sequence[int], *, root: int) -> PendingLines:
+        """All ranks hear the ``line`` of rank ``root``; others give one of the same width. As
+        ``begin_gather``.
+        """
+        lines = torch.tensor([line], dtype=torch.int64)
+        options = dist.BroadcastOptions()
+        options.rootRank = root
+        with losing("exchange of what ranks plan"):
+            work = self._control.broadcast([lines], options)
+        return PendingLines(lines=lines, work=work)
+
+    @property
+    def _control(self) -> Backend:
+        if self._connection is None:
+            raise WorkerLost("the ranks of this decode worker are not connected", stage="decode")
+        return self._connection.control
 
     def close(self) -> None:
         """Disconnect. Peers that wait for this rank fail at once instead of at their timeout.

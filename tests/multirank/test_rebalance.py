@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from decode.lockstep import RankState, Rebalancing, StepPlan, StepRow, decide
+from decode.lockstep import RankState, StepPlan, StepRow, decide
 from decode.rebalance import ExpertMoves, RebalanceRule
 from engine.collectives import ExpertGroup, StepGroup
 from engine.experts.replicas import request_key
@@ -127,9 +127,9 @@ class Rank:
 
     def busy_beside(self) -> bool:
         """Whether a rank still plans or reads, so that a turn now would change nothing."""
-        stages = {stage for (stage,) in self.group.exchange([self.experts.row()[0]])}
-        planned = Rebalancing.PLANNED in stages or Rebalancing.FAILED in stages
-        return Rebalancing.STAGING in stages or (Rebalancing.PLANNING in stages and not planned)
+        beside = self.experts._staging or self.experts._planning
+        busy = beside is not None and not beside.ended.is_set()
+        return any(busy for (busy,) in self.group.exchange([busy]))
 
     def decode_all(self) -> Outcome:
         addresses = self.addresses()

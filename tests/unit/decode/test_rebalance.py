@@ -10,7 +10,7 @@ from torch import Tensor
 
 from decode.lockstep import Rebalancing
 from decode.rebalance import ExpertMoves, RebalanceRule
-from engine.collectives import ExpertGroup
+from engine.collectives import ExpertGroup, PendingLines
 from engine.experts.counting import ExpertCounts
 from engine.experts.exchange import ExchangeChoice
 from engine.experts.grouped_gemm import ExpertWeights
@@ -33,10 +33,22 @@ class TwoAlike:
     told: list[Sequence[int]] = field(default_factory=list)
     other: Sequence[int] | None = None
 
-    def exchange(self, row: Sequence[int]) -> list[tuple[int, ...]]:
-        self.told.append(row)
-        other, self.other = self.other or row, None
-        return [tuple(row), tuple(other)]
+    def begin_gather(self, line: Sequence[int], *, root: int) -> PendingLines:
+        self.told.append(line)
+        return PendingLines(lines=self._lines(line)[: 2 if root == 0 else 0], work=Arrived())
+
+    def begin_broadcast(self, line: Sequence[int], *, root: int) -> PendingLines:
+        self.told.append(line)
+        return PendingLines(lines=self._lines(line)[root : root + 1], work=Arrived())
+
+    def _lines(self, line: Sequence[int]) -> Tensor:
+        other, self.other = self.other or line, None
+        return torch.tensor([line, other])
+
+
+class Arrived:
+    def wait(self) -> bool:
+        return True
 
 
 @dataclass
@@ -84,7 +96,9 @@ class Rank:
         return self.moves.row()[0]
 
     def follow(self, plan: str) -> None:
-        self.moves.follow(plan, self.group)  # type: ignore[arg-type]
+        """And one turn more, in which it is heard what others said."""
+        for each in (plan, "keep"):
+            self.moves.follow(each, self.group)  # type: ignore[arg-type]
 
     def ended(self) -> Rebalancing:
         """The stage after what is done beside the steps."""
