@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from engine.experts.buffers import ExchangeShape, Payload, buffer_bytes, deepep_bytes
+from engine.experts.buffers import ExchangeShape, Payload, deepep_bytes
 from protocol.errors import ConfigError
 
 TransportName = Literal["local", "all_to_all", "padded", "all_gather", "deepep", "nccl_ep"]
@@ -28,7 +28,6 @@ _INSTALLED_FROM = {
     "deep_ep": "it from github.com/deepseek-ai/DeepEP",
     "nccl.ep": "headrace[nccl-ep]",
 }
-_AUTO_MOST_PADDED_BYTES = 2 * 2**30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,9 +138,9 @@ def choose(
     """The way that serves ``shape``; ``installed`` are the optional libraries that can be imported.
 
     ``auto`` takes no optional library. One rank exchanges nothing. On a CPU, and wherever results
-    must be exact, rows are exchanged with exact splits. On a GPU with fast numerics: gathered where
-    a token goes to nearly all ranks anyway; padded, so that a graph can capture it, where that
-    needs little memory; else with exact splits.
+    must be exact, rows are exchanged with exact splits. On a GPU with fast numerics they are
+    gathered where a token goes to nearly all ranks anyway, so that no rank waits to learn sizes;
+    else exact splits again, for steps run without a graph, and padding has a price and no gain.
 
     Raises:
         ConfigError: the chosen way cannot serve; every rule that it breaks is named.
@@ -159,10 +158,7 @@ def _automatic(shape: ExchangeShape) -> TransportName:
     bounded = shape.max_tokens_per_rank is not None
     if not shape.on_gpu or shape.numerics == "exact" or not bounded:
         return "all_to_all"
-    if shape.num_ranks <= shape.experts_per_token:
-        return "all_gather"
-    small = buffer_bytes("padded", shape) <= _AUTO_MOST_PADDED_BYTES
-    return "padded" if small else "all_to_all"
+    return "all_gather" if shape.num_ranks <= shape.experts_per_token else "all_to_all"
 
 
 def broken_rules(

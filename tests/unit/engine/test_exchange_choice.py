@@ -43,8 +43,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "wide-ep.md"
         (replace(R1, numerics="exact"), "all_to_all"),
         (replace(R1, max_tokens_per_rank=None), "all_to_all"),
         (replace(R1, num_ranks=8), "all_gather"),
-        (R1, "padded"),
-        (replace(R1, max_tokens_per_rank=1024), "all_to_all"),
+        (R1, "all_to_all"),
     ],
     ids=[
         "one rank",
@@ -54,7 +53,6 @@ PAGE = Path(__file__).parents[3] / "docs" / "wide-ep.md"
         "no limit of tokens",
         "no more ranks than experts of a token",
         "a rack",
-        "buffers too large",
     ],
 )
 def test_auto_follows_from_device_numerics_and_sizes(
