@@ -11,6 +11,7 @@ from runtime.settings import (
     HostPort,
     KVSettings,
     ModelSettings,
+    Places,
     ProcessSettings,
     Settings,
     WorkerAddress,
@@ -44,6 +45,10 @@ class GroupSettings(Settings):
     rendezvous: HostPort = "127.0.0.1:8200"
     """host:port where the ranks meet, at the start and after each loss; rank 0 listens there."""
 
+    places: Places = ""
+    """Where further ranks listen, such as 1=host:port,8=host:port: a rank that is new finds the
+    others there while rank 0 is lost. Equal on all ranks. Empty: wherever a port is free."""
+
     rendezvous_timeout_s: PositiveFloat = 120.0
     """Seconds that a rank waits for the others before it gives up."""
 
@@ -70,6 +75,21 @@ class GroupSettings(Settings):
             if number is not None and number > self.ranks:
                 raise ValueError(f"{name} {number} is more than ranks {self.ranks}: lower it")
         return self
+
+    @model_validator(mode="after")
+    def _places_of_ranks(self) -> "GroupSettings":
+        numbers = [int(entry.partition("=")[0]) for entry in self.places.split(",") if entry]
+        if len(set(numbers)) < len(numbers) or any(not 0 < n < self.ranks for n in numbers):
+            raise ValueError(
+                f"places must name each rank once, of 1..{self.ranks - 1}: rank 0 is at rendezvous"
+            )
+        return self
+
+    @property
+    def place_of(self) -> dict[int, str]:
+        """``places`` by rank."""
+        entries = (entry.partition("=") for entry in self.places.split(",") if entry)
+        return {int(rank): place for rank, _, place in entries}
 
     @property
     def least(self) -> int:

@@ -103,6 +103,7 @@ def _tell_others(
         group,
         settings.group.rendezvous.removeprefix("tcp://"),
         name=settings.worker_id,
+        places=settings.group.place_of,
         key=b"" if key is None else key.derive("ranks"),
     )
     rendezvous.tell(failure, deadline_s=settings.group.rendezvous_timeout_s)
@@ -184,6 +185,7 @@ def _meeting(
         group,
         settings.group.rendezvous.removeprefix("tcp://"),
         name=settings.worker_id,
+        places=settings.group.place_of,
         first=settings.group.first_ranks,
         least=loaded.least_ranks,
         collective_timeout_s=settings.group.step_timeout_s,

@@ -7,6 +7,7 @@ a port that is taken. Passing them promises nothing; the workers check again wha
 import json
 import socket
 import struct
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,17 @@ def check_port(host: str, port: int) -> None:
 
 def free_port(host: str = "127.0.0.1") -> int:
     """A port at this machine's address ``host`` that was free a moment ago."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    return free_ports(1, host)[0]
+
+
+def free_ports(number: int, host: str = "127.0.0.1") -> list[int]:
+    """As many different ones."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with ExitStack() as open_probes:
+        probes = [open_probes.enter_context(socket.socket(family)) for _ in range(number)]
+        for probe in probes:
+            probe.bind((host, 0))
+        return [int(probe.getsockname()[1]) for probe in probes]
 
 
 def _check_gguf(file: Path) -> None:

@@ -20,7 +20,7 @@ from deploy.console import Console
 from deploy.demo import DEMO_MODEL
 from deploy.exits import DONE
 from deploy.foreground import Api, serve
-from deploy.preflight import check_model, check_port, free_port
+from deploy.preflight import check_model, check_port, free_port, free_ports
 from deploy.processes import Command
 from deploy.settings import LauncherSettings
 from deploy.supervisor import Supervisor
@@ -182,8 +182,10 @@ def _prefill_workers(configuration: Configuration, workers: int) -> list[Command
 def decode_ranks(configuration: Configuration, decode: DecodeSettings) -> list[Command]:
     """One command a rank. They meet at one place for life: a new rank finds the others there."""
     if decode.group.nodes == 1 and not configuration.given("decode.group.rendezvous"):
+        first, *further = (f"127.0.0.1:{port}" for port in free_ports(decode.group.ranks))
+        places = ",".join(f"{rank}={place}" for rank, place in enumerate(further, start=1))
         configuration = configuration.replace(
-            {"decode.group.rendezvous": f"127.0.0.1:{free_port()}"}, "launcher"
+            {"decode.group.rendezvous": first, "decode.group.places": places}, "launcher"
         )
     return [
         command(

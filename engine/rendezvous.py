@@ -1,11 +1,12 @@
 """How the ranks of a decode worker find one another, again after each loss.
 
 The lowest rank that answers leads. Rank 0's address is a setting; the others tell theirs with their
-tickets, so that the group can meet without rank 0. Each rank tries the ranks below it, waits where
-one answers, and leads where none does. The leader calls the roll when all are there that can be
-expected (``engine.meeting.roll_call``): after a loss that is whoever lives, if their slots hold
-every expert. Connections are made under the epoch and the roll's own random number, so nothing of
-an earlier life can join; and a group counts only when all of its members have exchanged a row.
+tickets, so that the group can meet without rank 0, and where theirs are settings too, a new rank
+finds such a group. Each rank tries the ranks below it, waits where one answers, and leads where
+none does. The leader calls the roll when all are there that can be expected
+(``engine.meeting.roll_call``): after a loss that is whoever lives, if their slots hold every
+expert. Connections are made under the epoch and the roll's own random number, so nothing of an
+earlier life can join; and a group counts only when all of its members have exchanged a row.
 
 Two groups of the same ranks may come to be, where a network is cut. Each computes right results,
 for neither needs the other; the higher one's leader goes on looking for lower ranks, and they meet
@@ -48,6 +49,7 @@ class Rendezvous:
         address: str,
         *,
         name: str = "",
+        places: Mapping[int, str] | None = None,
         first: int | None = None,
         least: int | None = None,
         collective_timeout_s: float = 10.0,
@@ -55,7 +57,8 @@ class Rendezvous:
         terms: Mapping[str, str] | None = None,
         key: bytes = b"",
     ) -> None:
-        """``address`` is "host:port" of rank 0, and ``name`` tells groups apart. ``first`` ranks
+        """``address`` is "host:port" of rank 0, and ``name`` tells groups apart. ``places`` are
+        those of further ranks, which receive visitors there and else at any port. ``first`` ranks
         are enough for the first meeting and ``least`` ever after; None: all. A rank that keeps the
         others waiting for longer than ``collective_timeout_s`` counts as lost. ``attempt_s``
         bounds the making of connections. ``terms`` must be equal on all ranks, by name.
@@ -69,7 +72,9 @@ class Rendezvous:
         self._quorum = Quorum(ranks=ranks, first=first or ranks, least=least or ranks)
         self._host, self._port = _parse(address) if ranks > 1 else ("", 0)
         self._name = f"{name}:{self._port}"
-        self._addresses = {0: _joined(self._host, self._port)}
+        self._places = {rank: _parse(place) for rank, place in (places or {}).items()}
+        self._places[0] = self._host, self._port
+        self._addresses = {rank: _joined(*place) for rank, place in self._places.items()}
         self._collective_timeout_s = collective_timeout_s
         self._attempt_s = attempt_s
         self._terms = {"decode.group.ranks": str(ranks), **(terms or {})}
@@ -232,13 +237,14 @@ class Rendezvous:
             self._lookout = None
 
     def _open(self, waiting: Waiting) -> Doorman:
-        """Visitors come to rank 0 at the agreed address, to others where rank 0 reaches them."""
+        """Visitors come to an agreed address, or else where rank 0 reaches this rank."""
         if self._doorman is not None:
             return self._doorman
-        self._own_host = self._host if self._rank == 0 else _towards(self._host, self._port)
+        place = self._places.get(self._rank)
+        self._own_host, port = place or (_towards(self._host, self._port), 0)
         while True:
             try:
-                listener = _bound(self._own_host, self._port if self._rank == 0 else 0)
+                listener = _bound(self._own_host, port)
                 break
             except OSError as error:
                 self._explain(error, waiting)
@@ -258,9 +264,8 @@ class Rendezvous:
 
     def _explain(self, error: OSError, waiting: Waiting) -> None:
         """Raise what only an operator can change; what may pass by itself is tried again."""
-        where = (
-            f"rank {self._rank} cannot listen at {self._addresses[0]} for the other decode ranks"
-        )
+        place = self._addresses.get(self._rank, self._own_host)
+        where = f"rank {self._rank} cannot listen at {place} for the other decode ranks"
         if error.errno == errno.EADDRINUSE and waiting.waited_s() > _PORT_GRACE_S:
             raise ConfigError(
                 f"{where}: the port is in use; stop what listens there or choose another port"

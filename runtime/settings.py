@@ -31,6 +31,8 @@ Numerics = Literal["auto", "exact", "fast"]
 Transport = Literal["auto", "shm", "tcp", "nixl", "cuda_ipc", "nccl"]
 _HOST_PORT = r"([^:/\s\[\]]+|\[[0-9a-fA-F:]+\]):\d{1,5}$"
 HostPort = Annotated[str, Field(pattern=rf"^{_HOST_PORT}")]
+_PLACE = rf"\d+={_HOST_PORT.removesuffix('$')}"
+Places = Annotated[str, Field(pattern=rf"^({_PLACE}(,{_PLACE})*)?$")]  # of ranks
 Address = Annotated[str, Field(pattern=rf"^tcp://{_HOST_PORT}")]
 
 

@@ -114,8 +114,8 @@ class Gathering:
 
     def _lead(self) -> tuple[int, ...] | None:
         """The members of the next group; None when it is time to look for lower ranks again."""
-        if self._ticket.rank != 0 and not self._ticket.last_epoch:
-            self._waiting.pause(_LEAD_S / 5)  # it knows nobody: the others will not look for it
+        if self._ticket.rank != 0 and not self._knows_a_group():
+            self._waiting.pause(_LEAD_S / 5)  # nor will the others come: rank 0 leads the first one
             return None
         end = time.monotonic() + _LEAD_S
         while time.monotonic() < end:
@@ -125,12 +125,17 @@ class Gathering:
             members = call(present, quorum=self._quorum, gone=self._gone, leaving=self._leaving)
             if members is not None:
                 return members
-            awaited = expected(present) or frozenset(range(self._quorum.ranks))
+            known = expected(present)
+            awaited = known or frozenset(range(self._quorum.ranks))
             missing = awaited - present.keys() - set(self._leaving)
             self._waiting.missing_ranks = tuple(sorted(missing))
-            self._note_gone(missing)
+            self._note_gone(missing & known)
             self._waiting.pause(_POLL_S)
         return None
+
+    def _knows_a_group(self) -> bool:
+        tickets = [self._ticket, *self._doorman.visitors.values()]
+        return any(ticket.last_epoch for ticket in tickets)
 
     def _settle_misfits(self) -> None:
         """Before the first group one rank that does not fit in ends all, once all are there to hear

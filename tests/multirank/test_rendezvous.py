@@ -61,6 +61,7 @@ class Options:
     first: int = SEATS
     terms: dict[str, str] = field(default_factory=dict)
     key: bytes = b""
+    places: dict[int, str] = field(default_factory=dict)
 
 
 FEW = Options(first=3)
@@ -75,6 +76,7 @@ def serve(seat: int, address: str, options: Options, parent: Parent) -> None:
     rendezvous = Rendezvous(
         expert_group,
         address,
+        places=options.places,
         first=options.first,
         least=least_ranks(started),
         collective_timeout_s=STEP_TIMEOUT_S,
@@ -197,6 +199,27 @@ def test_two_lost_at_once_are_too_many_and_are_waited_for(ranks: dict[int, RankP
     ranks[0] = start(0, address)
 
     assert together(ranks) > first
+
+
+@pytest.mark.parametrize("lost", [1, 3], ids=["who led", "who followed"])
+def test_a_new_rank_finds_a_group_that_has_lost_rank_0(
+    ranks: dict[int, RankProcess], lost: int
+) -> None:
+    address = free_address()
+    placed = Options(places={seat: free_address() for seat in range(1, SEATS)})
+    ranks |= {seat: start(seat, address, placed) for seat in range(SEATS)}
+    together(ranks)
+    ranks.pop(0).stop()
+    together(ranks)
+    ranks[lost].stop()  # now too few are left
+
+    ranks[lost] = start(lost, address, placed)
+
+    while together_again(ranks) is None:
+        pass
+    ranks[0] = start(0, address, placed)
+    while together_again(ranks) is None:
+        pass
 
 
 def test_all_ranks_may_restart_at_once(ranks: dict[int, RankProcess]) -> None:

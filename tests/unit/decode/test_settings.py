@@ -46,3 +46,21 @@ def test_the_nodes_of_a_group_share_its_ranks_in_order(
 def test_a_node_that_would_have_no_rank_is_refused(nodes: int, node: int, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         GroupSettings(ranks=2, nodes=nodes, node=node)
+
+
+def test_places_are_told_by_rank() -> None:
+    group = GroupSettings(ranks=9, places="1=127.0.0.1:7001,8=[fe80::1]:7008")
+    assert group.place_of == {1: "127.0.0.1:7001", 8: "[fe80::1]:7008"}
+    assert GroupSettings().place_of == {}
+
+
+@pytest.mark.parametrize("places", ["0=a:1", "9=a:1", "1=a:1,1=b:2"])
+def test_a_place_of_a_rank_that_is_none_is_refused(places: str) -> None:
+    with pytest.raises(ValidationError, match="name each rank once"):
+        GroupSettings(ranks=9, places=places)
+
+
+@pytest.mark.parametrize("places", ["a:1", "1=a", "1=a:1,", "x=a:1"])
+def test_places_are_ranks_with_addresses(places: str) -> None:
+    with pytest.raises(ValidationError, match="should match pattern"):
+        GroupSettings(ranks=9, places=places)
