@@ -209,11 +209,12 @@ def _recorded(outcomes: Sequence[Outcome]) -> dict[str, Figure]:
     ]
     even = place_evenly(EXPERTS, NVL72.num_ranks, REDUNDANT)
     found = [balance_of(load, balance(load, NVL72, SLOTS, mode="hierarchical")) for load in layers]
-    worst = max(found, key=lambda balance: balance.max_over_mean)
+    which, worst = max(enumerate(found), key=lambda layer: layer[1].max_over_mean)
     return {
         "recorded, evenly placed": max(balance_of(load, even).max_over_mean for load in layers),
         "recorded, balanced": worst.max_over_mean,
         "recorded, bound": worst.bound,
+        "recorded, least by estimate": _estimated_least(layers[which]),
     }
 
 
@@ -243,7 +244,7 @@ def _skewed(exponent: float, window_steps: int) -> dict[str, float]:
     }
 
 
-def _estimated_least(load: Sequence[int]) -> float:
+def _estimated_least(load: Sequence[float]) -> float:
     """About the least max / mean that a skewed load allows on these slots.
 
     The ranks that hold an expert carry it, and in their other slots as many of the lightest
