@@ -14,8 +14,9 @@ from server.messages.form import MessagesForm
 from server.messages.schema import CountRequest, MessagesRequest
 from server.openai.answer import Answer, Services
 from server.openai.chat import chat_prompt, plan_parsed_chat
+from server.openai.json_body import read_object
 from server.openai.models import find_model
-from server.openai.parsing import check_chat, convert, read_object
+from server.openai.parsing import check_chat, convert
 from server.openai.schema import ChatRequest
 
 _FIELD_OF = {"max_completion_tokens": "max_tokens", "stop": "stop_sequences"}

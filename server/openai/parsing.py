@@ -1,17 +1,16 @@
-"""From the bytes of a body to a checked request, or to one error that names the field.
+"""From the JSON object of a body to a checked request, or to one error that names the field.
 
 Nothing of the input is repeated in an error beyond the names of known fields: errors are small
 whatever the body was, and cannot carry anything back.
 """
 
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import msgspec
-import orjson
 
 from protocol.errors import InvalidRequest
+from server.openai.json_body import read_object
 from server.openai.schema import (
     ChatRequest,
     CompletionRequest,
@@ -23,7 +22,6 @@ from server.openai.treatment import ignored_params
 from server.settings import LimitSettings
 
 _ROLES = ("developer", "system", "user", "assistant", "tool")
-_NOT_FINITE_FIELD = re.compile(r'"([A-Za-z_]{1,64})"\s*:\s*[^",:{}]{0,400}\Z')
 _CACHE_SALT_FORBIDDEN = frozenset("@/\\\0")
 _COMPLETION_DEFAULT_MAX_TOKENS = 16
 
@@ -110,23 +108,6 @@ def stop_strings(request: GenerationRequest) -> tuple[str, ...]:
     return (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
 
 
-def read_object(body: bytes, limits: LimitSettings) -> dict[str, Any]:
-    """The JSON object that ``body`` is.
-
-    Raises:
-        InvalidRequest: it is something else, or nested too deep.
-    """
-    try:
-        raw = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise _not_json(error) from None
-    if not isinstance(raw, dict):
-        raise InvalidRequest("the body must be a JSON object")
-    if body.count(b"[") + body.count(b"{") > limits.max_json_depth:
-        _check_depth(raw, limits.max_json_depth)
-    return raw
-
-
 def convert(raw: dict[str, Any], kind: type[R], limits: LimitSettings) -> tuple[R, tuple[str, ...]]:
     """``raw`` as a ``kind``, and the names of its fields that will have no effect.
 
@@ -142,19 +123,6 @@ def convert(raw: dict[str, Any], kind: type[R], limits: LimitSettings) -> tuple[
         raise _wrong_type(str(error)) from None
 
 
-def _not_json(error: orjson.JSONDecodeError) -> InvalidRequest:
-    """Numbers that JSON does not have are the one syntax error worth naming the field of."""
-    message = f"the body is not valid JSON: {error.msg.split(':', 1)[0]}, character {error.pos}"
-    rest = error.doc[error.pos : error.pos + 9]
-    if rest.startswith(("NaN", "Infinity", "-Infinity")) or "infinity" in error.msg:
-        before = error.doc[max(0, error.pos - 500) : error.pos]
-        named = _NOT_FINITE_FIELD.search(before)
-        message = "numbers must be finite: JSON has no NaN, no Infinity and nothing above 1.8e308"
-        if named:
-            return _invalid(named[1], message)
-    return InvalidRequest(message)
-
-
 def _wrong_type(message: str) -> InvalidRequest:
     """Msgspec's errors name types, bounds and the path, never the value."""
     what, _, path = message.partition(" - at `$")
@@ -166,24 +134,6 @@ def _wrong_type(message: str) -> InvalidRequest:
     if path.startswith("[...]") or not path:
         return InvalidRequest(what)
     return _invalid(path, what[0].lower() + what[1:])
-
-
-def _check_depth(value: object, allowed: int) -> None:
-    level: list[object] = [value]
-    for _ in range(allowed):
-        level = [
-            child
-            for parent in level
-            for child in (parent.values() if isinstance(parent, dict) else _items(parent))
-            if isinstance(child, dict | list)
-        ]
-        if not level:
-            return
-    raise InvalidRequest(f"the body is nested deeper than {allowed} levels")
-
-
-def _items(value: object) -> Sequence[object]:
-    return value if isinstance(value, list) else ()
 
 
 def _check_generation(request: GenerationRequest, limits: LimitSettings) -> None:

@@ -12,8 +12,9 @@ from server.admission import read_json_body
 from server.generation import ServedModel
 from server.openai.answer import Services
 from server.openai.chat import chat_prompt
+from server.openai.json_body import read_object
 from server.openai.models import find_model
-from server.openai.parsing import check_chat, convert, read_object
+from server.openai.parsing import check_chat, convert
 from server.openai.prompts import check_length, tokenise
 from server.openai.sampling import check_token_ids
 from server.openai.schema import ChatRequest, TokenIds

@@ -65,7 +65,7 @@ _WHEN_HARMFUL: dict[str, str] = {
     "best_of": "this server returns every choice that it makes: use n",
 }
 _REFUSED_PREFIX = "guided_"
-_PRINTABLE = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")
+PRINTABLE = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")
 _MAX_NAMES = 20
 
 
@@ -83,8 +83,8 @@ def ignored_params(body: Mapping[str, object], known: frozenset[str]) -> tuple[s
             if not any(type(value) is type(it) and value == it for it in _HARMLESS[name]):
                 raise InvalidRequest(f"{name}: {_WHEN_HARMFUL[name]}", param=name)
         elif reason := _CONSTRAINS if name.startswith(_REFUSED_PREFIX) else _REFUSED.get(name):
-            param = name if _PRINTABLE.match(name) else _REFUSED_PREFIX + "*"
+            param = name if PRINTABLE.match(name) else _REFUSED_PREFIX + "*"
             raise InvalidRequest(f"{param}: {reason}; leave it out", param=param)
-        if _PRINTABLE.match(name):
+        if PRINTABLE.match(name):
             ignored.append(name)
     return tuple(ignored[:_MAX_NAMES])

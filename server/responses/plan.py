@@ -6,7 +6,8 @@ from protocol.errors import InvalidRequest
 from server.callers import Caller
 from server.openai.answer import Answer, Services
 from server.openai.chat import plan_parsed_chat
-from server.openai.parsing import check_chat, convert, read_object
+from server.openai.json_body import read_object
+from server.openai.parsing import check_chat, convert
 from server.openai.schema import ChatRequest
 from server.responses.conversation import chat_fields
 from server.responses.form import ResponsesForm
