@@ -63,6 +63,11 @@ class InvalidRequest(RequestError):
         self.param = param
 
 
+def invalid_field(param: str, problem: str) -> InvalidRequest:
+    """The error of the field at ``param``, which its message begins with."""
+    return InvalidRequest(f"{param}: {problem}", param=param)
+
+
 class ContextLengthExceeded(RequestError):
     code = "context_length_exceeded"
 

@@ -5,7 +5,6 @@ from functools import partial
 from http import HTTPStatus
 from importlib.metadata import PackageNotFoundError, version
 
-import orjson
 from anyio.abc import TaskGroup
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.applications import Starlette
@@ -22,6 +21,7 @@ from server.admission import Admission
 from server.cluster import Cluster
 from server.error_bodies import error_body
 from server.generation import Generator
+from server.json_response import json_response
 from server.messages.plan import CountTokens, plan_message
 from server.metrics import HttpMetrics
 from server.openai.answer import Services, Spans
@@ -149,12 +149,12 @@ class OperationEndpoints:
 
     async def health(self, _request: Request) -> Response:
         """This process answers; it says nothing of the workers."""
-        return _json({"status": "ok"})
+        return json_response({"status": "ok"})
 
     async def ready(self, _request: Request) -> Response:
         readiness = self._generator.readiness()
         status = HTTPStatus.OK if readiness.ready else HTTPStatus.SERVICE_UNAVAILABLE
-        response = _json({"ready": readiness.ready, "reason": readiness.reason}, status)
+        response = json_response({"ready": readiness.ready, "reason": readiness.reason}, status)
         if not readiness.ready:
             response.headers["retry-after"] = "1"
         return response
@@ -164,10 +164,10 @@ class OperationEndpoints:
         return Response(shown, headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def version(self, _request: Request) -> Response:
-        return _json({"version": _version()})
+        return json_response({"version": _version()})
 
     async def openapi(self, _request: Request) -> Response:
-        return _json(openapi(_version()))
+        return json_response(openapi(_version()))
 
 
 async def answer_error(request: Request, error: Exception) -> Response:
@@ -208,7 +208,3 @@ def _version() -> str:
         return version("headrace")
     except PackageNotFoundError:  # run from a source tree that is not installed
         return "unknown"
-
-
-def _json(body: dict[str, object], status: HTTPStatus = HTTPStatus.OK) -> Response:
-    return Response(orjson.dumps(body), status, media_type="application/json")

@@ -5,7 +5,7 @@ from typing import Any
 
 import orjson
 
-from protocol.errors import InvalidRequest
+from protocol.errors import invalid_field
 from server.messages.schema import (
     Block,
     CountRequest,
@@ -69,7 +69,7 @@ def _thinking(asked: Thinking | None, text: ModelText) -> dict[str, Any]:
 def _messages(message: InputMessage, path: str) -> list[dict[str, Any]]:
     """Results of tools are messages of their own in a chat; they come before what is said."""
     if message.role not in ("user", "assistant"):
-        raise _invalid(f"{path}.role", "must be user or assistant")
+        raise invalid_field(f"{path}.role", "must be user or assistant")
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
     results: list[dict[str, Any]] = []
@@ -89,7 +89,7 @@ def _messages(message: InputMessage, path: str) -> list[dict[str, Any]]:
             case kind if kind in _THOUGHTS:
                 pass
             case _:
-                raise _invalid(f"{where}.type", "this model takes text and tool blocks only")
+                raise invalid_field(f"{where}.type", "this model takes text and tool blocks only")
     said: dict[str, Any] = {"role": message.role, "content": "\n".join(texts)}
     if calls:
         said["tool_calls"] = calls
@@ -98,7 +98,7 @@ def _messages(message: InputMessage, path: str) -> list[dict[str, Any]]:
 
 def _call(block: Block, path: str) -> dict[str, Any]:
     if block.name is None or block.id is None:
-        raise _invalid(path, "a tool_use block needs id, name and input")
+        raise invalid_field(path, "a tool_use block needs id, name and input")
     arguments = orjson.dumps(block.input or {}).decode()
     function = {"name": block.name, "arguments": arguments}
     return {"id": block.id, "type": "function", "function": function}
@@ -112,13 +112,13 @@ def _texts(content: str | Sequence[Block], path: str) -> str:
 
 def _text(block: Block, path: str) -> str:
     if block.type != "text" or block.text is None:
-        raise _invalid(f"{path}.type", "this model takes text only")
+        raise invalid_field(f"{path}.type", "this model takes text only")
     return block.text
 
 
 def _tool(tool: MessageTool, index: int) -> dict[str, Any]:
     if tool.type not in (None, "custom"):
-        raise _invalid(f"tools[{index}].type", "this server has no tools of its own")
+        raise invalid_field(f"tools[{index}].type", "this server has no tools of its own")
     function = {
         "name": tool.name,
         "description": tool.description,
@@ -131,9 +131,5 @@ def _tool_choice(choice: MessageToolChoice) -> str | dict[str, Any]:
     if choice.type == "tool":
         return {"type": "function", "function": {"name": choice.name or ""}}
     if choice.type not in _CHOICES:
-        raise _invalid("tool_choice.type", "must be auto, any, tool or none")
+        raise invalid_field("tool_choice.type", "must be auto, any, tool or none")
     return _CHOICES[choice.type]
-
-
-def _invalid(param: str, problem: str) -> InvalidRequest:
-    return InvalidRequest(f"{param}: {problem}", param=param)

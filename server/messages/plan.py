@@ -2,13 +2,13 @@
 
 from typing import Any
 
-import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
 from protocol.errors import InvalidRequest
 from server.admission import read_json_body
 from server.callers import Caller
+from server.json_response import json_response
 from server.messages.conversation import chat_fields
 from server.messages.form import MessagesForm
 from server.messages.schema import CountRequest, MessagesRequest
@@ -19,7 +19,11 @@ from server.openai.models import find_model
 from server.openai.parsing import check_chat, convert
 from server.openai.schema import ChatRequest
 
-_FIELD_OF = {"max_completion_tokens": "max_tokens", "stop": "stop_sequences"}
+_FIELD_OF = {
+    "max_completion_tokens": "max_tokens",
+    "stop": "stop_sequences",
+    "thinking_token_budget": "thinking.budget_tokens",
+}
 
 
 async def plan_message(
@@ -51,8 +55,7 @@ class CountTokens:
         chat = _chat(chat_fields(asked, services.text), services)
         model = find_model(services.generator, chat.model)
         prompt = await chat_prompt(chat, services, model=model)
-        shown = orjson.dumps({"input_tokens": len(prompt.token_ids)})
-        return Response(shown, media_type="application/json")
+        return json_response({"input_tokens": len(prompt.token_ids)})
 
 
 def _chat(fields: dict[str, Any], services: Services) -> ChatRequest:

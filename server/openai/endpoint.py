@@ -135,7 +135,15 @@ class GenerationEndpoint:
         ignored = ",".join(answer.ignored).encode()
         headers = [(b"x-ignored-params", ignored)] if ignored else []
         if isinstance(answer.form, ResponsesForm) and answer.form.in_background:
-            begun = self._background.begin(answer, answer.form, run.collect_alone)
+
+            async def collect(texts: list[str]) -> None:
+                try:
+                    await run.collect_into(texts)
+                finally:
+                    quota.give_back_tokens(asked_tokens - answer.used_tokens(), monotonic())
+                    run.account()
+
+            begun = self._background.begin(answer, answer.form, collect)
             await _send_json(send, begun, headers)
             return "ok"
         exchange = exchange_of(scope, send)
@@ -208,13 +216,6 @@ class AnswerRun:
         pieces.append(choice.accept(chunk))
         self._observe(choice)
         return choice.finish_reason is None
-
-    async def collect_alone(self, texts: list[str]) -> None:
-        """``collect_into``, and ``account`` for it."""
-        try:
-            await self.collect_into(texts)
-        finally:
-            self.account()
 
     async def _run(self, delivers: Sequence[Deliver]) -> None:
         """``delivers`` has one for each choice."""

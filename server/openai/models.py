@@ -1,14 +1,13 @@
 """Which models there are: ``/v1/models`` and the look-up that every request makes."""
 
-from http import HTTPStatus
 from typing import Any
 
-import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
 from protocol.errors import ModelNotFound, NoWorkerAvailable
 from server.generation import Generator, ServedModel
+from server.json_response import json_response
 
 
 def find_model(generator: Generator, name: str) -> ServedModel:
@@ -33,10 +32,10 @@ class ModelEndpoints:
 
     async def list_models(self, _request: Request) -> Response:
         entries = [_entry(model) for model in self._generator.models()]
-        return _json({"object": "list", "data": entries})
+        return json_response({"object": "list", "data": entries})
 
     async def get_model(self, request: Request) -> Response:
-        return _json(_entry(find_model(self._generator, request.path_params["id"])))
+        return json_response(_entry(find_model(self._generator, request.path_params["id"])))
 
 
 def _entry(model: ServedModel) -> dict[str, Any]:
@@ -47,7 +46,3 @@ def _entry(model: ServedModel) -> dict[str, Any]:
         "owned_by": "headrace",
         "max_model_len": model.max_model_len,
     }
-
-
-def _json(body: dict[str, Any]) -> Response:
-    return Response(orjson.dumps(body), HTTPStatus.OK, media_type="application/json")

@@ -3,13 +3,13 @@
 from typing import Any
 
 import msgspec
-import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
 from protocol.errors import InvalidRequest
 from server.admission import read_json_body
 from server.generation import ServedModel
+from server.json_response import json_response
 from server.openai.answer import Services
 from server.openai.chat import chat_prompt
 from server.openai.json_body import read_object
@@ -70,7 +70,8 @@ class TokenEndpoints:
                 f"tokens: more than the {model.max_model_len} of a context", param="tokens"
             )
         stream = detokenizer(tokenizer, skip_special_tokens=bool(asked.skip_special_tokens))
-        return _json({"prompt": "".join([*map(stream.push, asked.tokens), stream.finish()])})
+        text = "".join([*map(stream.push, asked.tokens), stream.finish()])
+        return json_response({"prompt": text})
 
     async def _read(self, request: Request) -> dict[str, Any]:
         limits = self._services.limits
@@ -91,8 +92,4 @@ class TokenEndpoints:
         if strings:
             piece = self._services.text.tokenizer.piece
             shown["token_strs"] = [piece(token_id).decode(errors="replace") for token_id in ids]
-        return _json(shown)
-
-
-def _json(body: dict[str, Any]) -> Response:
-    return Response(orjson.dumps(body), media_type="application/json")
+        return json_response(shown)

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from protocol.errors import InvalidRequest
+from protocol.errors import invalid_field
 from protocol.ids import new_request_id
 from server.openai.schema import ChatRequest, NamedTool, ToolCall, ToolDefinition
 from server.structured.constraints import WHOLE_TEXT, Constraint, lark_constraint
@@ -44,17 +44,17 @@ def tool_use(asked: ChatRequest) -> ToolUse:
     """
     tools = tuple(_tool(tool, f"tools[{i}]") for i, tool in enumerate(asked.tools or ()))
     if len(tools) > MAX_TOOLS:
-        raise _invalid("tools", f"more than {MAX_TOOLS} tools")
+        raise invalid_field("tools", f"more than {MAX_TOOLS} tools")
     names = [tool.name for tool in tools]
     if len(set(names)) < len(names):
-        raise _invalid("tools", "two tools have the same name")
+        raise invalid_field("tools", "two tools have the same name")
     choice = asked.tool_choice
     if isinstance(choice, str) and choice not in _CHOICES:
-        raise _invalid("tool_choice", f"must be {', '.join(_CHOICES)}, or name a function")
+        raise invalid_field("tool_choice", f"must be {', '.join(_CHOICES)}, or name a function")
     if choice == "none":
         return ToolUse()
     if choice not in (None, "auto") and not tools:
-        raise _invalid("tool_choice", "needs tools")
+        raise invalid_field("tool_choice", "needs tools")
     return ToolUse(
         tools=tools,
         forced=_forced(choice, tools),
@@ -69,13 +69,13 @@ def called(call: ToolCall, path: str, *, arguments_as_text: bool) -> dict[str, A
         InvalidRequest: its arguments are no JSON object.
     """
     if call.type != "function":
-        raise _invalid(f"{path}.type", "must be function")
+        raise invalid_field(f"{path}.type", "must be function")
     try:
         arguments = json.loads(call.function.arguments or "{}")
     except (ValueError, RecursionError):
         arguments = None
     if not isinstance(arguments, dict):
-        raise _invalid(f"{path}.function.arguments", "must be the text of a JSON object")
+        raise invalid_field(f"{path}.function.arguments", "must be the text of a JSON object")
     shown = call.function.arguments if arguments_as_text else arguments
     function = {"name": call.function.name, "arguments": shown}
     return {"id": call.id or "", "type": "function", "function": function}
@@ -104,7 +104,7 @@ def tool_constraint(
         choices.append("calls")
     if not use.forced and other is not None:
         if other.param in WHOLE_TEXT:
-            raise _invalid(other.param, "cannot be combined with tools or with reasoning")
+            raise invalid_field(other.param, "cannot be combined with tools or with reasoning")
         rules.append(f"answer: {_as_rule(other)}\n")
         choices.append("answer")
     start = "start: " + " | ".join(choices)
@@ -163,10 +163,10 @@ def _new_call_id() -> str:
 
 def _tool(tool: ToolDefinition, path: str) -> Tool:
     if tool.type != "function" or tool.function is None:
-        raise _invalid(f"{path}.type", "must be function, with a function beside it")
+        raise invalid_field(f"{path}.type", "must be function, with a function beside it")
     function = tool.function
     if not _NAME.match(function.name):
-        raise _invalid(f"{path}.function.name", "must be 1 to 64 letters, digits, _ or -")
+        raise invalid_field(f"{path}.function.name", "must be 1 to 64 letters, digits, _ or -")
     definition: Mapping[str, Any] = msgspec.to_builtins(function)
     return Tool(
         name=function.name,
@@ -182,9 +182,5 @@ def _forced(choice: str | NamedTool | None, tools: tuple[Tool, ...]) -> tuple[To
         return ()
     named = tuple(tool for tool in tools if tool.name == choice.function.name)
     if not named:
-        raise _invalid("tool_choice.function.name", "is none of the tools")
+        raise invalid_field("tool_choice.function.name", "is none of the tools")
     return named
-
-
-def _invalid(param: str, problem: str) -> InvalidRequest:
-    return InvalidRequest(f"{param}: {problem}", param=param)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from protocol.errors import InvalidRequest
+from protocol.errors import invalid_field
 from server.responses.schema import (
     FunctionTool,
     InputItem,
@@ -48,7 +48,8 @@ def messages_of(items: str | Sequence[InputItem]) -> list[Message]:
         path = f"input[{index}]"
         match item.type:
             case "message":
-                messages.append({"role": item.role or "user", "content": _text(item.content, path)})
+                content = _text(item.content, f"{path}.content")
+                messages.append({"role": item.role or "user", "content": content})
             case "function_call":
                 _add_call(messages, item, path)
             case "function_call_output":
@@ -59,7 +60,7 @@ def messages_of(items: str | Sequence[InputItem]) -> list[Message]:
             case "reasoning":
                 pass  # models are not shown what they thought before
             case _:
-                raise _invalid(f"{path}.type", "this server takes messages and function calls")
+                raise invalid_field(f"{path}.type", "this server takes messages and function calls")
     return messages
 
 
@@ -86,18 +87,18 @@ def _instructions(asked: ResponsesRequest) -> list[Message]:
 
 def _text(content: str | list[InputPart] | None, path: str) -> str:
     if content is None:
-        raise _invalid(path, "is required")
+        raise invalid_field(path, "is required")
     if isinstance(content, str):
         return content
     for index, part in enumerate(content):
         if part.type not in _TEXT_PARTS:
-            raise _invalid(f"{path}.content[{index}].type", "this model takes text only")
+            raise invalid_field(f"{path}[{index}].type", "this model takes text only")
     return "".join(part.text or part.refusal or "" for part in content)
 
 
 def _add_call(messages: list[Message], item: InputItem, path: str) -> None:
     if item.name is None or item.arguments is None or item.call_id is None:
-        raise _invalid(path, "a function_call needs call_id, name and arguments")
+        raise invalid_field(path, "a function_call needs call_id, name and arguments")
     function = {"name": item.name, "arguments": item.arguments}
     call = {"id": item.call_id, "type": "function", "function": function}
     if messages and messages[-1]["role"] == "assistant":
@@ -108,7 +109,9 @@ def _add_call(messages: list[Message], item: InputItem, path: str) -> None:
 
 def _tool(tool: FunctionTool, index: int) -> dict[str, Any]:
     if tool.type != "function" or tool.name is None:
-        raise _invalid(f"tools[{index}].type", "this server has no tools of its own: use function")
+        raise invalid_field(
+            f"tools[{index}].type", "this server has no tools of its own: use function"
+        )
     function = {
         "name": tool.name,
         "description": tool.description,
@@ -122,7 +125,7 @@ def _tool_choice(choice: str | NamedChoice | None) -> str | dict[str, Any] | Non
     if not isinstance(choice, NamedChoice):
         return choice
     if choice.type != "function" or choice.name is None:
-        raise _invalid("tool_choice", "must be none, auto, required or a function by name")
+        raise invalid_field("tool_choice", "must be none, auto, required or a function by name")
     return {"type": "function", "function": {"name": choice.name}}
 
 
@@ -133,7 +136,3 @@ def _response_format(asked: TextFormat | None) -> dict[str, Any] | None:
         return {"type": asked.type}
     named = {"name": asked.name or "", "schema": asked.schema or {}}
     return {"type": "json_schema", "json_schema": named}
-
-
-def _invalid(param: str, problem: str) -> InvalidRequest:
-    return InvalidRequest(f"{param}: {problem}", param=param)

@@ -1,14 +1,13 @@
 """Stored responses: ask for one again, delete it, cancel one that runs in the background."""
 
 from http import HTTPStatus
-from typing import Any
 
-import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
 from protocol.errors import InvalidRequest
 from server.callers import ANYONE, Caller
+from server.json_response import json_response
 from server.openai.errors import HttpError
 from server.responses.store import ResponseNotFound, ResponseStore, StoredResponse
 
@@ -18,14 +17,14 @@ class StoredResponseEndpoints:
         self._store = store
 
     async def retrieve(self, request: Request) -> Response:
-        return _json(self._find(request).shown)
+        return json_response(self._find(request).shown)
 
     async def delete(self, request: Request) -> Response:
         found = self._find(request)
         if found.running is not None:
             found.running.cancel()
         self._store.delete(found.shown["id"], _caller(request).name)
-        return _json({"id": found.shown["id"], "object": "response", "deleted": True})
+        return json_response({"id": found.shown["id"], "object": "response", "deleted": True})
 
     async def cancel(self, request: Request) -> Response:
         found = self._find(request)
@@ -35,7 +34,7 @@ class StoredResponseEndpoints:
             found.running.cancel()
             found.running = None
             found.shown["status"] = "cancelled"
-        return _json(found.shown)
+        return json_response(found.shown)
 
     def _find(self, request: Request) -> StoredResponse:
         try:
@@ -47,7 +46,3 @@ class StoredResponseEndpoints:
 def _caller(request: Request) -> Caller:
     caller: Caller = request.scope["state"].get("caller", ANYONE)
     return caller
-
-
-def _json(body: dict[str, Any]) -> Response:
-    return Response(orjson.dumps(body), media_type="application/json")

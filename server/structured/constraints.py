@@ -11,7 +11,7 @@ import msgspec
 import orjson
 from msgspec import UNSET, UnsetType
 
-from protocol.errors import InvalidRequest
+from protocol.errors import invalid_field
 from runtime.grammars import Kind
 from server.structured.tags import tags_grammar
 from server.text.families.family import Spell
@@ -79,7 +79,7 @@ def constraint_of(
     }
     given = [(name, constraint) for name, constraint in constraints.items() if constraint]
     if len(given) > 1:
-        raise _invalid(given[1][0], f"cannot be combined with {given[0][0]}")
+        raise invalid_field(given[1][0], f"cannot be combined with {given[0][0]}")
     return given[0][1] if given else None
 
 
@@ -99,13 +99,13 @@ def _of_response_format(asked: ResponseFormat, spell: Spell) -> Constraint | Non
     if asked.type == "structural_tag":
         return _tags(msgspec.structs.asdict(asked), spell, param="response_format")
     if asked.type != "json_schema":
-        raise _invalid(
+        raise invalid_field(
             "response_format.type", "must be text, json_object, json_schema or structural_tag"
         )
     if asked.json_schema is None:
-        raise _invalid("response_format.json_schema", "is required")
+        raise invalid_field("response_format.json_schema", "is required")
     if not _NAME.match(asked.json_schema.name):
-        raise _invalid(
+        raise invalid_field(
             "response_format.json_schema.name", "must be 1 to 64 letters, digits, _ or -"
         )
     schema = asked.json_schema.schema
@@ -136,7 +136,7 @@ def _of_extension(asked: StructuredOutputs, spell: Spell) -> Constraint | None:
     fields = msgspec.structs.asdict(asked)
     given = {name: value for name, value in fields.items() if value not in (UNSET, None, False)}
     if len(given) != 1:
-        raise _invalid("structured_outputs", f"needs exactly one of {', '.join(fields)}")
+        raise invalid_field("structured_outputs", f"needs exactly one of {', '.join(fields)}")
     ((name, value),) = given.items()
     param = f"structured_outputs.{name}"
     match name:
@@ -151,7 +151,7 @@ def _of_extension(asked: StructuredOutputs, spell: Spell) -> Constraint | None:
         case "structural_tag":
             tags = _parsed(value, param)
             if not isinstance(tags, dict):
-                raise _invalid(param, "must be an object, or the JSON text of one")
+                raise invalid_field(param, "must be an object, or the JSON text of one")
             return _tags(tags, spell, param=param)
         case _:
             return lark_constraint(value, param=param)
@@ -163,9 +163,9 @@ def _tags(asked: dict[str, Any], spell: Spell, *, param: str) -> Constraint:
 
 def _one_of(choices: Sequence[str], param: str) -> str:
     if not choices or "" in choices:
-        raise _invalid(param, "must have at least one text, and none that is empty")
+        raise invalid_field(param, "must have at least one text, and none that is empty")
     if len(choices) > MAX_CHOICES:
-        raise _invalid(param, f"more than {MAX_CHOICES} choices")
+        raise invalid_field(param, f"more than {MAX_CHOICES} choices")
     return " | ".join(orjson.dumps(choice).decode() for choice in choices)
 
 
@@ -175,14 +175,10 @@ def _parsed(schema: object, param: str) -> object:
     try:
         return orjson.loads(schema)
     except orjson.JSONDecodeError:
-        raise _invalid(param, "the string is not valid JSON") from None
+        raise invalid_field(param, "the string is not valid JSON") from None
 
 
 def _checked(kind: Kind, source: str, param: str, *, lenient: bool = False) -> Constraint:
     if len(source.encode()) > MAX_BYTES:
-        raise _invalid(param, f"is larger than {MAX_BYTES} bytes")
+        raise invalid_field(param, f"is larger than {MAX_BYTES} bytes")
     return Constraint(kind, source, param, lenient)
-
-
-def _invalid(param: str, problem: str) -> InvalidRequest:
-    return InvalidRequest(f"{param}: {problem}", param=param)

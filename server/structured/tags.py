@@ -7,9 +7,9 @@ is refused by name. Which tokens spell a marker is the caller's to know.
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-from protocol.errors import InvalidRequest
+from protocol.errors import invalid_field
 from server.text.families.family import Spell
 from server.text.families.json_call import json_rule
 
@@ -70,7 +70,7 @@ class _Rules:
             begin = _text(_object(tag, where), "begin", where)
             trigger = next((t for t in triggers if begin.startswith(t)), None)
             if trigger is None:
-                _refuse(f"{where}.begin", "must start with one of the triggers")
+                raise invalid_field(f"{where}.begin", "must start with one of the triggers")
             rest = self._tag(tag, where, begin=begin.removeprefix(trigger))
             after[trigger].append(rest)
             whole.append(self._add(f"{self._literal(trigger)} {rest}"))
@@ -109,7 +109,9 @@ class _Rules:
             case "tags_with_separator":
                 body = self._separated(fields, path)
             case _:
-                _refuse(f"{path}.type", f"must be {', '.join(_KINDS)}, or any_text in a tag")
+                raise invalid_field(
+                    f"{path}.type", f"must be {', '.join(_KINDS)}, or any_text in a tag"
+                )
         return self._add(body)
 
     def _each(self, fields: Mapping[str, Any], name: str, path: str) -> list[str]:
@@ -140,7 +142,9 @@ class _Rules:
         if content.get("type") == "any_text":
             _only(content, f"{path}.content")
             if "" in ends:
-                _refuse(f"{path}.end", "must not be empty where the content is any_text")
+                raise invalid_field(
+                    f"{path}.end", "must not be empty where the content is any_text"
+                )
             inside = " | ".join(map(self._until, ends))
         else:
             closing = " | ".join(map(self._literal, ends))
@@ -172,7 +176,7 @@ def _of_structure(structure: object, path: str) -> dict[str, Any]:
 
 def _schema(schema: object, path: str) -> str:
     if not isinstance(schema, dict | bool):
-        _refuse(path, "must be a JSON schema")
+        raise invalid_field(path, "must be a JSON schema")
     whole = {} if schema is True else {"not": {}} if schema is False else schema
     return json_rule(whole, lenient=False)
 
@@ -186,41 +190,37 @@ def lark_regex(pattern: str) -> str:
 def _only(fields: Mapping[str, Any], path: str, *names: str) -> None:
     """A field that is not known might say something of the output."""
     if any(name not in (*names, "type") for name, value in fields.items() if value is not None):
-        _refuse(path, f"takes nothing but type, {', '.join(names)}")
+        raise invalid_field(path, f"takes nothing but type, {', '.join(names)}")
 
 
 def _object(value: object, path: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        _refuse(path, "must be an object")
+        raise invalid_field(path, "must be an object")
     return value
 
 
 def _text(fields: Mapping[str, Any], name: str, path: str) -> str:
     value = fields.get(name)
     if not isinstance(value, str):
-        _refuse(f"{path}.{name}", "must be a string")
+        raise invalid_field(f"{path}.{name}", "must be a string")
     return value
 
 
 def _texts(value: object, path: str) -> Sequence[str]:
     if not isinstance(value, list) or not value or not all(isinstance(t, str) and t for t in value):
-        _refuse(path, "must have at least one text, and none that is empty")
+        raise invalid_field(path, "must have at least one text, and none that is empty")
     return value
 
 
 def _list(fields: Mapping[str, Any], name: str, path: str) -> list[Any]:
     value = fields.get(name)
     if not isinstance(value, list) or not value:
-        _refuse(f"{path}.{name}", "must be a list with at least one entry")
+        raise invalid_field(f"{path}.{name}", "must be a list with at least one entry")
     return value
 
 
 def _flag(fields: Mapping[str, Any], name: str, path: str) -> bool:
     value = fields.get(name)
     if not isinstance(value, bool | None):
-        _refuse(f"{path}.{name}", "must be true or false")
+        raise invalid_field(f"{path}.{name}", "must be true or false")
     return bool(value)
-
-
-def _refuse(param: str, problem: str) -> NoReturn:
-    raise InvalidRequest(f"{param}: {problem}", param=param)

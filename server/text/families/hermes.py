@@ -53,10 +53,7 @@ class _Reader:
 
     def push(self, text: str) -> list[Part]:
         self._text.push(text)
-        parts: list[Part] = []
-        while self._text and self._advance(parts):
-            pass
-        return parts
+        return self._text.read(self._advance)
 
     def finish(self) -> list[Part]:
         rest = self._text.take_all()

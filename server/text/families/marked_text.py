@@ -1,6 +1,8 @@
 """Text that comes in pieces and has markers in it. Never lets part of a marker through."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from server.text.families.parts import Part
 
 
 class MarkedText:
@@ -29,6 +31,15 @@ class MarkedText:
     def take_all(self) -> str:
         held, self._held = self._held, ""
         return held
+
+    def read(self, advance: Callable[[list[Part]], bool]) -> list[Part]:
+        """Parts of what is held: ``advance`` takes up to the next marker and adds to them, and is
+        False when there is none yet.
+        """
+        parts: list[Part] = []
+        while self._held and advance(parts):
+            pass
+        return parts
 
     def __bool__(self) -> bool:
         return bool(self._held)

@@ -106,6 +106,30 @@ def test_a_token_limit_counts_what_was_used_in_the_end(tmp_path: Path) -> None:
     assert answers[1].headers["x-ratelimit-limit-tokens"] == "13"
 
 
+def test_a_background_response_gives_back_the_tokens_that_it_did_not_use(tmp_path: Path) -> None:
+    settings = GatewaySettings(api_keys_file=keys_file(tmp_path, "k tokens_per_minute=500"))
+    generator = ScriptedGenerator(text=TEXT, reply="Hello")
+
+    async def remaining() -> int:
+        async with anyio.create_task_group() as tasks:
+            app = create_app(generator, TEXT, settings, tasks=tasks)
+            transport = httpx.ASGITransport(app=app)
+            headers = {"authorization": "Bearer k"}
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://gateway", headers=headers
+            ) as client:
+                body = {"model": "tiny", "input": "hi", "background": True}
+                begun = await client.post("/v1/responses", json={**body, "max_output_tokens": 400})
+                assert int(begun.headers["x-ratelimit-remaining-tokens"]) < 100
+                with anyio.fail_after(10):
+                    while not generator.closed:
+                        await anyio.lowlevel.checkpoint()
+                after = await client.get("/v1/models")
+        return int(after.headers["x-ratelimit-remaining-tokens"])
+
+    assert anyio.run(remaining) > 400
+
+
 def test_requests_at_a_time_are_counted_until_they_end() -> None:
     quota = Quota(KeyLimits(concurrency=2))
     quota.begin(0.0)

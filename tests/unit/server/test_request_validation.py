@@ -218,6 +218,39 @@ def test_a_body_that_is_not_a_json_object_is_a_plain_400(body: bytes) -> None:
     assert error_of(post(CHAT, body), 400)["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("members", "name"),
+    [
+        (b'"top_k":5,"top_k":5', "top_k"),
+        (b'"top_k" :5,"user":":x","top_k":5', "top_k"),
+        (b'"\\u0074op_k":5,"top_k":5', "top_k"),
+        (b'"metadata":{"x":[1,{"a":1,"a":1}]},"user":"\\":"', "a"),
+        (b'"metadata":{"a\\\\":1,"b":"\\\\","c":[{"\\"":1,"\\"":2}]}', None),
+        (b'\n  "top_k": 5,\n  "top_k": 9', "top_k"),
+    ],
+    ids=repr,
+)
+def test_a_member_that_is_there_twice_is_refused_by_name(members: bytes, name: str | None) -> None:
+    error = error_of(post(CHAT, raw_chat(members)), 400)
+    assert error["param"] == name
+    assert "twice" in error["message"]
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        b'"metadata":{"a":{"a":1},"b":[{"a":1},{"a":1}]}',
+        b'"user":":\\":\\\\\\":\\":", "top_k" : 5',
+        b'"metadata":{"a\\\\":1,"a":2,"":3,":":4,"\\":":5}',
+    ],
+    ids=repr,
+)
+def test_equal_names_in_other_objects_and_colons_in_texts_are_no_repetition(
+    members: bytes,
+) -> None:
+    assert post(CHAT, raw_chat(members)).status_code == 200
+
+
 def test_sixty_four_levels_of_nesting_are_enough() -> None:
     body = raw_chat(b'"x":' + b"[" * 63 + b"]" * 63)
     assert post(CHAT, body).headers["x-ignored-params"] == "x"
