@@ -89,6 +89,11 @@ def _parts(server: Server) -> None:
     server.chat(messages=[{"role": "user", "content": parts}])
 
 
+def _nulls(server: Server) -> None:
+    names = ("stop", "tools", "tool_choice", "response_format", "seed", "logit_bias", "user")
+    server.chat(**dict.fromkeys((*names, "n", "top_p", "stream", "stream_options")))
+
+
 def _developer(server: Server) -> None:
     server.chat(
         messages=[{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
@@ -194,6 +199,12 @@ CASES = (
         reason="many clients always send a list of parts",
         breaks="LangChain, Vercel AI SDK, LibreChat",
         check=_parts,
+    ),
+    Case(
+        name="chat.null-fields",
+        reason="a field that is null is one that the caller leaves out",
+        breaks="typed clients, which write what has no value as null",
+        check=_nulls,
     ),
     Case(
         name="chat.developer-role",

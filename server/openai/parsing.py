@@ -18,7 +18,7 @@ from server.openai.schema import (
     GenerationRequest,
     Message,
 )
-from server.openai.treatment import ignored_params
+from server.openai.treatment import PRINTABLE, ignored_params
 from server.settings import LimitSettings
 
 _ROLES = ("developer", "system", "user", "assistant", "tool")
@@ -131,6 +131,10 @@ def _wrong_type(message: str) -> InvalidRequest:
     if what.startswith("Object missing required field "):
         field = what.removeprefix("Object missing required field ")
         return invalid_field(f"{path}.{field}" if path else field, "is required")
+    if what.startswith("Object contains unknown field "):
+        field = what.removeprefix("Object contains unknown field ")
+        known = PRINTABLE.match(field)
+        return invalid_field(f"{path}.{field}" if known else path, "this server does not know it")
     if path.startswith("[...]") or not path:
         return InvalidRequest(what)
     return invalid_field(path, what[0].lower() + what[1:])

@@ -5,7 +5,7 @@ fixes are here, bounds that an operator may choose are in ``server.openai.parsin
 fields that are not listed is decided in ``server.openai.treatment``.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -121,9 +121,20 @@ class NamedFunction(msgspec.Struct, kw_only=True):
     name: str
 
 
-class NamedTool(msgspec.Struct, kw_only=True):
+class ToolReference(msgspec.Struct, kw_only=True):
     type: str
-    function: NamedFunction
+    function: NamedFunction | None = None
+
+
+class AllowedTools(msgspec.Struct, kw_only=True):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[ToolReference], Meta(min_length=1, max_length=128)]
+
+
+class ToolChoice(ToolReference, kw_only=True):
+    """One function, or with the type ``allowed_tools`` some of them."""
+
+    allowed_tools: AllowedTools | None = None
 
 
 class ChatRequest(GenerationRequest, kw_only=True):
@@ -137,7 +148,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
     chat_template_kwargs: dict[str, OptionValue] | None = None
     include_reasoning: bool | None = None
     tools: list[ToolDefinition] | None = None
-    tool_choice: str | NamedTool | None = None
+    tool_choice: str | ToolChoice | None = None
     parallel_tool_calls: bool | None = None
 
 

@@ -12,7 +12,13 @@ import msgspec
 
 from protocol.errors import invalid_field
 from protocol.ids import new_request_id
-from server.openai.schema import ChatRequest, NamedTool, ToolCall, ToolDefinition
+from server.openai.schema import (
+    ChatRequest,
+    ToolCall,
+    ToolChoice,
+    ToolDefinition,
+    ToolReference,
+)
 from server.structured.constraints import WHOLE_TEXT, Constraint, lark_constraint
 from server.structured.tags import lark_regex
 from server.text.families.family import Tool
@@ -55,11 +61,19 @@ def tool_use(asked: ChatRequest) -> ToolUse:
         return ToolUse()
     if choice not in (None, "auto") and not tools:
         raise invalid_field("tool_choice", "needs tools")
-    return ToolUse(
-        tools=tools,
-        forced=_forced(choice, tools),
-        parallel=asked.parallel_tool_calls is not False and not isinstance(choice, NamedTool),
+    parallel = asked.parallel_tool_calls is not False
+    if not isinstance(choice, ToolChoice):
+        forced = tools if choice == "required" else ()
+        return ToolUse(tools=tools, forced=forced, parallel=parallel)
+    if choice.allowed_tools is None:
+        named = _named(choice, tools, "tool_choice")
+        return ToolUse(tools=tools, forced=(named,), parallel=False)
+    allowed = tuple(
+        _named(reference, tools, f"tool_choice.allowed_tools.tools[{i}]")
+        for i, reference in enumerate(choice.allowed_tools.tools)
     )
+    forced = allowed if choice.allowed_tools.mode == "required" else ()
+    return ToolUse(tools=allowed, forced=forced, parallel=parallel)
 
 
 def called(call: ToolCall, path: str, *, arguments_as_text: bool) -> dict[str, Any]:
@@ -175,12 +189,10 @@ def _tool(tool: ToolDefinition, path: str) -> Tool:
     )
 
 
-def _forced(choice: str | NamedTool | None, tools: tuple[Tool, ...]) -> tuple[Tool, ...]:
-    if choice == "required":
-        return tools
-    if not isinstance(choice, NamedTool):
-        return ()
-    named = tuple(tool for tool in tools if tool.name == choice.function.name)
-    if not named:
-        raise invalid_field("tool_choice.function.name", "is none of the tools")
-    return named
+def _named(reference: ToolReference, tools: tuple[Tool, ...], path: str) -> Tool:
+    if reference.function is None:
+        raise invalid_field(f"{path}.function", "is required")
+    found = next((tool for tool in tools if tool.name == reference.function.name), None)
+    if found is None:
+        raise invalid_field(f"{path}.function.name", "is none of the tools")
+    return found

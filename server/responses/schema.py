@@ -44,7 +44,7 @@ class NamedChoice(msgspec.Struct, kw_only=True):
     name: str | None = None
 
 
-class TextFormat(msgspec.Struct, kw_only=True):
+class TextFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     type: str
     name: str | None = None
     schema: dict[str, Any] | None = None

@@ -22,14 +22,14 @@ WHOLE_TEXT = ("allowed_token_ids", "bad_words")  # they hold for reasoning and c
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
 
 
-class JsonSchemaFormat(msgspec.Struct, kw_only=True):
+class JsonSchemaFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     name: str
     schema: dict[str, Any] | bool | None = None
     description: str | None = None
     strict: bool | None = None
 
 
-class ResponseFormat(msgspec.Struct, kw_only=True):
+class ResponseFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     """``structures`` with ``triggers``, or ``format``, are those of the type structural_tag."""
 
     type: str

@@ -76,6 +76,7 @@ MORE = {"index": 0, "function": {"arguments": "{}"}}
             always(400, {"error": {**GOOD_ERROR, "message": 'File "/app/x.py", line 1'}}),
             "shows",
         ),
+        ("chat.null-fields", always(400, {"error": GOOD_ERROR}), "400"),
         ("errors.no-redirect", lambda _: httpx.Response(307, headers={"location": "/"}), "307"),
         ("stream.done", streaming(chunk({}, "stop"), done=False), "0 times"),
         ("stream.role", streaming(chunk({"content": "x"}), chunk({}, "stop")), "no role"),

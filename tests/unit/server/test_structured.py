@@ -80,6 +80,8 @@ def test_plain_text_is_no_constraint(grammars: GrammarCompiler) -> None:
     [
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "json_object", "schema": SCHEMA}}, "response_format.schema"),
+        ({"response_format": {"type": "json_object", "\n" * 999: 1}}, "response_format"),
         ({"response_format": json_schema(SCHEMA, name="a b")}, "response_format.json_schema.name"),
         ({"response_format": json_schema({"type": "nothing"})}, "response_format.json_schema"),
         ({"response_format": json_schema({"unevaluatedItems": False})}, "response_format"),

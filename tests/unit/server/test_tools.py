@@ -240,3 +240,51 @@ def test_logprobs_cover_every_token_of_an_answer_with_calls(grammars: GrammarCom
             for entry in logprobs.content or []
         )
     assert spelt.decode() == CALLS
+
+
+@pytest.mark.parametrize("mode", ["auto", "required"])
+def test_of_the_tools_that_are_there_only_the_allowed_ones_may_be_called(
+    mode: str, grammars: GrammarCompiler
+) -> None:
+    allowed = {"mode": mode, "tools": [{"type": "function", "function": {"name": "time"}}]}
+    choice: Any = {"type": "allowed_tools", "allowed_tools": allowed}
+    with saying(CALLS, grammars) as (client, generator):
+        client.chat.completions.create(
+            model="tiny", messages=USER, tools=[WEATHER, TIME], tool_choice=choice
+        )
+    (request,) = generator.requests
+    prompt = b"".join(map(TEXT.tokenizer.piece, request.prompt_token_ids))
+    assert b"weather" not in prompt
+    grammar = request.sampling.grammar
+    assert (grammar is not None) == (mode == "required")
+    assert "weather" not in (grammar or "")
+
+
+@pytest.mark.parametrize(
+    ("choice", "param"),
+    [
+        ({"type": "function"}, "tool_choice.function"),
+        (
+            {
+                "type": "allowed_tools",
+                "allowed_tools": {
+                    "mode": "auto",
+                    "tools": [{"type": "function", "function": {"name": "sing"}}],
+                },
+            },
+            "tool_choice.allowed_tools.tools[0].function.name",
+        ),
+        (
+            {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}},
+            "tool_choice.allowed_tools.tools",
+        ),
+    ],
+)
+def test_a_choice_of_no_tool_is_refused_by_its_path(
+    choice: Any, param: str, grammars: GrammarCompiler
+) -> None:
+    with saying("x", grammars) as (client, _), pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(
+            model="tiny", messages=USER, tools=[WEATHER], tool_choice=choice
+        )
+    assert refused.value.param == param
