@@ -7,7 +7,7 @@ one twice, parsers differ in which of them counts, and so might whoever checked 
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import orjson
@@ -17,7 +17,6 @@ from server.openai.treatment import PRINTABLE
 from server.settings import LimitSettings
 
 _NOT_FINITE_FIELD = re.compile(r'"([A-Za-z_]{1,64})"\s*:\s*[^",:{}]{0,400}\Z')
-_SPACE_AFTER_QUOTE = (b'" ', b'"\t', b'"\n', b'"\r')
 
 
 def read_object(body: bytes, limits: LimitSettings) -> dict[str, Any]:
@@ -73,26 +72,33 @@ def _items(value: object) -> Sequence[object]:
 def _may_repeat(body: bytes, raw: dict[str, Any]) -> bool:
     """False only if no object of ``body`` has a member twice; cheap, and nearly always false.
 
-    A quote and a colon side by side end a member's name, unless the quote is escaped or begins a
-    text. So where nothing stands between names and colons, there are at least as many of these as
-    the text has members; and parsed members are as many only if none was dropped.
+    Every text of JSON, names included, stands between two quotes, and within it quotes are
+    escaped. A member that was dropped took its name along: then there are quotes too many.
     """
-    if any(space in body for space in _SPACE_AFTER_QUOTE):
-        return True
-    pairs = body.count(b'":')
-    if b'\\\\"' not in body:  # else the quote after a backslash may not be escaped
-        pairs -= body.count(b'\\":')
-    return pairs != _members(raw)
+    quotes = body.count(b'"')
+    if b"\\" in body and b'\\\\"' not in body:  # else a quote behind a backslash may be a real one
+        quotes -= body.count(b'\\"')
+    return quotes != 2 * _texts_in(raw)
 
 
-def _members(value: dict[str, Any] | list[Any]) -> int:
-    """At most how many members there are: lists that begin with a plain value are not entered."""
-    if isinstance(value, list):
-        if not value or not isinstance(value[0], dict | list):
-            return 0
-        return sum(_members(child) for child in value if isinstance(child, dict | list))
-    inside = [child for child in value.values() if isinstance(child, dict | list)]
-    return len(value) + sum(map(_members, inside))
+def _texts_in(raw: dict[str, Any]) -> int:
+    """At most how many there are: lists that begin with a number are not looked through."""
+    count = 0
+    waiting: list[dict[str, Any] | list[Any]] = [raw]
+    while waiting:
+        value = waiting.pop()
+        children: Iterable[Any] = value
+        if isinstance(value, dict):
+            count += len(value)
+            children = value.values()
+        elif value and isinstance(value[0], int | float):
+            continue
+        for child in children:
+            if isinstance(child, str):
+                count += 1
+            elif isinstance(child, dict | list):
+                waiting.append(child)
+    return count
 
 
 def _without_repetition(members: list[tuple[str, Any]]) -> None:
