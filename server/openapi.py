@@ -4,6 +4,7 @@ Written by hand around msgspec's schemas, because the endpoints check their bodi
 Answers are described by the APIs they follow, and here only by their status.
 """
 
+import re
 from typing import Any
 
 import msgspec
@@ -23,6 +24,11 @@ BODIES: dict[str, type[msgspec.Struct]] = {
     "/detokenize": DetokenizeRequest,
 }
 _PATHS = ("/v1/models", "/health", "/ready", "/metrics", "/version")
+_BY_ID = {
+    "/v1/models/{id}": ("get",),
+    "/v1/responses/{id}": ("get", "delete"),
+    "/v1/responses/{id}/cancel": ("post",),
+}
 _STATUSES = ("400", "401", "404", "413", "415", "429", "500", "502", "503", "504")
 _REFERENCE = "#/components/schemas/{name}"
 
@@ -35,6 +41,8 @@ def openapi(version: str) -> dict[str, Any]:
         for path, schema in zip(BODIES, schemas, strict=True)
     }
     paths |= {path: {"get": _operation(path, {})} for path in _PATHS}
+    for path, methods in _BY_ID.items():
+        paths[path] = {method: _operation(f"{path}_{method}", _ID) for method in methods}
     return {
         "openapi": "3.1.0",
         "info": {"title": "headrace", "version": version},
@@ -50,13 +58,14 @@ def _body(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _operation(path: str, more: dict[str, Any]) -> dict[str, Any]:
-    name = path.strip("/").replace("/", "_").replace(".", "_")
+    name = "_".join(re.findall(r"\w+", path))
     error = "MessagesError" if path.startswith("/v1/messages") else "Error"
     shown = {"application/json": {"schema": {"$ref": _REFERENCE.format(name=error)}}}
     errors = {status: {"description": "see docs/api.md", "content": shown} for status in _STATUSES}
     return {"operationId": name, **more, "responses": {"200": {"description": "OK"}, **errors}}
 
 
+_ID = {"parameters": [{"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}]}
 _MESSAGES_ERROR = {
     "type": "object",
     "required": ["type", "error"],

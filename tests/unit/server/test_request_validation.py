@@ -535,3 +535,6 @@ def test_the_api_describes_its_request_bodies() -> None:
     text = json.dumps(document)
     for name in re.findall(r"#/components/schemas/(\w+)", text):
         assert name in schemas
+    operations = [one for path in document["paths"].values() for one in path.values()]
+    assert len({one["operationId"] for one in operations}) == len(operations) > 15
+    assert "delete" in document["paths"]["/v1/responses/{id}"]
