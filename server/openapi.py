@@ -42,7 +42,7 @@ def openapi(version: str) -> dict[str, Any]:
     }
     paths |= {path: {"get": _operation(path, {})} for path in _PATHS}
     for path, methods in _BY_ID.items():
-        paths[path] = {method: _operation(f"{path}_{method}", _ID) for method in methods}
+        paths[path] = {method: _operation(f"{path}/{method}", _ID) for method in methods}
     return {
         "openapi": "3.1.0",
         "info": {"title": "headrace", "version": version},
