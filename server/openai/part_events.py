@@ -26,7 +26,7 @@ class ReadAnswer:
     def __init__(self, readers: Sequence[PartReader], *, shows_reasoning: bool) -> None:
         self._readers = readers
         self._shows_reasoning = shows_reasoning
-        self._called: set[int] = set()
+        self._arguments: dict[int, str] = {}  # of each choice's last call
 
     def push(self, choice: Choice, text: str) -> list[Part]:
         return self._noted(choice, self._readers[choice.index].push(text))
@@ -35,17 +35,32 @@ class ReadAnswer:
         return self._noted(choice, self._readers[choice.index].finish())
 
     def finish_reason(self, choice: Choice) -> str | None:
-        """The choice's, once all of its text has been read."""
-        if choice.finish_reason == "stop" and choice.index in self._called:
-            return "tool_calls"
-        return choice.finish_reason
+        """The choice's, once all of its text has been read. A call that a stop string has cut off
+        is none that a client should make.
+        """
+        arguments = self._arguments.get(choice.index)
+        if choice.finish_reason != "stop" or arguments is None:
+            return choice.finish_reason
+        cut_off = choice.matched_stop is not None and not _is_json(arguments)
+        return "stop" if cut_off else "tool_calls"
 
     def _noted(self, choice: Choice, parts: list[Part]) -> list[Part]:
-        if any(isinstance(part, CallBegun) for part in parts):
-            self._called.add(choice.index)
+        for part in parts:
+            if isinstance(part, CallBegun):
+                self._arguments[choice.index] = ""
+            elif isinstance(part, CallArguments):
+                self._arguments[choice.index] += part.text
         if self._shows_reasoning:
             return parts
         return [part for part in parts if not isinstance(part, Reasoning)]
+
+
+def _is_json(text: str) -> bool:
+    try:
+        orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return False
+    return True
 
 
 def message_of(parts: Iterable[Part]) -> dict[str, Any]:

@@ -288,3 +288,19 @@ def test_a_choice_of_no_tool_is_refused_by_its_path(
             model="tiny", messages=USER, tools=[WEATHER], tool_choice=choice
         )
     assert refused.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("stop", "reason"), [('"city"', "stop"), ("</tool_call>", "tool_calls"), (None, "tool_calls")]
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_that_a_stop_string_cuts_off_is_not_to_be_made(
+    stop: str | None, reason: str, stream: bool, grammars: GrammarCompiler
+) -> None:
+    with saying(CALLS, grammars) as (client, _):
+        asked: Any = {"model": "tiny", "messages": USER, "tools": [WEATHER, TIME], "stop": stop}
+        if stream:
+            *_, last = client.chat.completions.create(**asked, stream=True)
+        else:
+            last = client.chat.completions.create(**asked)
+    assert last.choices[0].finish_reason == reason
