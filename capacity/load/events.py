@@ -1,9 +1,10 @@
 """What a streamed answer said, and when: read after the bytes were timestamped.
 
-Nearly all events of a stream carry content and nothing else, so those are recognised by searching
-for the bytes ``"content":"``, which cannot occur inside a JSON string, where quotes are escaped.
-Every other event is parsed. The invariant: which events carry content, and when each was complete,
-is the same as if all of them had been parsed. It does not know what a token is.
+Nearly all events of a stream carry content and nothing else, so those are not parsed: an event that
+is the same as a parsed one but for its text says no more than that one did, and where the rest
+varies, the bytes ``"content":"`` are searched for, which cannot occur inside a JSON string, where
+quotes are escaped. Every other event is parsed. The invariant: which events carry content, and when
+each was complete, is the same as if all of them had been parsed. It does not know what a token is.
 """
 
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ Json = Mapping[str, Any]
 
 _CONTENT_KEYS = {"chat": "content", "completions": "text", "responses": "delta"}
 _DONE = b"[DONE]"
+_NEVER = b"\n"  # no event begins so: it is what events are split by
 _LIMIT_MESSAGE = 300
 
 
@@ -42,6 +44,7 @@ class AnswerReader:
         self._rest = b""
         self._content = b""  # the bytes that begin content in this stream, learnt from its events
         self._no_content = b""
+        self._before, self._after = _NEVER, b""  # an event around its text
 
     @property
     def text(self) -> str:
@@ -57,6 +60,8 @@ class AnswerReader:
         end = -len(self._rest)  # of an event, counted in this body
         self._rest = events.pop()
         content, no_content = self._content, self._no_content
+        before, after = self._before, self._after
+        begin, beyond = len(before), len(after)
         arrived = self.arrivals.append
         piece = 0
         piece_end = len(pieces[0]) if pieces else 0
@@ -66,17 +71,19 @@ class AnswerReader:
                 piece += 1
                 piece_end += len(pieces[piece])
             if (
-                content
-                and content in event
-                and no_content not in event
-                and b'"usage":{' not in event
-                and b'_reason":"' not in event
+                event.startswith(before)
+                and event.endswith(after)
+                and begin < event.find(b'"', begin) == len(event) - beyond
+            ) or (
+                content and content in event and no_content not in event and not _says_more(event)
             ):
                 arrived(times[piece])
             elif self._parse(event):
                 arrived(times[piece])
                 if not self._keep_text:
                     content, no_content = self._learn(event)
+                    before, after = self._before, self._after
+                    begin, beyond = len(before), len(after)
 
     def read_whole(self, body: bytes) -> None:
         """The body of an answer that was not streamed, or of an error."""
@@ -104,6 +111,10 @@ class AnswerReader:
             content = form % self._key.encode()
             if content in event and not (self._responses and b"output_text" not in event):
                 self._content, self._no_content = content, content + b'"'
+                begin = event.index(content) + len(content)
+                end = event.find(b'"', begin)
+                if event.count(content) == 1 and end > begin and not _says_more(event):
+                    self._before, self._after = event[:begin], event[end:]
         return self._content, self._no_content
 
     def _parse(self, event: bytes) -> bool:
@@ -174,6 +185,11 @@ class AnswerReader:
     def _fail(self, failure: Failure, message: str) -> None:
         if self.failure is None:
             self.failure, self.message = failure, message
+
+
+def _says_more(event: bytes) -> bool:
+    """Whether an event may carry more than content. Such are always parsed."""
+    return b'"usage":{' in event or b'_reason":"' in event
 
 
 def _other_content(part: Mapping[str, Any]) -> bool:

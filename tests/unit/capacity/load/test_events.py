@@ -155,6 +155,36 @@ def test_however_a_stream_is_cut_the_same_events_have_content(
     assert reader.failure is None
 
 
+@st.composite
+def an_event(draw: st.DrawFn) -> bytes:
+    """Content with and without usage, an end, a role, a field that varies, or no object at all."""
+    text = draw(st.sampled_from(["a", "", '"', "\\", '","usage":{', '"}}],"x_reason":"', "ä\n"]))
+    delta = {"content": text} | draw(st.sampled_from([{}, {"role": "assistant"}]))
+    choice: dict[str, object] = {
+        "index": 0,
+        "delta": delta,
+        "finish_reason": draw(st.sampled_from([None, "stop"])),
+    }
+    usages: list[dict[str, object]] = [{}, {"usage": None}, {"usage": {"completion_tokens": 1}}]
+    more = draw(st.sampled_from(usages))
+    choices = draw(st.sampled_from([[choice], [choice, choice], []]))
+    spaced = draw(st.booleans())
+    made = event(
+        {"id": draw(st.sampled_from(["x", "y"])), "choices": choices, **more}, spaced=spaced
+    )
+    return draw(st.sampled_from([made, made, made, b"\n", b": ping\n\n"]))
+
+
+@given(events=st.lists(an_event(), max_size=12))
+def test_what_is_not_parsed_would_have_said_the_same(events: list[bytes]) -> None:
+    reader, parsing = AnswerReader("chat"), AnswerReader("chat", keep_text=True)
+    for one in (reader, parsing):
+        one.read_events([*events, END], list(range(len(events) + 1)))
+    assert reader.arrivals == parsing.arrivals
+    assert (reader.usage, reader.finish_reason) == (parsing.usage, parsing.finish_reason)
+    assert (reader.failure, reader.ended) == (parsing.failure, parsing.ended)
+
+
 def test_server_timing_is_read_in_milliseconds() -> None:
     header = 'queue;dur=1.5, prefill;desc="all, of it";dur=20, kv;dur=x, total'
     assert server_stages(header) == {"queue": 1.5, "prefill": 20.0}
