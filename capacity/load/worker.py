@@ -283,11 +283,22 @@ def _allowed_connections() -> int:
     return max(1, hard - _SPARE_FILES)
 
 
+def collect_seldom() -> None:
+    """Keep the garbage collector away from what is here now, and rare: it stops the event loop."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_GARBAGE_THRESHOLD)
+
+
 def _ask_for_priority() -> None:
     """A client that waits for a core measures itself. Needs a privilege; without it, no harm.
 
-    Where Linux groups processes by session, a process's own priority counts only within its group.
+    Best is to be woken at once, whoever computes; the kernel keeps a share for the others. Else a
+    higher priority, which where Linux groups processes by session counts only within the group.
     """
+    with suppress(OSError, AttributeError):  # systems other than Linux have no such call
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
+        return
     with suppress(OSError):
         os.setpriority(os.PRIO_PROCESS, 0, _PRIORITY)
     with suppress(OSError):
@@ -319,8 +330,7 @@ async def main() -> None:
                 except LoadError as error:
                     send(Trouble(worker=order.worker, message=str(error)))
                     return
-                gc.collect()
-                gc.freeze()
+                collect_seldom()
             elif isinstance(order, Stage):
                 assert worker is not None
                 tasks.start_soon(worker.run, order)
@@ -333,7 +343,6 @@ async def main() -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which says Stop
-    gc.set_threshold(_GARBAGE_THRESHOLD)
     os.set_blocking(sys.stdout.fileno(), False)
     _ask_for_priority()
     uvloop.run(main())
