@@ -88,7 +88,10 @@ async def run_bench(plan: Plan, view: View) -> Summary:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(_watch_signals, run)
                 tasks.start_soon(_scrape_now_and_then, scraper, zero_ns)
-                await (run.find_rate if plan.search else run.sweep)(crew, requests)
+                if plan.search:
+                    await run.find_rate(crew, requests, asker)
+                else:
+                    await run.sweep(crew, requests)
                 tasks.cancel_scope.cancel()
             await scraper.scrape((monotonic_ns() - zero_ns) / SECOND)
             asker.pool.close()

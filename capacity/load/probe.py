@@ -48,13 +48,13 @@ async def probe(address: Address, wanted: Api, *, with_nonce: bool) -> Found:
         if models and model not in models and wanted.model:
             raise ServerUnusable(f"no model {model!r} at {address.url}; it has {', '.join(models)}")
         client.api = msgspec.structs.replace(wanted, model=model)
-        short = await _ask(client, _SHORT_WORDS, with_nonce=with_nonce)
+        short = await ask_briefly(client, _SHORT_WORDS, with_nonce=with_nonce)
         if short.error in _REFUSES_FIELDS and wanted.exact_length:
             client.api = msgspec.structs.replace(client.api, exact_length=False)
-            short = await _ask(client, _SHORT_WORDS, with_nonce=with_nonce)
+            short = await ask_briefly(client, _SHORT_WORDS, with_nonce=with_nonce)
         if short.error:
             raise ServerUnusable(f"{address.url}{client.api.path}: {short.error}: {short.message}")
-        long = await _ask(client, _LONG_WORDS, with_nonce=with_nonce)
+        long = await ask_briefly(client, _LONG_WORDS, with_nonce=with_nonce)
     finally:
         client.pool.close()
     return Found(
@@ -87,7 +87,8 @@ async def _models(client: Client, address: Address) -> tuple[str, ...]:
     return tuple(models)
 
 
-async def _ask(client: Client, words: int, *, with_nonce: bool) -> Record:
+async def ask_briefly(client: Client, words: int = _SHORT_WORDS, *, with_nonce: bool) -> Record:
+    """One small request that belongs to no stage, with a prompt that no cache has seen."""
     text = Text()
     prompt = text.words(words, "probe", monotonic_ns())
     if with_nonce:

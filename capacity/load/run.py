@@ -9,6 +9,7 @@ import anyio
 import msgspec
 import psutil
 
+from capacity.load.client import Client
 from capacity.load.crew import Crew
 from capacity.load.errors import LoadError
 from capacity.load.faults import Fault, inject, victims
@@ -16,6 +17,7 @@ from capacity.load.impact import FaultImpact, impact_of
 from capacity.load.messages import ClosedLoop, Load, OpenLoop, Stage
 from capacity.load.objectives import Objectives
 from capacity.load.plan import Plan, StagePlan, rate_stage
+from capacity.load.probe import ask_briefly
 from capacity.load.records import Record
 from capacity.load.search import RateSearch, SearchResult, certain_failure, requests_wanted
 from capacity.load.stage import StageResult, StageState, run_stage
@@ -26,6 +28,8 @@ SECOND = 1_000_000_000
 _LEAD_NS = 50_000_000  # workers get an order this long before its load begins
 _LONGEST_PROBE = 4  # times the duration of a probe, to have as many requests as are wanted
 _MOST_DISTURBED = 5  # probes that are repeated because the client was at fault
+_MOST_SETTLING_S = 30.0
+_SETTLING_PAUSE_S = 0.2
 INTERRUPTED = "interrupted"
 
 
@@ -105,13 +109,16 @@ class Run:
         return result
 
     async def sweep(self, crew: Crew, requests: BinaryIO) -> None:
+        """All stages, one after the other."""
         for planned in self.plan.stages:
             await self.stage(crew, planned, requests, duration_s=self.plan.duration_s)
             if self.interrupted:
                 return
 
-    async def find_rate(self, crew: Crew, requests: BinaryIO) -> None:
-        """Probe rates until the bracket is narrow; each probe is a stage."""
+    async def find_rate(self, crew: Crew, requests: BinaryIO, asker: Client) -> None:
+        """Probe rates until the bracket is narrow; each probe is a stage. ``asker`` finds out
+        between them whether the server is itself again.
+        """
         objectives = self.plan.objectives
         load = self.plan.stages[0].load
         assert objectives is not None
@@ -149,7 +156,21 @@ class Run:
             )
             outcome = "holds" if found.held else "does not hold"
             self.view.say(f"  {rate:.3g} requests/s {outcome}: {found.attainment.share:.1%} good")
+            if not found.held:
+                await self._settle(asker, limit_s)
         self.search = search.result()
+
+    async def _settle(self, asker: Client, limit_s: float) -> None:
+        """Wait until a small request is answered in time: the next probe shall not pay for what
+        this one has left in the server's queues.
+        """
+        with anyio.move_on_after(_MOST_SETTLING_S):
+            while not self.interrupted:
+                record = await ask_briefly(asker, with_nonce=True)
+                waited_ns = record.ttft_ns or record.end_to_end_ns or 0
+                if record.succeeded and (not limit_s or waited_ns <= limit_s * SECOND):
+                    return
+                await anyio.sleep(_SETTLING_PAUSE_S)
 
     def impacts(self) -> list[FaultImpact]:
         if not self.stages:
