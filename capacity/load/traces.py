@@ -58,6 +58,8 @@ def read_trace(path: Path) -> list[TraceRow]:
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise WrongOption(f"--trace {path}: {reason}") from None
+    if not text.strip():
+        raise WrongOption(f"--trace {path}: it is empty")
     rows = list(_rows(path, text))
     if not rows:
         raise WrongOption(f"--trace {path}: it has no requests")
@@ -162,10 +164,7 @@ def _csv(path: Path, text: str) -> Iterator[TraceRow]:
     when, given, made = columns
     for fields in reader:
         try:
-            if columns[0] == "TIMESTAMP":
-                at = datetime.fromisoformat(_fraction(fields[when])).timestamp()
-            else:
-                at = _time(fields[when])
+            at = _azure_time(fields[when]) if when == "TIMESTAMP" else _time(fields[when])
             output = int(fields[made])
             if output == 0:
                 continue  # BurstGPT marks requests that failed then
@@ -175,6 +174,14 @@ def _csv(path: Path, text: str) -> Iterator[TraceRow]:
             yield TraceRow(at_s=at, input_tokens=tokens, output_tokens=output)
         except (ValueError, TypeError) as error:
             raise _wrong_line(path, reader.line_num, error) from None
+
+
+def _azure_time(timestamp: str) -> float:
+    try:
+        return datetime.fromisoformat(_fraction(timestamp)).timestamp()
+    except ValueError:
+        message = f"TIMESTAMP {timestamp!r} is no time such as 2023-11-16 18:17:03.979"
+        raise ValueError(message) from None
 
 
 def _fraction(timestamp: str) -> str:
@@ -223,4 +230,6 @@ def _time(value: object) -> float:
 
 def _wrong_line(path: Path, number: int, error: Exception) -> WrongOption:
     reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+    if isinstance(error, json.JSONDecodeError):
+        reason = f"not JSON from column {error.colno} on ({error.msg})"
     return WrongOption(f"--trace {path}, line {number}: {reason}")

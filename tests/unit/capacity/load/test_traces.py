@@ -105,16 +105,19 @@ def test_our_own_format_has_ids_prompts_and_groups(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        ([mooncake(0, 5, []), "{broken"], "line 2"),
+        ([mooncake(0, 5, []), "{broken"], "line 2: not JSON from column 2 on"),
         ([{"timestamp": 1, "input_length": 5}], "line 1: 'output_length' is missing"),
         ([mooncake(0, 512, [1, 2])], "line 1: 2 hash_ids"),
         ([{"t": 0, "input": 5, "output": 0}], "line 1: output must be"),
         ([{"t": 0, "output": 5}], "exactly one of prompt"),
         ([{"t": 0, "input": 5, "output": 5, "tokens": 5}], "unknown field 'tokens'"),
         ([{"t": -1, "input": 5, "output": 5}], "line 1: -1 is no time"),
-        (["TIMESTAMP,ContextTokens,GeneratedTokens", "yesterday,1,2"], "line 2"),
+        (
+            ["TIMESTAMP,ContextTokens,GeneratedTokens", "yesterday,1,2"],
+            "line 2: TIMESTAMP 'yesterday'",
+        ),
         (["a,b,c", "1,2,3"], "neither JSON nor a CSV"),
-        ([""], "neither JSON nor a CSV"),
+        ([""], "it is empty"),
         (["[1]"], "conversation 1"),
     ],
 )
