@@ -28,11 +28,12 @@ def lines_of(summary: Summary) -> list[str]:
 def row(label: str, figures: Figures) -> tuple[str, ...]:
     user = figures.output_tokens_per_s_per_user
     good = figures.attainment
+    nothing_counted = 0 < figures.succeeded == figures.without_usage
     return (
         label,
         f"{figures.succeeded}/{figures.attempts}",
         f"{figures.requests_per_s:.2f}",
-        f"{figures.output_tokens_per_s:.1f}",
+        NOT_CARRIED if nothing_counted else f"{figures.output_tokens_per_s:.1f}",
         NOT_CARRIED if user is None else f"{user:.1f}",
         *(_at(figures.ttft, name) for name in ("p50", "p90", "p99")),
         *(_at(figures.tpot, name) for name in ("p50", "p90", "p99")),

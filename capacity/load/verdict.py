@@ -21,6 +21,7 @@ MOST_LOOP_LAG_MS = 10.0
 MOST_CPU = 0.8
 MOST_DRIFT = 0.05
 MOST_SHORT = 0.01
+MOST_WITHOUT_USAGE = 0.01
 MOST_TOKENS_PER_CHUNK = 1.1
 
 
@@ -142,6 +143,13 @@ def judge(
     if not stages:
         invalid.append("nothing was measured")
     met = None
+    if objectives is not None and "tpot" in objectives.limits_s:
+        invalid += [
+            f"{label}: an objective for tpot cannot be judged: {figures.without_usage} answers had "
+            "no usage"
+            for label, figures, _ in stages
+            if figures.without_usage > MOST_WITHOUT_USAGE * figures.succeeded
+        ]
     if objectives is not None:
         met = all(
             figures.attainment is not None and figures.attainment.share >= objectives.share

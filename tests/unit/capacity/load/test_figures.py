@@ -4,6 +4,7 @@ from capacity.load.figures import figures_of, spread
 from capacity.load.impact import impact_of
 from capacity.load.objectives import attainment, parse_objectives
 from capacity.load.records import Failure, Record
+from capacity.load.table import row
 from capacity.load.verdict import Client, doubts, judge
 from tests.support.load_runs import MS, QUIET, S, a_record
 
@@ -131,6 +132,15 @@ def test_what_makes_a_measurement_invalid(
     verdict = judge([("x", figures, client)], None, exact_length=True, interrupted=False)
     assert verdict.exit_code == 2
     assert said in verdict.text
+
+
+def test_an_objective_for_tpot_needs_usage() -> None:
+    figures = figures_of(many(20, output_tokens=None), begin_ns=0, end_ns=2 * S)
+    objectives = parse_objectives("tpot=50ms")
+    verdict = judge([("x", figures, QUIET)], objectives, exact_length=True, interrupted=False)
+    assert verdict.exit_code == 2
+    assert "tpot cannot be judged" in verdict.text
+    assert row("x", figures)[3] == "–"
 
 
 def test_a_missed_objective_is_one_and_a_met_one_zero() -> None:
