@@ -274,7 +274,9 @@ def _counters(summary: Summary) -> list[tuple[str, str]]:
         and not name.startswith(("python_", "process_"))
     }
     most = sorted(gains.items(), key=lambda item: -item[1])[:_MOST_COUNTERS]
-    return [(name, f"{gain:,.6g}") for name, gain in sorted(most)]
+    return [
+        (name, f"{gain:,.0f}" if gain >= _WHOLE else f"{gain:.4g}") for name, gain in sorted(most)
+    ]
 
 
 def _settings(summary: Summary) -> list[tuple[str, str]]:

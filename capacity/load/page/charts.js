@@ -4,7 +4,7 @@ const SVG = "http://www.w3.org/2000/svg";
 const LEFT = 52, RIGHT = 14, TOP = 10, BOTTOM = 36;
 
 function make(name, attributes = {}, text) {
-  const html = ["div", "span", "b", "i", "small", "p", "h2", "section", "table", "tr", "td", "th", "li", "ul", "dl", "dt", "dd", "strong"];
+  const html = ["div", "span", "b", "i", "small", "p", "h2", "section", "table", "tr", "td", "th", "li", "ul", "dl", "dt", "dd", "strong", "details", "summary"];
   const node = html.includes(name) ? document.createElement(name) : document.createElementNS(SVG, name);
   for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
   if (text !== undefined) node.textContent = text;
@@ -131,12 +131,13 @@ function chart(place, options) {
       if (one.kind === "dots" || one.kind === "labels" || one.kind === "crosses") {
         const labelled = [];
         for (const [px, py, text] of points) {
-          const cx = x(px), cy = y(py);
+          const cx = x(px), cy = y(Math.max(py, yLow)); // what failed at once stands on the axis
           if (one.kind === "crosses") svg.append(make("path", { d: `M${cx - 4} ${cy - 4}l8 8m0-8l-8 8`, stroke: paint, "stroke-width": 1.8 }));
           else svg.append(make("circle", { cx, cy, r: one.kind === "labels" ? 5 : points.length < 300 ? 3.4 : 2.4, fill: paint, "fill-opacity": one.kind === "labels" ? 1 : 0.55 }));
           if (one.kind !== "labels" || !text || labelled.some(([lx, ly]) => Math.abs(lx - cx) < 7 * text.length && Math.abs(ly - cy) < 14)) continue;
           labelled.push([cx, cy]);
-          svg.append(make("text", { class: "label", x: cx > width - 110 ? cx - 9 : cx + 9, y: cy - 8, "text-anchor": cx > width - 110 ? "end" : "start" }, text));
+          const flip = cx + 9 + 7 * text.length > width; // then below, where the path does not come from
+          svg.append(make("text", { class: "label", x: flip ? width : cx + 9, y: flip ? cy + 20 : cy - 8, "text-anchor": flip ? "end" : "start" }, text));
         }
         return;
       }
@@ -160,7 +161,7 @@ function chart(place, options) {
       svg.append(make("line", { ...ends, stroke: line.color || "var(--soft)", "stroke-dasharray": "5 4", "stroke-width": 1.4 }));
       if (line.text) {
         const flip = vertical && at > width - 120;
-        svg.append(make("text", { x: vertical ? at + (flip ? -6 : 6) : width - RIGHT, y: vertical ? TOP + 24 : at - 5, "text-anchor": flip || !vertical ? "end" : "start", style: `fill:${line.color || "var(--soft)"}` }, line.text));
+        svg.append(make("text", { x: vertical ? at + (flip ? -6 : 6) : width - RIGHT, y: vertical ? (line.low ? height - BOTTOM - 8 : TOP + 24) : at - 5, "text-anchor": flip || !vertical ? "end" : "start", style: `fill:${line.color || "var(--soft)"}` }, line.text));
       }
     }
     holder.append(svg, tip);
@@ -262,6 +263,14 @@ function table(place, head, rows) {
   }
   scroll.append(node);
   place.append(scroll);
+}
+
+// A table that opens when it is asked for.
+function folded(place, what, head, rows) {
+  const details = make("details");
+  details.append(make("summary", {}, what));
+  place.append(details);
+  table(details, head, rows);
 }
 
 function facts(place, pairs) {

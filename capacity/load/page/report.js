@@ -9,7 +9,7 @@
   const percent = (value) => `${Math.round(value * 100)} %`;
   const cdf = (key, title, label, note) => {
     const series = data.stages.map((stage) => ({ name: stage.label, points: stage[key], kind: "step" })).filter((one) => one.points.length);
-    if (series.length) chart(section(title, note), { title, series, x: { label, log: true, latency: true }, y: { label: "of requests", low: 0, high: 1, format: percent }, lines: limit(key) });
+    if (series.length) chart(section(title, note), { title, series, x: { label, log: true, latency: true }, y: { label: "of requests", low: 0, high: 1, format: percent }, lines: limit(key).map((line) => ({ ...line, low: true })) });
   };
   cdf("ttft", "Time to first token", "TTFT, ms", "Share of requests whose first token came within, from the intended time");
   cdf("tpot", "Time per output token", "TPOT, ms", "Share of requests whose mean time per token was within");
@@ -24,7 +24,7 @@
   if (data.failures.length) latency.push({ name: "failed", points: data.failures, kind: "crosses", color: "var(--fault)" });
   if (data.latency.length || data.failures.length)
     chart(section("Every request", `${data.latency_name} by the time at which the request was due`, true), {
-      title: "Every request", series: latency, x: { label: "s", low: 0, high: data.end_s }, y: { label: "ms", log: true }, lines: [...faults, ...(data.limits.ttft ? [{ y: data.limits.ttft, text: "objective" }] : [])],
+      title: "Every request", series: latency, x: { label: "s", low: 0, high: data.end_s }, y: { label: "ms", log: true, low: data.latency.length ? Math.min(...data.latency.map((p) => p[1])) : undefined }, lines: [...faults, ...(data.limits.ttft ? [{ y: data.limits.ttft, text: "objective" }] : [])],
       bands: stageBands.map((band) => ({ ...band, text: "" })),
     });
   if (data.pareto.length > 1) {
@@ -45,7 +45,7 @@
   if (data.server.length) bars(section("Where the server spent the time", "Mean of each stage in its server-timing header, before the first token"), data.server, "ms");
   for (const fault of data.faults) facts(section(`Fault: ${fault.text}`, fault.process), fault.facts);
   table(section("All stages", "Latencies in ms from the intended time; – where the sample is too small", true), data.table[0], data.table.slice(1));
-  if (data.counters.length) facts(section("What the server counted", "By how much counters of its /metrics rose over the whole test", true), data.counters.map(([name, gain]) => [gain, name]));
+  if (data.counters.length) folded(section("What the server counted", "By how much counters of its /metrics rose over the whole test", true), `${data.counters.length} counters`, ["counter", "rose by"], data.counters);
   facts(section("Settings"), data.settings);
   facts(section("Client and machine"), data.environment);
 }
