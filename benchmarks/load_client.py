@@ -7,7 +7,8 @@ each every 10 ms, so that nearly every event is a read of its own, as with an en
 a second case it writes as fast as the client reads. Each client runs in a process of its own on the
 same streams. CPU is user and system time of the client's process; chunks per second of one core are
 their number divided by that. httpx reads lines and parses JSON, as scripts do; openai is asked for
-a stream and iterated.
+a stream and iterated. Start-up is the time from ``headrace bench`` until a server has the first
+request of its load, after those with which it looks at the server.
 """
 
 import argparse
@@ -15,12 +16,16 @@ import asyncio
 import json
 import multiprocessing
 import re
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Generator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
 from typing import cast
 
 import httpx
@@ -34,11 +39,16 @@ from capacity.load.address import parse_address
 from capacity.load.api import Api
 from capacity.load.client import Client
 from capacity.load.records import Record
+from capacity.load.worker import collect_seldom
+from tests.support.scripted_server import Script, scripted_server
+from tests.support.two_sides import command
 
 LENGTH = re.compile(rb"content-length: ?(\d+)")
 STREAMS = 256
 STEP_S = 0.01
 CHUNKS_PER_CORE_SECOND = 100_000
+START_UP_S = 1.0
+STARTS = 3
 EVENT = json.dumps(
     {
         "id": "chatcmpl-0123456789abcdef01234567",
@@ -224,6 +234,8 @@ def read_streams(name: str, url: str, case: Case, rounds: int) -> Cost:
     async def measure() -> Cost:
         stream = CLIENTS[name](url)
         await all_of(1, stream, Case(chunks=2, step_s=case.step_s))
+        if name == "headrace":
+            collect_seldom()  # as its load processes do
         cpu, wall = time.process_time(), time.perf_counter()
         chunks = await all_of(rounds, stream, case)
         return Cost(
@@ -233,6 +245,24 @@ def read_streams(name: str, url: str, case: Case, rounds: int) -> Cost:
         )
 
     return uvloop.run(measure())
+
+
+def start_up_s() -> float:
+    """The median of a few starts."""
+    found = []
+    for _ in range(STARTS):
+        with (
+            tempfile.TemporaryDirectory(prefix="headrace-") as folder,
+            scripted_server(Script(first_token_s=0.001, token_s=0.001)) as server,
+        ):
+            begin_ns = time.monotonic_ns()
+            subprocess.run(
+                command(server.url, Path(folder), "--concurrency", "1", "--requests", "1"),
+                check=False,
+                capture_output=True,
+            )
+            found.append((server.generations[0].arrived_ns - begin_ns) / 1e9)
+    return median(found)
 
 
 @contextmanager
@@ -275,6 +305,8 @@ def main() -> int:
         )
         for case in cases
     ]
+    figures["start_up_s"] = round(start_up_s(), 3)
+    bars.append(Bar("seconds to the first request", figures["start_up_s"], at_most=START_UP_S))
     return print_report("load_client", figures, bars, only_json=chosen.json)
 
 

@@ -3,69 +3,36 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from capacity.load.lengths import parse_lengths
-from capacity.load.text import Calibration
-from capacity.load.workload import Workload, WorkloadSpec
 from tests.e2e.conftest import Start
 from tests.e2e.test_faults import FLAGS, eventually, ready
-from tests.support.scripted_server import Reference, Script, Sent, scripted_server
+from tests.support.scripted_server import Script, scripted_server
+from tests.support.two_sides import (
+    MS,
+    SAME_PROMPTS,
+    both_sides,
+    command,
+    requests_in,
+    summary_in,
+    told_and_true,
+)
 
 pytestmark = pytest.mark.timeout(120)
-MS = 1e6
 SECOND = 1_000_000_000
 # A busy machine makes a measurement invalid, which is 2; whether it is, is no test's business.
 MEASURED = (0, 2)
 MISSED = (1, 2)
-SAME_PROMPTS = ("--nonce", "same", "--seed", "0", "--input", "128")
-
-
-def command(url: str, out: Path, *options: str) -> list[str]:
-    given = [sys.executable, "-m", "deploy.cli", "bench", url, "--out", str(out), *options]
-    return given if "--output" in options else [*given, "--output", "10"]
 
 
 def bench(url: str, out: Path, *options: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(url, out, *options), check=False, capture_output=True, text=True, timeout=90
     )
-
-
-def summary_in(out: Path) -> dict[str, Any]:
-    found = json.loads((out / "summary.json").read_text())
-    assert isinstance(found, dict)
-    return found
-
-
-def requests_in(out: Path) -> list[dict[str, Any]]:
-    lines = (out / "requests.jsonl").read_text().splitlines()
-    return sorted(map(json.loads, lines), key=lambda record: record["index"])
-
-
-def both_sides(reference: Reference, out: Path) -> list[tuple[dict[str, Any], Sent]]:
-    """Each record, in the server's clock, with what the server did for it; the command ran with
-    ``SAME_PROMPTS``, from which the prompts can be made again."""
-    summary = summary_in(out)
-    calibration = Calibration(**summary["target"]["calibration"])
-    length = parse_lengths("128", "--input")
-    spec = WorkloadSpec(input=length, output=length, seed=0, nonce="same")
-    workload = Workload(spec, calibration)
-    by_prompt = {str(sent.body["messages"][0]["content"]): sent for sent in reference.generations}  # type: ignore[index]
-    records = requests_in(out)
-    for record in records:
-        for name in [name for name in record if name.endswith("_ns") and name != "chunks_ns"]:
-            record[name] += summary["zero_ns"]
-        record["chunks_ns"] = [at + summary["zero_ns"] for at in record.get("chunks_ns", [])]
-    assert len(records) == len(by_prompt)
-    prompts = [workload.session(record.get("session", 0))[0].prompt for record in records]
-    return [(r, by_prompt[str(p)]) for r, p in zip(records, prompts, strict=True)]
 
 
 def test_every_percentile_is_that_of_the_servers_own_clock(tmp_path: Path) -> None:
@@ -78,18 +45,9 @@ def test_every_percentile_is_that_of_the_servers_own_clock(tmp_path: Path) -> No
     (stage,) = summary_in(tmp_path)["stages"]
     figures = stage["figures"]
     assert figures["succeeded"] == figures["attempts"] == len(sides) > 150
-    truths = {
-        "ttft": [sent.chunks_ns[0] - record["intended_ns"] for record, sent in sides],
-        "ttft_from_sent": [sent.chunks_ns[0] - record["sent_ns"] for record, sent in sides],
-        "e2e": [sent.chunks_ns[-1] - record["intended_ns"] for record, sent in sides],
-        "tpot": [(sent.chunks_ns[-1] - sent.chunks_ns[0]) / 9 for _, sent in sides],
-        "icl": [gap for _, sent in sides for gap in np.diff(sent.chunks_ns)],
-    }
     lag_ms = stage["client"]["loop_lag_p99_ms"]
-    for name, truth in truths.items():
-        for quantile, told in figures[name]["percentiles"].items():
-            true = float(np.percentile(truth, float(quantile[1:]))) / MS
-            assert abs(told - true) <= max(0.02 * true, 0.5) + 2 * lag_ms, (name, quantile)
+    for name, quantile, told, true in told_and_true(figures, sides):
+        assert abs(told - true) <= max(0.02 * true, 0.5) + 2 * lag_ms, (name, quantile)
     assert figures["tokens_per_chunk"] == pytest.approx(2)
 
 
@@ -152,7 +110,7 @@ def test_all_endpoints_are_measured(tmp_path: Path, endpoint: str, stream: bool)
 
 
 def test_equal_seeds_send_equal_requests_at_equal_times(tmp_path: Path) -> None:
-    sent: list[list[object]] = []
+    sent: list[list[Any]] = []
     for name in ("a", "b"):
         with scripted_server(Script(first_token_s=0.005, token_s=0.001)) as reference:
             options = ("--rate", "30", "--duration", "1", "--seed", "7", "--nonce", "fixed")
@@ -235,6 +193,15 @@ def test_a_search_finds_the_rate_that_a_server_can_hold(tmp_path: Path) -> None:
     found = summary_in(tmp_path)["search"]
     assert found["highest"] is None
     assert ended.returncode in MISSED
+
+
+def test_a_search_waits_until_an_overloaded_server_is_itself_again(tmp_path: Path) -> None:
+    """The first probe meets a stall that outlasts it; the rates after it are not blamed for it."""
+    with scripted_server(Script(first_token_s=0.02, stalls=[(0.0, 3.0)])) as reference:
+        options = ("--search", "--slo", "ttft=400ms,share=90%", "--rate", "8", "--duration", "1")
+        bench(reference.url, tmp_path, *options)
+    found = summary_in(tmp_path)["search"]
+    assert [probe["held"] for probe in found["probes"][:2]] == [False, True]
 
 
 def test_metrics_of_the_server_are_kept(tmp_path: Path) -> None:
