@@ -34,6 +34,7 @@ SECOND = 1_000_000_000
 RATE = "15"
 SHARE, LEAST_MS = 0.02, 0.5
 STALL_S = 1.0
+TIMER_NS = 1_000_000  # the server's timers have milliseconds: a stall may end so much sooner
 STALLS_AT = (2.0, 5.0)
 # Request n of the run: an HTTP status, or how its stream fails.
 FAILS: dict[int, int | str] = {4: 503, 11: "event", 23: "cut", 31: "reset", 47: 429}
@@ -98,7 +99,7 @@ def _unseen(script: Script, sides: Sides) -> int:
         begin = first_ns + round(at_s * SECOND)
         end = begin + round(lasting_s * SECOND)
         count += sum(
-            record["first_token_ns"] < end
+            record["first_token_ns"] < end - TIMER_NS
             for record, _ in due_in(sides, begin, end - round(script.first_token_s * SECOND))
         )
     return count

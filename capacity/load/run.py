@@ -1,5 +1,6 @@
 """A run under way: its stages one after the other, or the probes of a search, and its faults."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from time import monotonic_ns
@@ -30,6 +31,7 @@ _LONGEST_PROBE = 4  # times the duration of a probe, to have as many requests as
 _MOST_DISTURBED = 5  # probes that are repeated because the client was at fault
 _MOST_SETTLING_S = 30.0
 _SETTLING_PAUSE_S = 0.2
+_CALM_NS = 50_000_000  # so much more than twice the idle server's time still counts as calm
 INTERRUPTED = "interrupted"
 
 
@@ -124,6 +126,7 @@ class Run:
         assert objectives is not None
         assert isinstance(load, OpenLoop)
         limit_s = objectives.limits_s.get("ttft", objectives.limits_s.get("e2e", 0.0))
+        calm_ns = _waited_ns(await ask_briefly(asker, with_nonce=True))
         search = RateSearch(load.rate.mean, objectives.share)
         disturbed = 0
         while (rate := search.next_rate()) is not None:
@@ -157,18 +160,16 @@ class Run:
             outcome = "holds" if found.held else "does not hold"
             self.view.say(f"  {rate:.3g} requests/s {outcome}: {found.attainment.share:.1%} good")
             if not found.held:
-                await self._settle(asker, limit_s)
+                await self._settle(asker, calm_ns)
         self.search = search.result()
 
-    async def _settle(self, asker: Client, limit_s: float) -> None:
-        """Wait until a small request is answered in time: the next probe shall not pay for what
-        this one has left in the server's queues.
+    async def _settle(self, asker: Client, calm_ns: float) -> None:
+        """Wait until a small request is answered about as soon as before the load: the next probe
+        shall not pay for what this one has left in the server's queues.
         """
         with anyio.move_on_after(_MOST_SETTLING_S):
             while not self.interrupted:
-                record = await ask_briefly(asker, with_nonce=True)
-                waited_ns = record.ttft_ns or record.end_to_end_ns or 0
-                if record.succeeded and (not limit_s or waited_ns <= limit_s * SECOND):
+                if _waited_ns(await ask_briefly(asker, with_nonce=True)) <= 2 * calm_ns + _CALM_NS:
                     return
                 await anyio.sleep(_SETTLING_PAUSE_S)
 
@@ -227,3 +228,10 @@ def _hopeless(objectives: Objectives, planned: float) -> Callable[[StageState], 
         return "certain to fail" if certain_failure(late, planned, objectives.share) else ""
 
     return stop_if
+
+
+def _waited_ns(record: Record) -> float:
+    """For the first token, or the whole where there is no stream; without end if it failed."""
+    if not record.succeeded:
+        return math.inf
+    return record.ttft_ns or record.end_to_end_ns or 0

@@ -10,7 +10,7 @@ from capacity.load.report import write_report
 from tests.support.load_runs import S, a_record, a_summary
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
-LOADING_MS = 3000  # of the page's own clock
+LOADING_MS = 8000  # of the page's own clock
 BROWSER_S = 100.0
 REQUESTS = 60
 
