@@ -36,7 +36,7 @@ serve: $(VENV)/.serve
 	@exec $(VENV)/bin/headrace up $(MODEL) --prefill $(PREFILL) --decode-ranks $(RANKS) --port $(PORT) $(ARGS)
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m 'not slow' $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m 'not slow' --durations=20 $(ARGS)
 
 test-slow: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -m slow $(ARGS)

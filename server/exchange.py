@@ -5,14 +5,18 @@ the application; noticing a hang-up costs a task. With thousands of tokens a sec
 of the gateway's time. Here uvicorn's protocol puts an ``Exchange`` into the scope, which calls
 back instead.
 
-Invariant: what is written is sent as uvicorn's own ``send`` would have sent it.
+Invariant: what is written is sent as uvicorn's own ``send`` would have sent it, and in one piece
+with what else is written to the connection in that turn of the event loop.
 """
 
+from asyncio import BaseTransport
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from starlette.types import Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from server.turn_transport import TurnTransport
 
 _EXTENSION = "headrace.exchange"
 
@@ -134,6 +138,9 @@ class ExchangeProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._exchanges: list[_UvicornExchange] = []  # several when requests are pipelined
+
+    def connection_made(self, transport: BaseTransport) -> None:
+        super().connection_made(TurnTransport(transport, self.loop))
 
     def on_headers_complete(self) -> None:
         before = self.cycle

@@ -1,5 +1,6 @@
 """Writing past ASGI's ``send``: the same bytes, on every kind of exchange."""
 
+import asyncio
 import socket
 
 import anyio
@@ -8,6 +9,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from server.exchange import exchange_of, finish_at_once
+from server.turn_transport import TurnTransport
 from tests.support.http_server import eventually, serve
 
 PARTS = (b"one", b"two and a half", b"3" * 300)
@@ -48,6 +50,39 @@ def test_the_bytes_are_those_that_send_would_have_sent(line: bytes, has_body: bo
         through_send = exchange(url, line % b"/send" + rest)
     assert direct.partition(b"x-a: b")[2] == through_send.partition(b"x-a: b")[2] != b""
     assert (PARTS[1] in direct) == has_body
+
+
+def test_what_is_written_in_one_turn_is_sent_in_one_piece() -> None:
+    async def scenario() -> list[bytes]:
+        sent: list[bytes] = []
+
+        class Peer(asyncio.Protocol):
+            def data_received(self, data: bytes) -> None:
+                sent.append(data)
+
+            def connection_lost(self, exc: Exception | None) -> None:
+                closed.set()
+
+        closed = anyio.Event()
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair()
+        transport, _ = await loop.create_connection(asyncio.Protocol, sock=ours)
+        await loop.create_connection(Peer, sock=theirs)
+        turn = TurnTransport(transport, loop)
+        for part in PARTS:
+            turn.write(part)
+        assert sent == []
+        with anyio.fail_after(10):
+            while not sent:
+                await anyio.lowlevel.checkpoint()
+            turn.write(b"last ")
+            turn.write(b"words")
+            turn.close()
+            turn.write(b"too late")
+            await closed.wait()
+        return sent
+
+    assert anyio.run(scenario) == [b"".join(PARTS), b"last words"]
 
 
 def test_requests_on_one_connection_have_bodies_of_their_own() -> None:
