@@ -9,7 +9,7 @@ Invariant: what is written is sent as uvicorn's own ``send`` would have sent it,
 with what else is written to the connection in that turn of the event loop.
 """
 
-from asyncio import BaseTransport
+from asyncio import BaseTransport, TimerHandle
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from server.turn_transport import TurnTransport
 
 _EXTENSION = "headrace.exchange"
+HEAD_WITHIN_S = 10.0  # of a connection or of a request's first byte; uvicorn would wait for ever
 
 
 class Exchange(Protocol):
@@ -138,11 +139,33 @@ class ExchangeProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._exchanges: list[_UvicornExchange] = []  # several when requests are pipelined
+        self._head_is_open = False  # some of a request's head has come, and not all
+        self._head_due: TimerHandle | None = None
 
     def connection_made(self, transport: BaseTransport) -> None:
         super().connection_made(TurnTransport(transport, self.loop))
+        self._expect_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._head_is_open and self._head_due is None:
+            self._expect_head()
+
+    def _expect_head(self) -> None:
+        self._head_due = self.loop.call_later(HEAD_WITHIN_S, self.transport.close)
+
+    def _expect_no_head(self) -> None:
+        if self._head_due is not None:
+            self._head_due.cancel()
+            self._head_due = None
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head_is_open = True
 
     def on_headers_complete(self) -> None:
+        self._head_is_open = False
+        self._expect_no_head()
         before = self.cycle
         super().on_headers_complete()
         if self.cycle is not before:  # else it is an upgrade, which is no request
@@ -162,6 +185,7 @@ class ExchangeProtocol(HttpToolsProtocol):
             exchange.change(clear=True, lost=False)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._expect_no_head()
         super().connection_lost(exc)
         for exchange in self._exchanges:
             exchange.change(clear=False, lost=True)

@@ -141,6 +141,33 @@ def test_a_client_that_is_behind_is_noticed_and_so_is_its_catching_up() -> None:
     assert received.endswith(large + b"\r\n0\r\n\r\n")
 
 
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"GET / HTTP/1.1\r\nx-slow: ", b"GET /send HTTP/1.1\r\nhost: x\r\n\r\nGET"],
+    ids=["nothing", "half a head", "half of the second head"],
+)
+def test_who_does_not_say_what_they_want_is_cut_off(
+    sent: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.exchange.HEAD_WITHIN_S", 0.2)
+    with serve(answer) as url:
+        received = exchange(url, sent)
+    assert received.count(b"HTTP/1.1 200 OK") == sent.count(b"/send")
+
+
+def test_who_has_said_what_they_want_may_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.exchange.HEAD_WITHIN_S", 0.05)
+
+    async def slow(_scope: Scope, _receive: Receive, send: Send) -> None:
+        await anyio.sleep(0.3)
+        await send(HEAD)
+        await send({"type": "http.response.body", "body": b"at last", "more_body": False})
+
+    with serve(slow) as url:
+        received = exchange(url, b"GET / HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+    assert b"at last" in received
+
+
 def test_under_another_server_the_body_is_the_same() -> None:
     async def get() -> httpx.Response:
         transport = httpx.ASGITransport(app=answer)
