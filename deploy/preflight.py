@@ -36,37 +36,48 @@ def check_model(path: str) -> None:
         raise ConfigError(f"cannot read {error.filename or path}: {error.strerror}") from None
 
 
-def check_port(host: str, port: int) -> None:
+class HeldPorts:
+    """Ports that are this system's own from before its processes start until it ends.
+
+    Loading weights takes a while, and a port that is merely free may be anybody's by the time
+    somebody listens there. So a socket stays bound to it that does not listen: the kernel then
+    gives the port to nobody who asks for any, and whoever sets SO_REUSEADDR, as all our listeners
+    do, may listen there.
     """
-    Raises:
-        ConfigError: another process listens there, or ``host`` is no address of this machine.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(address)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {host}:{port} ({error.strerror}): choose another with --port"
-        ) from None
+
+    def __init__(self) -> None:
+        self._holding = ExitStack()
+
+    def __enter__(self) -> "HeldPorts":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._holding.close()
+
+    def take(self, host: str = "127.0.0.1", port: int = 0) -> int:
+        """Hold ``port``, or some free one for 0, at this machine's address ``host``.
+
+        Raises:
+            ConfigError: another process listens there, or ``host`` is no address of this machine.
+        """
+        try:
+            family, kind, protocol, _, address = socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )[0]
+            holder = self._holding.enter_context(socket.socket(family, kind, protocol))
+            holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            holder.bind(address)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {host}:{port} ({error.strerror}): choose another with --port"
+            ) from None
+        return int(holder.getsockname()[1])
 
 
-def free_port(host: str = "127.0.0.1") -> int:
+def free_port(host: str) -> int:
     """A port at this machine's address ``host`` that was free a moment ago."""
-    return free_ports(1, host)[0]
-
-
-def free_ports(number: int, host: str = "127.0.0.1") -> list[int]:
-    """As many different ones."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with ExitStack() as open_probes:
-        probes = [open_probes.enter_context(socket.socket(family)) for _ in range(number)]
-        for probe in probes:
-            probe.bind((host, 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
+    with HeldPorts() as ports:
+        return ports.take(host)
 
 
 def _check_gguf(file: Path) -> None:

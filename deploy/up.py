@@ -20,7 +20,7 @@ from deploy.console import Console
 from deploy.demo import DEMO_MODEL
 from deploy.exits import DONE
 from deploy.foreground import Api, serve
-from deploy.preflight import check_model, check_port, free_port, free_ports
+from deploy.preflight import HeldPorts, check_model
 from deploy.processes import Command
 from deploy.settings import LauncherSettings
 from deploy.supervisor import Supervisor
@@ -39,6 +39,11 @@ def up(configuration: Configuration) -> int:
     Raises:
         ConfigError: a setting, the model, the key or the port is wrong; nothing was started.
     """
+    with HeldPorts() as ports:
+        return _up(configuration, ports)
+
+
+def _up(configuration: Configuration, ports: HeldPorts) -> int:
     if not configuration.given("model.path"):
         configuration = configuration.replace({"model.path": DEMO_MODEL}, "default")
     configuration = configuration.default(
@@ -47,10 +52,9 @@ def up(configuration: Configuration) -> int:
     gateway = configuration.settings("gateway", GatewaySettings)
     check_model(gateway.model.path)
     load_key(gateway.bus.cluster_key_file)
-    port = gateway.port or free_port()
-    check_port(gateway.host, port)
+    port = ports.take(gateway.host, gateway.port)
     configuration = configuration.replace(
-        {"gateway.port": port, "bus.scheduler": f"tcp://127.0.0.1:{free_port()}"}, "launcher"
+        {"gateway.port": port, "bus.scheduler": f"tcp://127.0.0.1:{ports.take()}"}, "launcher"
     )
     gateway = configuration.settings("gateway", GatewaySettings)
     launcher = configuration.settings("launcher", LauncherSettings)
@@ -64,7 +68,7 @@ def up(configuration: Configuration) -> int:
     if launcher.on == "ray":
         with _ray_installed():
             from deploy.on_ray.up import up_on_ray
-        return up_on_ray(configuration, api)
+        return up_on_ray(configuration, api, ports)
     workers = configuration.settings("prefill", PrefillSettings).workers
     decode = configuration.settings("decode", DecodeSettings)
     configuration = configuration.default(
@@ -73,11 +77,11 @@ def up(configuration: Configuration) -> int:
     console = Console(sys.stderr)
     system = Supervisor(
         [
-            gateways(configuration, gateway),
+            gateways(configuration, gateway, ports),
             [
                 *scheduler_alone(configuration, gateway),
                 *_prefill_workers(configuration, workers),
-                *decode_ranks(configuration, decode),
+                *decode_ranks(configuration, decode, ports),
             ],
         ],
         settings=launcher,
@@ -128,14 +132,15 @@ def run_all_ranks(configuration: Configuration) -> int:
     configuration = configuration.default({"process.threads": _threads(len(here))}, "launcher")
     which = f"{ranks} ranks" if len(here) == ranks else f"ranks {here[0]} to {here[-1]} of {ranks}"
     console = Console(sys.stderr)
-    system = Supervisor(
-        [decode_ranks(configuration, decode)],
-        settings=configuration.settings("launcher", LauncherSettings),
-        drain_s=decode.process.drain_s,
-        observer=console,
-    )
-    what = f"decode worker {decode.worker_id}: {which}"
-    return anyio.run(partial(serve, system, what, console, api=None))
+    with HeldPorts() as ports:
+        system = Supervisor(
+            [decode_ranks(configuration, decode, ports)],
+            settings=configuration.settings("launcher", LauncherSettings),
+            drain_s=decode.process.drain_s,
+            observer=console,
+        )
+        what = f"decode worker {decode.worker_id}: {which}"
+        return anyio.run(partial(serve, system, what, console, api=None))
 
 
 def command(role: str, configuration: Configuration, name: str = "") -> Command:
@@ -145,7 +150,9 @@ def command(role: str, configuration: Configuration, name: str = "") -> Command:
     return Command(name=name or role, argv=argv)
 
 
-def gateways(configuration: Configuration, gateway: GatewaySettings) -> list[Command]:
+def gateways(
+    configuration: Configuration, gateway: GatewaySettings, ports: HeldPorts
+) -> list[Command]:
     """One with the scheduler inside; or several that share its port, each with another besides."""
     if gateway.processes == 1:
         return [command("gateway", configuration)]
@@ -156,7 +163,7 @@ def gateways(configuration: Configuration, gateway: GatewaySettings) -> list[Com
             configuration.replace(
                 {
                     "gateway.embed_scheduler": False,
-                    "gateway.process_port": first + number if first else free_port(),
+                    "gateway.process_port": first + number if first else ports.take(),
                 },
                 "launcher",
             ),
@@ -179,10 +186,12 @@ def _prefill_workers(configuration: Configuration, workers: int) -> list[Command
     ]
 
 
-def decode_ranks(configuration: Configuration, decode: DecodeSettings) -> list[Command]:
+def decode_ranks(
+    configuration: Configuration, decode: DecodeSettings, ports: HeldPorts
+) -> list[Command]:
     """One command a rank. They meet at one place for life: a new rank finds the others there."""
     if decode.group.nodes == 1 and not configuration.given("decode.group.rendezvous"):
-        first, *further = (f"127.0.0.1:{port}" for port in free_ports(decode.group.ranks))
+        first, *further = (f"127.0.0.1:{ports.take()}" for _ in range(decode.group.ranks))
         places = ",".join(f"{rank}={place}" for rank, place in enumerate(further, start=1))
         configuration = configuration.replace(
             {"decode.group.rendezvous": first, "decode.group.places": places}, "launcher"

@@ -27,7 +27,7 @@ from deploy.on_ray.host import Place
 from deploy.on_ray.placement import a_gang
 from deploy.on_ray.system import RaySystem
 from deploy.on_ray.worker import RayWorker
-from deploy.preflight import free_port
+from deploy.preflight import HeldPorts
 from deploy.settings import LauncherSettings, RaySettings
 from deploy.supervisor import Supervisor
 from deploy.up import gateways, scheduler_alone, title
@@ -37,7 +37,7 @@ from runtime.keys import is_loopback
 from server.settings import GatewaySettings
 
 
-def up_on_ray(configuration: Configuration, api: Api) -> int:
+def up_on_ray(configuration: Configuration, api: Api, ports: HeldPorts) -> int:
     """Serve until Ctrl-C or SIGTERM; the result is the exit code.
 
     Raises:
@@ -48,10 +48,10 @@ def up_on_ray(configuration: Configuration, api: Api) -> int:
         host = get_node_ip_address()
         _require_key(configuration, [host, *node_addresses()])
         configuration = configuration.replace(
-            {"bus.scheduler": f"tcp://{_in_url(host)}:{free_port(host)}"}, "launcher"
+            {"bus.scheduler": f"tcp://{_in_url(host)}:{ports.take(host)}"}, "launcher"
         ).default({"process.threads": max(1, int(settings.cpus))}, "launcher")
         console = Console(sys.stderr)
-        system = _system(configuration, settings, console)
+        system = _system(configuration, settings, console, ports)
         what = f"{title(configuration)}, on a Ray cluster of {len(alive_nodes())} nodes"
         gateway = configuration.settings("gateway", GatewaySettings)
         api = replace(api, scheduler=gateway.bus.scheduler)
@@ -93,7 +93,9 @@ def _require_key(configuration: Configuration, hosts: Sequence[str]) -> None:
         )
 
 
-def _system(configuration: Configuration, settings: RaySettings, console: Console) -> RaySystem:
+def _system(
+    configuration: Configuration, settings: RaySettings, console: Console, ports: HeldPorts
+) -> RaySystem:
     launcher = configuration.settings("launcher", LauncherSettings)
     gateway = configuration.settings("gateway", GatewaySettings)
     prefill = configuration.settings("prefill", PrefillSettings)
@@ -117,7 +119,7 @@ def _system(configuration: Configuration, settings: RaySettings, console: Consol
     )
     return RaySystem(
         Supervisor(
-            [gateways(configuration, gateway), scheduler_alone(configuration, gateway)],
+            [gateways(configuration, gateway, ports), scheduler_alone(configuration, gateway)],
             settings=launcher,
             drain_s=gateway.process.drain_s,
             observer=console,

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from deploy.demo import demo_weights
-from deploy.preflight import check_model, check_port, free_port
+from deploy.preflight import HeldPorts, check_model
 from protocol.errors import ConfigError
 
 
@@ -85,14 +85,27 @@ def test_a_path_that_does_not_exist_says_what_to_give() -> None:
         check_model("/nowhere")
 
 
-def test_a_taken_port_is_refused_and_a_free_one_is_not() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as other:
-        port = other.getsockname()[1]
-        with pytest.raises(ConfigError, match="choose another with --port"):
-            check_port("127.0.0.1", port)
-    check_port("127.0.0.1", free_port())
+def test_a_port_where_somebody_listens_is_refused() -> None:
+    with (
+        socket.create_server(("127.0.0.1", 0)) as other,
+        HeldPorts() as ports,
+        pytest.raises(ConfigError, match="choose another with --port"),
+    ):
+        ports.take(port=other.getsockname()[1])
+
+
+def test_a_held_port_is_for_who_knows_it() -> None:
+    with HeldPorts() as ports:
+        held = {ports.take() for _ in range(50)}
+        assert len(held) == 50
+        others = [socket.create_server(("127.0.0.1", 0)) for _ in range(200)]
+        assert held.isdisjoint(other.getsockname()[1] for other in others)
+        for port in held:  # create_server sets SO_REUSEADDR
+            others.append(socket.create_server(("127.0.0.1", port)))
+        for other in others:
+            other.close()
 
 
 def test_an_address_of_another_machine_is_refused() -> None:
-    with pytest.raises(ConfigError, match="cannot listen on"):
-        check_port("203.0.113.7", 8000)
+    with HeldPorts() as ports, pytest.raises(ConfigError, match="cannot listen on"):
+        ports.take("203.0.113.7", 8000)

@@ -5,6 +5,7 @@ import pytest
 from decode.settings import DecodeSettings
 from deploy.cli import parser
 from deploy.options import configuration
+from deploy.preflight import HeldPorts
 from deploy.processes import Command
 from deploy.up import decode_ranks
 
@@ -13,7 +14,8 @@ def commands(*values: str) -> list[Command]:
     arguments = [part for value in values for part in ("--set", value)]
     chosen = parser().parse_args(["decode", *arguments])
     found = configuration(chosen, "decode", {})
-    return decode_ranks(found, found.settings("decode", DecodeSettings))
+    with HeldPorts() as ports:
+        return decode_ranks(found, found.settings("decode", DecodeSettings), ports)
 
 
 def given(command: Command, key: str) -> list[str]:
