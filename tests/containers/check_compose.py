@@ -4,7 +4,7 @@
     python3 tests/containers/check_compose.py --compose podman-compose --engine podman
 
 From nothing to the first streamed token; doors that must be closed; the ranks of a decode container
-killed in the middle of a stream; one more prefill worker. Takes minutes, and 4 GB of memory, so no
+killed in the middle of a stream; one more prefill worker; a whole decode container killed. Takes minutes, and 4 GB of memory, so no
 test run calls it by itself. It removes what it started, volumes included, unless told to --keep it.
 """
 
@@ -132,15 +132,20 @@ def check(system: Deployment, services: list[str]) -> None:
     say(f"published ports: {', '.join(sorted(published))}; the rest asks for a key")
 
     undisturbed = "".join(system.stream())
-    pieces = []
-    for piece in system.stream():
-        pieces.append(piece)
-        if len(pieces) == 4:
-            # All but the container's first process, which starts them again.
-            victim = system.containers("decode-1")[0]
-            system.engine("exec", victim, "python3", "-c", "import os; os.kill(-1, 9)")
-    require("".join(pieces) == undisturbed, f"{pieces} instead of {undisturbed!r}")
-    say("four decode ranks were killed and the stream went on: same text, nothing twice")
+
+    def goes_on_without(what: str, lose: Callable[[], object]) -> None:
+        pieces = []
+        for piece in system.stream():
+            pieces.append(piece)
+            if len(pieces) == 4:
+                lose()
+        require("".join(pieces) == undisturbed, f"{pieces} instead of {undisturbed!r}")
+        say(f"{what} and the stream went on: same text, nothing twice")
+
+    victim = system.containers("decode-1")[0]
+    # All but the container's first process, which starts them again.
+    kill_ranks = ("exec", victim, "python3", "-c", "import os; os.kill(-1, 9)")
+    goes_on_without("four decode ranks were killed", lambda: system.engine(*kill_ranks))
 
     system.compose("up", "-d", "--scale", "prefill=3", "prefill")
     seconds = system.until(
@@ -148,6 +153,11 @@ def check(system: Deployment, services: list[str]) -> None:
         lambda: (system.linked("prefill"), system.linked("decode")) == (3, 8),
     )
     say(f"three prefill workers and eight decode ranks linked, {seconds:.0f} s after scaling")
+
+    goes_on_without("a decode container was killed", lambda: system.engine("kill", victim))
+    system.engine("start", victim)
+    seconds = system.until("eight decode ranks again", lambda: system.linked("decode") == 8)
+    say(f"its ranks were back {seconds:.0f} s after it had been started again")
 
 
 def main() -> int:
