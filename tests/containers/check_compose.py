@@ -4,8 +4,8 @@
     python3 tests/containers/check_compose.py --compose podman-compose --engine podman
 
 From nothing to the first streamed token; doors that must be closed; the ranks of a decode container
-killed in the middle of a stream; one more prefill worker; a whole decode container killed. Takes minutes, and 4 GB of memory, so no
-test run calls it by itself. It removes what it started, volumes included, unless told to --keep it.
+killed in the middle of a stream; one more prefill worker; a whole decode container killed. Takes
+minutes, and 4 GB of memory, so no test run calls it by itself. It removes what it started, volumes included, unless told to --keep it.
 """
 
 import argparse
