@@ -5,7 +5,8 @@
 
 From nothing to the first streamed token; doors that must be closed; the ranks of a decode container
 killed in the middle of a stream; one more prefill worker; a whole decode container killed. Takes
-minutes, and 4 GB of memory, so no test run calls it by itself. It removes what it started, volumes included, unless told to --keep it.
+minutes, and 4 GB of memory, so no test run calls it by itself. It removes what it started, volumes
+included, unless told to --keep it.
 """
 
 import argparse
