@@ -152,7 +152,13 @@ class ExchangeProtocol(HttpToolsProtocol):
             self._expect_head()
 
     def _expect_head(self) -> None:
-        self._head_due = self.loop.call_later(HEAD_WITHIN_S, self.transport.close)
+        self._head_due = self.loop.call_later(HEAD_WITHIN_S, self._cut_off)
+
+    def _cut_off(self) -> None:
+        if self.cycle is None or self.cycle.response_complete:
+            self.transport.close()
+        else:  # the answer to an earlier request must not end with a later one
+            self._expect_head()
 
     def _expect_no_head(self) -> None:
         if self._head_due is not None:
