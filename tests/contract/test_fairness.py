@@ -1,6 +1,5 @@
 """A huge transfer holds up no small ones, of the same worker or of another process."""
 
-import importlib.util
 from multiprocessing.connection import Connection
 
 import pytest
@@ -28,14 +27,6 @@ HUGE_BLOCKS, SMALL = 2048, 16  # 128 MB, and so many of one block
 LIMITS = TransferLimits(
     tcp_frame_bytes=64 * 1024, shm_frame_bytes=64 * 1024, nixl_frame_bytes=64 * 1024
 )
-
-
-@pytest.fixture(params=["shm", "tcp", "nixl"])
-def transport(request: pytest.FixtureRequest) -> Transport:
-    chosen: Transport = request.param
-    if chosen == "nixl" and importlib.util.find_spec("nixl") is None:
-        pytest.skip("the extra nixl is not installed")
-    return chosen
 
 
 def sender(pipe: Connection, transport: Transport) -> None:

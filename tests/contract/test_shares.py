@@ -1,7 +1,6 @@
 """Prefill ranks that have a share of the heads each fill one grant of a rank that has all."""
 
 import contextlib
-import importlib.util
 from collections.abc import Generator
 from multiprocessing.connection import Connection
 
@@ -46,14 +45,6 @@ LATENT = KVLayout(
     key_width=72,
     value_width=0,
 )
-
-
-@pytest.fixture(params=["shm", "tcp", "nixl"])
-def transport(request: pytest.FixtureRequest) -> Transport:
-    chosen: Transport = request.param
-    if chosen == "nixl" and importlib.util.find_spec("nixl") is None:
-        pytest.skip("the extra nixl is not installed")
-    return chosen
 
 
 def held_by(model: KVMemory, share: Share) -> KVMemory:

@@ -1,7 +1,6 @@
 """What every KV transport does, whatever carries the bytes."""
 
 import contextlib
-import importlib.util
 import os
 import random
 import signal
@@ -54,14 +53,6 @@ KEY = b"the cluster's key, 32 bytes long"
 BRIEF_S = 0.2
 ALL = range(LAYOUT.num_layers)
 PIECE = LAYOUT.layer_block_bytes
-
-
-@pytest.fixture(params=["shm", "tcp", "nixl"])
-def transport(request: pytest.FixtureRequest) -> Transport:
-    chosen: Transport = request.param
-    if chosen == "nixl" and importlib.util.find_spec("nixl") is None:
-        pytest.skip("the extra nixl is not installed")
-    return chosen
 
 
 @dataclass
