@@ -3,7 +3,7 @@
 import torch
 
 from engine.config import MlaConfig, ModelConfig
-from engine.cpu import experts, grouped_attention, latent_attention, rows
+from engine.cpu import experts, grouped_attention, latent_attention, packed_weights, rows
 from engine.cpu.values import FORMATS
 
 
@@ -29,3 +29,5 @@ def compile_kernels(config: ModelConfig, dtype: torch.dtype, block_tokens: int) 
         width = config.intermediate_width // config.split_dense_experts
         experts.prepare(config.hidden_width, width, dtype)
     rows.prepare(norms, gates, dtype)
+    if dtype == torch.bfloat16:
+        packed_weights.prepare()

@@ -6,13 +6,14 @@ many there are (``engine.exact``); ``fast`` multiplies whatever comes in one pro
 
 # Shape suffixes: N rows   I input features   O output features
 
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from engine.cpu import packed_weights
 from engine.exact import REFERENCE_HEIGHT, Product, RowTiles, cancelling
 
 Numerics = Literal["exact", "fast"]
@@ -23,20 +24,18 @@ _onednn: Any = torch.ops.mkldnn
 
 
 class Linear:
-    """``x_NI @ weight_OI.T + bias_O`` in the weight's dtype, on the weight's device.
+    """``x_NI @ weight_OI.T`` in the weight's dtype, on the weight's device.
 
-    On a CPU the weight is copied into oneDNN's blocked layout and the argument is not kept, so a
-    caller that drops it too holds the weight once.
+    On a CPU the weight is copied into another layout and the argument is not kept, so a caller
+    that drops it too holds the weight once.
     """
 
-    def __init__(
-        self, weight_OI: Tensor, bias_O: Tensor | None = None, *, numerics: Numerics
-    ) -> None:
+    def __init__(self, weight_OI: Tensor, *, numerics: Numerics) -> None:
         self.out_features, self.in_features = weight_OI.shape
-        self._bias_O = bias_O
-        self._packed = _can_pack(weight_OI)
-        self._weight = _pack(weight_OI) if self._packed else weight_OI
-        self._tiles = _tiles_of(weight_OI, bias_O) if numerics == "exact" else None
+        self._multiply, independent = _product_with(weight_OI)
+        self._tiles = None
+        if numerics == "exact" and not independent:
+            self._tiles = _tiles_of(weight_OI)
 
     def __call__(self, x_NI: Tensor) -> Tensor:
         """(N, O); N may be 0."""
@@ -46,16 +45,27 @@ class Linear:
             return self._multiply(x_NI)
         return self._tiles.multiply(x_NI, self._multiply)
 
-    def _multiply(self, x_NI: Tensor) -> Tensor:
-        if self._packed:
-            out_NO: Tensor = _onednn._linear_pointwise(
-                x_NI, self._weight, self._bias_O, "none", [], ""
-            )
-            return out_NO
-        return functional.linear(x_NI, self._weight, self._bias_O)
+
+def _product_with(weight_OI: Tensor) -> tuple[Product, bool]:
+    """The fastest product there is here, and whether its rows are independent by themselves."""
+    if packed_weights.serves(weight_OI):
+        packed = packed_weights.pack(weight_OI)
+        multiply = partial(
+            packed_weights.multiply, packed_TPJ2=packed, out_features=weight_OI.shape[0]
+        )
+        return multiply, True
+    if _onednn_serves(weight_OI):
+        reordered = _onednn._reorder_linear_weight(weight_OI.contiguous(), REFERENCE_HEIGHT)
+        return partial(_multiply_by_onednn, reordered), False
+    return partial(functional.linear, weight=weight_OI), False
 
 
-def _can_pack(weight_OI: Tensor) -> bool:
+def _multiply_by_onednn(weight: Tensor, x_NI: Tensor) -> Tensor:
+    out_NO: Tensor = _onednn._linear_pointwise(x_NI, weight, None, "none", [], "")
+    return out_NO
+
+
+def _onednn_serves(weight_OI: Tensor) -> bool:
     if weight_OI.device.type != "cpu" or not torch._C._has_mkldnn:
         return False
     if weight_OI.dtype == torch.bfloat16:
@@ -63,18 +73,12 @@ def _can_pack(weight_OI: Tensor) -> bool:
     return weight_OI.dtype == torch.float32
 
 
-def _pack(weight_OI: Tensor) -> Tensor:
-    packed: Tensor = _onednn._reorder_linear_weight(weight_OI.contiguous(), REFERENCE_HEIGHT)
-    return packed
-
-
-def _tiles_of(weight_OI: Tensor, bias_O: Tensor | None) -> RowTiles:
+def _tiles_of(weight_OI: Tensor) -> RowTiles:
     return _shared_tiles(
         weight_OI.shape[0],
         weight_OI.shape[1],
         weight_OI.dtype,
         weight_OI.device,
-        bias_O is not None,
         torch.get_num_threads(),
     )
 
@@ -85,15 +89,13 @@ def _shared_tiles(
     in_features: int,
     dtype: torch.dtype,
     device: torch.device,
-    has_bias: bool,
     _num_threads: int,  # kernels differ by it too
 ) -> RowTiles:
     def probe(num_rows: int) -> tuple[Tensor, Product]:
         distinct = min(out_features, _DISTINCT_OUTPUTS)
         x_NI, weight_OI = cancelling((num_rows, in_features), (distinct, in_features))
         weight_OI = weight_OI.to(dtype)[torch.arange(out_features) % distinct]
-        bias_O = torch.zeros(out_features, device=device, dtype=dtype) if has_bias else None
-        linear = Linear(weight_OI.to(device), bias_O, numerics="fast")
+        linear = Linear(weight_OI.to(device), numerics="fast")
         return x_NI.to(device=device, dtype=dtype), linear
 
     return RowTiles(probe)
