@@ -1,6 +1,6 @@
 """What the gateway costs: its CPU per 1000 streamed tokens, and the time to first token it adds.
 
-    python -m benchmarks.gateway [--json] [--quick]
+    python -m benchmarks.gateway [--json] [--quick] [--sglang-router EXECUTABLE]
 
 The real gateway process, scheduler inside (uvicorn, uvloop, httptools; it applies the chat
 template, tokenises and detokenises), serves chat completions with simulated workers in a second
@@ -11,6 +11,7 @@ pace, and through FastAPI with httpx. Gateway and mock are measured in turns, se
 their ratio says something on a machine that others use too; CPU, which is user and system time of
 the process between client and workers, is the median over the turns, and times to the first token
 are those of all turns together. Added time to first token is the difference from the mock's.
+``--sglang-router`` measures SGLang's router, in Rust and not tokenising, before the mock as well.
 
 The full form then sends 100,000 short requests and watches the gateway's resident memory: what it
 has grown by over the last four fifths of them, after everything that is kept is full.
@@ -20,6 +21,7 @@ import argparse
 import multiprocessing
 import random
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Generator
@@ -114,6 +116,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print only the line of JSON")
     parser.add_argument("--quick", action="store_true", help="two concurrencies, fewer turns")
+    parser.add_argument("--sglang-router", metavar="EXECUTABLE", help="a router to measure as well")
     chosen = parser.parse_args()
     plan = QUICK if chosen.quick else FULL
     figures: dict[str, float] = {}
@@ -123,6 +126,9 @@ def main() -> int:
             name: stack.enter_context(serve())
             for name, serve in (("direct", direct), ("gateway", gateway), ("httpx", pass_through))
         }
+        if chosen.sglang_router:
+            router = stack.enter_context(sglang_router(chosen.sglang_router))
+            systems["sglang_router"] = router
         for concurrency in plan.concurrencies:
             found = {name: Figures([]) for name in systems}
             for turn in range(plan.turns + 1):
@@ -240,6 +246,26 @@ def pass_through() -> Generator[System]:
     with direct() as upstream, child(serve_pass_through, port, upstream.url) as process:
         wait_for_port(port)
         yield System(url=f"http://127.0.0.1:{port}", process=process)
+
+
+@contextmanager
+def sglang_router(executable: str) -> Generator[System]:
+    port, metrics = free_port(), free_port()
+    with direct() as upstream:
+        process = psutil.Popen(
+            [
+                *(executable, "launch", "--worker-urls", upstream.url, "--log-level", "error"),
+                *("--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(metrics)),
+            ],
+            stdout=subprocess.DEVNULL,
+        )
+        try:
+            url = f"http://127.0.0.1:{port}"
+            wait_until_ready(f"{url}/readiness")
+            yield System(url=url, process=process)
+        finally:
+            process.terminate()
+            process.wait(10.0)
 
 
 def _gateway(port: int, scheduler: str) -> None:

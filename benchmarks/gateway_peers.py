@@ -16,7 +16,7 @@ import uvloop
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
-MAX_TOKENS = re.compile(rb'"max_tokens": ?(\d+)')
+MAX_TOKENS = re.compile(rb'"max_(?:completion_)?tokens": ?(\d+)')
 
 
 def _chunk(payload: Mapping[str, object] | str) -> bytes:
@@ -28,6 +28,13 @@ def _chunk(payload: Mapping[str, object] | str) -> bytes:
 def _event(text: str, finish: str | None = None) -> dict[str, object]:
     choice = {"index": 0, "delta": {"content": text}, "finish_reason": finish}
     return {"id": "mock", "object": "chat.completion.chunk", "model": "m", "choices": [choice]}
+
+
+_SERVED = b'{"status": "ok", "model_path": "m", "data": [{"id": "m", "object": "model"}]}'
+_ABOUT = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (
+    len(_SERVED),
+    _SERVED,
+)
 
 
 class _Mock(asyncio.Protocol):
@@ -46,6 +53,15 @@ class _Mock(asyncio.Protocol):
         self._received += data
         head, separator, body = self._received.partition(b"\r\n\r\n")
         if not separator:
+            return
+        if head.startswith(b"GET "):  # a router asks whether this lives, and what it serves
+            self._received = body
+            assert self._transport is not None
+            self._transport.write(_ABOUT)
+            return
+        if not head.startswith(b"POST "):  # or whether it speaks gRPC
+            assert self._transport is not None
+            self._transport.close()
             return
         length = re.search(rb"content-length: ?(\d+)", head, re.IGNORECASE)
         if length is None or len(body) < int(length[1]):
