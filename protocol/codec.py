@@ -36,5 +36,5 @@ class Decoder(Generic[M]):
             raise ProtocolError("frame too large", bytes=len(frame), limit=MAX_FRAME_BYTES)
         try:
             return self._decoder.decode(frame)
-        except (msgspec.DecodeError, RecursionError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise ProtocolError(f"not a message: {error}") from error

@@ -4,7 +4,7 @@ import anyio
 import pytest
 import zmq
 
-from protocol.codec import Decoder
+from protocol.codec import Decoder, encode
 from protocol.errors import ConfigError, WorkerLost
 from protocol.ids import AttemptRef, GatewayId, RequestId
 from protocol.messages import Cancel, GatewayAlive, ToDecode
@@ -129,10 +129,11 @@ async def test_a_frame_that_is_no_message_is_dropped_and_counted() -> None:
             Connection.open(listener.address, FAMILY) as connection,
         ):
             connection._socket.send(b"\xff not msgpack")
+            connection._socket.send(encode(cancel_of("bad")).replace(b"bad", b"b\xffd"))
             await connection.send(cancel_of("good"))
             _, message = await anext(listener)
             assert message == cancel_of("good")
-            assert listener.malformed_frames == 1
+            assert listener.malformed_frames == 2
 
 
 async def test_a_message_to_a_peer_that_left_is_dropped_and_counted() -> None:
