@@ -20,7 +20,6 @@ import torch
 from decode.intake import Arrived, Intake, Lost
 from decode.load import LoadAccount
 from decode.lockstep import RankState, StepPlan, StepRow, decide
-from decode.meeting import Meeting
 from decode.rebalance import ExpertMoves
 from decode.scheduler import DecodeScheduler, DecodeStep
 from decode.swap import SwapSpace
@@ -28,6 +27,7 @@ from decode.two_batches import TwoBatches
 from engine.collectives import StepGroup
 from engine.experts.meter import ExchangeMeter
 from engine.experts.replicas import request_key
+from engine.meeting.joining import Meeting
 from engine.model_runner import ModelRunner, SequenceStep, batch_from
 from engine.sampling.sampler import Sampled, Sampler
 from engine.sampling.stopping import finish_reason

@@ -14,7 +14,6 @@ import torch
 from decode.intake import Intake
 from decode.lockstep import ROW_VERSION
 from decode.loop import DecodeLoop
-from decode.meeting import RankMeeting
 from decode.rebalance import ExpertMoves, RebalanceRule
 from decode.scheduler import DecodeScheduler
 from decode.settings import DecodeSettings, ExpertSettings
@@ -28,6 +27,7 @@ from engine.kvcache.block_pool import BlockPool
 from engine.kvcache.mirror import HostMirror
 from engine.kvcache.storage import KVStorage
 from engine.loading import LoadedModel, load, resolve_numerics
+from engine.meeting.joining import RankMeeting
 from engine.model_runner import ModelRunner
 from engine.rendezvous import Rendezvous
 from engine.sampling.sampler import Sampler

@@ -23,11 +23,18 @@ from engine.experts.exchange import ANY_EXCHANGE, ExchangeChoice
 from engine.experts.meter import ExchangeMeter
 from engine.experts.placement import ExpertPlacement
 from engine.experts.spread import EVENLY, ExpertSpread
-from engine.experts.transports import make_exchange
+from engine.experts.transports import make_exchange, own_slots
 from engine.layers.linear import Numerics
 from engine.models.decoder import Decoder, describe_decoder
 from engine.models.parts import Setting
 from engine.models.registry import DESCRIBE_LAYER
+from engine.tensor_parallel import (
+    TensorGroup,
+    Undivided,
+    check_width,
+    config_of_rank,
+    layout_of_rank,
+)
 from engine.weights.checkpoint import Checkpoint
 from engine.weights.gguf import GgufFile
 from engine.weights.reader import Progress, WeightReader
@@ -46,7 +53,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 class LoadedModel:
     model: Decoder
     config: ModelConfig
-    layout: KVLayout
+    layout: KVLayout  # of a rank that has all heads
+    held: KVLayout  # what this rank's cache holds of it
     dtype: torch.dtype
     fingerprint: Mapping[str, str]  # as ``protocol.workers.WorkerInfo`` describes it
     placements: tuple[ExpertPlacement, ...]  # by layer; empty without experts
@@ -71,6 +79,7 @@ def load(
     dtype: DtypeChoice,
     numerics: Numerics,
     group: ExpertGroup,
+    tensor_parallel: bool = False,
     split_dense_experts: int = 0,
     spread: ExpertSpread = EVENLY,
     exchange: ExchangeChoice = ANY_EXCHANGE,
@@ -79,9 +88,13 @@ def load(
 ) -> LoadedModel:
     """The model at ``path`` with this rank's experts, as ``spread`` places them over ``group``.
 
+    ``tensor_parallel``: all ranks of ``group`` have the same tokens, and each computes its heads,
+    its hidden units and its experts of them.
+
     Raises:
         ConfigError: a file is missing or corrupt, a tensor is missing or misshapen, the model is
-            not supported, or ``exchange`` cannot serve it; no weights were read.
+            not supported, its heads do not divide, or ``exchange`` cannot serve it; no weights
+            were read.
     """
     opened = _open(path)
     movable = False
@@ -95,7 +108,10 @@ def load(
             spread.placements(experts, config.sparse_layers, group.num_seats) if experts else ()
         )
         least = max(map(least_ranks, placements), default=1)
-        movable = spread.movable or least < group.num_seats
+        divided = tensor_parallel and group.num_seats > 1
+        if divided:
+            check_width(config, group.num_seats)
+        movable = not divided and (spread.movable or least < group.num_seats)
         setting = Setting(
             config=config,
             numerics=numerics,
@@ -108,13 +124,17 @@ def load(
                 else None
             ),
             exchange=None,
+            tensor=TensorGroup(group, exact=numerics == "exact") if divided else Undivided(),
         )
         chosen = resolve_dtype(dtype, device)
-        if experts:
+        if experts and divided:
+            slots = placements[0].slots_per_rank
+            setting = replace(setting, exchange=own_slots(group, slots_per_rank=slots))
+        elif experts:
             shape = _exchange_shape(setting, exchange, DTYPES[chosen])
             setting = replace(setting, exchange=make_exchange(exchange.transport, group, shape))
         if device.type == "cpu":
-            compile_kernels(config, DTYPES[chosen], block_tokens)
+            compile_kernels(config_of_rank(config, setting.tensor), DTYPES[chosen], block_tokens)
         reader = WeightReader(opened.source, device=device, dtype=DTYPES[chosen], progress=progress)
         weights = describe_decoder(reader, setting, DESCRIBE_LAYER[config.architecture])
         model = Decoder(weights, reader, setting)
@@ -134,6 +154,7 @@ def load(
         model=model,
         config=config,
         layout=layout,
+        held=layout_of_rank(layout, setting.tensor),
         dtype=DTYPES[chosen],
         fingerprint=fingerprint,
         placements=placements,

@@ -1,4 +1,4 @@
-"""How the ranks of a decode worker find one another, again after each loss.
+"""How the ranks of a worker find one another, again after each loss.
 
 The lowest rank that answers leads. Rank 0's address is a setting; the others tell theirs with their
 tickets, so that the group can meet without rank 0, and where theirs are settings too, a new rank
@@ -49,6 +49,7 @@ class Rendezvous:
         address: str,
         *,
         name: str = "",
+        role: str = "decode",
         places: Mapping[int, str] | None = None,
         first: int | None = None,
         least: int | None = None,
@@ -77,7 +78,8 @@ class Rendezvous:
         self._addresses = {rank: _joined(*place) for rank, place in self._places.items()}
         self._collective_timeout_s = collective_timeout_s
         self._attempt_s = attempt_s
-        self._terms = {"decode.group.ranks": str(ranks), **(terms or {})}
+        self._role = role
+        self._terms = {f"{role}.group.ranks": str(ranks), **(terms or {})}
         self._failure = ""
         self._key = key
         self._doorman: Doorman | None = None
@@ -117,7 +119,7 @@ class Rendezvous:
             self._last_epoch += 1
             return _alone(self._group, self._last_epoch)
         self._stop_looking()
-        waiting = Waiting(deadline_s, on_progress)
+        waiting = Waiting(deadline_s, on_progress, role=self._role)
         doorman = self._open(waiting)
         while True:
             try:
@@ -254,6 +256,7 @@ class Rendezvous:
         self._doorman = Doorman(
             listener,
             group=self._name,
+            role=self._role,
             rank=self._rank,
             num_ranks=self._quorum.ranks,
             terms=self._terms,
@@ -265,7 +268,7 @@ class Rendezvous:
     def _explain(self, error: OSError, waiting: Waiting) -> None:
         """Raise what only an operator can change; what may pass by itself is tried again."""
         place = self._addresses.get(self._rank, self._own_host)
-        where = f"rank {self._rank} cannot listen at {place} for the other decode ranks"
+        where = f"rank {self._rank} cannot listen at {place} for the other {self._role} ranks"
         if error.errno == errno.EADDRINUSE and waiting.waited_s() > _PORT_GRACE_S:
             raise ConfigError(
                 f"{where}: the port is in use; stop what listens there or choose another port"

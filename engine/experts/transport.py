@@ -98,6 +98,24 @@ class LocalTransport:
         return _LocalDispatch(payloads, slot_TK)
 
 
+class OwnSlotsTransport:
+    """Every rank has every token and computes only what its own slots hold: nothing travels.
+
+    What comes home is this rank's share; whoever calls adds the ranks' shares up.
+    """
+
+    def __init__(self, *, rank: int, slots_per_rank: int) -> None:
+        self._first_slot = rank * slots_per_rank
+        self._end_slot = self._first_slot + slots_per_rank
+
+    def connect(self) -> None:
+        """There is nobody to connect to."""
+
+    def send(self, payloads: Sequence[Tensor], slot_TK: Tensor) -> Dispatch:
+        here_TK = (slot_TK >= self._first_slot) & (slot_TK < self._end_slot)
+        return _LocalDispatch(payloads, torch.where(here_TK, slot_TK - self._first_slot, -1))
+
+
 class _LocalDispatch:
     sent_bytes = 0
 

@@ -13,7 +13,7 @@ from engine.experts.buffers import ExchangeShape, Payload, buffer_bytes
 from engine.experts.exchange import CAPABILITIES, TransportChoice, TransportName, choose
 from engine.experts.fixed_size import FixedSizeTransport
 from engine.experts.meter import ExchangeMeter
-from engine.experts.transport import ExpertTransport, LocalTransport
+from engine.experts.transport import ExpertTransport, LocalTransport, OwnSlotsTransport
 from engine.experts.workspaces import Workspaces
 from runtime.log import get_log
 
@@ -91,6 +91,16 @@ def exact_splits(group: ExpertGroup, *, slots_per_rank: int) -> RowExchange:
         transport=(
             LocalTransport() if alone else AllToAllTransport(group, slots_per_rank=slots_per_rank)
         ),
+        payload="native",
+        meter=ExchangeMeter(group.device),
+    )
+
+
+def own_slots(group: ExpertGroup, *, slots_per_rank: int) -> RowExchange:
+    """No exchange: all ranks of ``group`` have the same tokens."""
+    return RowExchange(
+        name="local",
+        transport=OwnSlotsTransport(rank=group.seat, slots_per_rank=slots_per_rank),
         payload="native",
         meter=ExchangeMeter(group.device),
     )

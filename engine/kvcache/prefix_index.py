@@ -69,6 +69,9 @@ class PrefixIndex:
                 self._pool.forget(block)
                 self._drop(block)
 
+    def forget_all(self) -> None:
+        self.forget(list(self._hash_of))
+
     def take_events(self, *, snapshot: bool = False) -> PrefixEvents | None:
         """Changes since the previous report, or with ``snapshot`` all there is; None if nothing.
 

@@ -41,6 +41,7 @@ class Doorman:
         listener: socket.socket,
         *,
         group: str,
+        role: str,
         rank: int,
         num_ranks: int,
         terms: Mapping[str, str],
@@ -54,6 +55,7 @@ class Doorman:
         listener.listen(BACKLOG)
         self._listener = listener
         self._group = group
+        self._role = role
         self._rank = rank
         self._above = range(rank + 1, num_ranks)
         self._terms = dict(terms)
@@ -178,7 +180,8 @@ class Doorman:
                 misfit = self._misfit(ticket)
                 if ticket.rank not in self._above:
                     reason = (
-                        f"rank {ticket.rank} cannot come to rank {self._rank}: decode.group.rank"
+                        f"rank {ticket.rank} cannot come to rank {self._rank}: "
+                        f"{self._role}.group.rank"
                     )
                     sealed.send(Refusal(f"{reason} must be one of 0 to {self._above.stop - 1}"))
                 elif misfit and self._formed:
@@ -235,8 +238,8 @@ class Doorman:
             if ours.get(name) != theirs.get(name)
         )
         return (
-            f"rank {ticket.rank} cannot join the decode ranks: {parts}; all ranks must be started "
-            "with the same model, release and settings"
+            f"rank {ticket.rank} cannot join the {self._role} ranks: {parts}; all ranks must be "
+            "started with the same model, release and settings"
         )
 
     def _receives(self) -> bool:

@@ -19,10 +19,17 @@ class FormingProgress:
 
 
 class Waiting:
-    def __init__(self, deadline_s: float, on_progress: Callable[[FormingProgress], None]) -> None:
+    def __init__(
+        self,
+        deadline_s: float,
+        on_progress: Callable[[FormingProgress], None],
+        *,
+        role: str = "decode",
+    ) -> None:
         self._start = time.monotonic()
         self._deadline_s = deadline_s
         self._on_progress = on_progress
+        self._role = role
         self._reported_s = 0.0
         self.missing_ranks: tuple[int, ...] = ()
         self.last_failure = ""
@@ -43,8 +50,8 @@ class Waiting:
         if waited_s >= self._deadline_s:
             missing = ", ".join(map(str, self.missing_ranks)) or "not known here"
             raise DeadlineExceeded(
-                f"the decode ranks did not meet within {self._deadline_s:g} s; missing ranks: "
-                f"{missing}; last failure: {self.last_failure or 'none'}",
+                f"the {self._role} ranks did not meet within {self._deadline_s:g} s; "
+                f"missing ranks: {missing}; last failure: {self.last_failure or 'none'}",
                 stage="decode",
             )
         if waited_s - self._reported_s >= _REPORT_S:

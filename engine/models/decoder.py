@@ -60,8 +60,9 @@ class Decoder:
             device=reader.device,
             dtype=reader.dtype,
         )
-        # Ranks agree on how many tokens pass a layer, so only a rank alone may let rows go early.
-        self._may_drop_rows = setting.group.num_seats == 1
+        # Ranks agree on how many tokens pass a layer, so rows may go early only where a rank is
+        # alone, or all ranks have the same ones.
+        self._may_drop_rows = setting.group.num_seats == 1 or setting.tensor.size > 1
         self._group = setting.group
         self._exchange = setting.exchange
         self._chooses_replicas = setting.chooses_replicas

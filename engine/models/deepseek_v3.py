@@ -23,9 +23,7 @@ def describe_layer(weights: WeightReader, setting: Setting, layer: int) -> Layer
         feed_forward=(
             _describe_sparse(weights, setting, f"{at}.mlp")
             if config.sparse_layers[layer]
-            else describe_dense(
-                weights, f"{at}.mlp", hidden=hidden, width=config.intermediate_width
-            )
+            else describe_dense(weights, setting, f"{at}.mlp", width=config.intermediate_width)
         ),
     )
 
@@ -44,9 +42,7 @@ def _describe_sparse(weights: WeightReader, setting: Setting, prefix: str) -> Sp
         bias_E=weights.want(f"{prefix}.gate.e_score_correction_bias", count, dtype=torch.float32),
         experts=describe_experts(weights, setting, names),
         shared=(
-            describe_dense(
-                weights, f"{prefix}.shared_experts", hidden=hidden, width=experts.shared_width
-            )
+            describe_dense(weights, setting, f"{prefix}.shared_experts", width=experts.shared_width)
             if experts.shared_width
             else None
         ),

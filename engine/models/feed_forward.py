@@ -22,6 +22,7 @@ from engine.experts.slot_exchange import SlotExchange
 from engine.layers.activation import silu_and_mul
 from engine.layers.linear import Linear
 from engine.models.parts import PendingFeedForward, Setting
+from engine.tensor_parallel import TensorRanks, span_of_rank
 from engine.weights.reader import Wanted, WeightReader, read_rows
 from engine.weights.source import Part
 
@@ -48,13 +49,14 @@ class _Travelling:
     experts: ExpertLayer
     pending: PendingExperts
     shared_ND: Tensor | None
+    ranks: TensorRanks
 
     def compute(self) -> None:
         self.experts.compute(self.pending)
 
     def finish(self) -> Tensor:
         y_ND = self.experts.collect(self.pending)
-        return y_ND if self.shared_ND is None else y_ND + self.shared_ND
+        return self.ranks.sum(y_ND if self.shared_ND is None else y_ND + self.shared_ND)
 
 
 class DenseFeedForward:
@@ -63,9 +65,14 @@ class DenseFeedForward:
     def __init__(self, weights: "DenseWeights", setting: Setting) -> None:
         self._gate_up = Linear(read_rows(weights.gate_up), numerics=setting.numerics)
         self._down = Linear(weights.down_DI.read(), numerics=setting.numerics)
+        self._ranks = setting.tensor
 
     def __call__(self, x_ND: Tensor, keys_N: Tensor | None = None) -> Tensor:
         del keys_N  # there are no replicas to choose from
+        return self._ranks.sum(self.partial(x_ND))
+
+    def partial(self, x_ND: Tensor) -> Tensor:
+        """What the units of this rank give: the whole only where no ranks share the layer."""
         return self._down(silu_and_mul(self._gate_up(x_ND)))
 
     def begin(self, x_ND: Tensor, keys_N: Tensor | None) -> PendingFeedForward:
@@ -82,6 +89,7 @@ class SparseFeedForward:
         self._experts, self.slots = _expert_layer(weights.experts, setting)
         self._shared = weights.shared.build(setting) if weights.shared else None
         self._counts, self._layer = setting.counts, setting.layer
+        self._ranks = setting.tensor
 
     def __call__(self, x_ND: Tensor, keys_N: Tensor | None) -> Tensor:
         pending = self.begin(x_ND, keys_N)
@@ -94,8 +102,8 @@ class SparseFeedForward:
             self._counts.add(self._layer, ids_NK)
         pending = self._experts.dispatch(x_ND, ids_NK, weights_NK, keys_N)
         # The shared expert computes while tokens are on their way.
-        shared_ND = None if self._shared is None else self._shared(x_ND)
-        return _Travelling(self._experts, pending, shared_ND)
+        shared_ND = None if self._shared is None else self._shared.partial(x_ND)
+        return _Travelling(self._experts, pending, shared_ND, self._ranks)
 
     def _choose(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
         config = self._config
@@ -120,6 +128,7 @@ class SplitFeedForward:
     def __init__(self, weights: "SplitWeights", setting: Setting) -> None:
         self._num_experts = setting.config.split_dense_experts
         self._experts, self.slots = _expert_layer(weights.experts, setting)
+        self._ranks = setting.tensor
 
     def __call__(self, x_ND: Tensor, keys_N: Tensor | None) -> Tensor:
         pending = self.begin(x_ND, keys_N)
@@ -129,7 +138,7 @@ class SplitFeedForward:
     def begin(self, x_ND: Tensor, keys_N: Tensor | None) -> PendingFeedForward:
         ids_NE, weights_NE = every_expert(x_ND.shape[0], self._num_experts, x_ND.device)
         pending = self._experts.dispatch(x_ND, ids_NE, weights_NE, keys_N)
-        return _Travelling(self._experts, pending, None)
+        return _Travelling(self._experts, pending, None, self._ranks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,14 +201,18 @@ class SlotWeights:
         return torch.zeros(shape, dtype=self.reader.dtype, device=self.reader.device)
 
 
-def describe_dense(weights: WeightReader, prefix: str, *, hidden: int, width: int) -> DenseWeights:
-    """``gate_proj``, ``up_proj`` and ``down_proj`` under ``prefix``."""
+def describe_dense(
+    weights: WeightReader, setting: Setting, prefix: str, *, width: int
+) -> DenseWeights:
+    """``gate_proj``, ``up_proj`` and ``down_proj`` under ``prefix``: this rank's units of them."""
+    hidden, units = setting.config.hidden_width, span_of_rank(width, setting.tensor)
+    rows, columns = Part(rows=units), Part(columns=units)
     return DenseWeights(
         gate_up=(
-            weights.want(f"{prefix}.gate_proj.weight", width, hidden),
-            weights.want(f"{prefix}.up_proj.weight", width, hidden),
+            weights.want(f"{prefix}.gate_proj.weight", width, hidden, part=rows),
+            weights.want(f"{prefix}.up_proj.weight", width, hidden, part=rows),
         ),
-        down_DI=weights.want(f"{prefix}.down_proj.weight", hidden, width),
+        down_DI=weights.want(f"{prefix}.down_proj.weight", hidden, width, part=columns),
     )
 
 

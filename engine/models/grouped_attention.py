@@ -20,7 +20,10 @@ from engine.layers.linear import Linear
 from engine.layers.norm import rms_norm
 from engine.layers.rope import Rotation
 from engine.models.parts import Setting
+from engine.tensor_parallel import attention_of_rank, heads_here
 from engine.weights.reader import Wanted, WeightReader, read_rows
+from engine.weights.source import Part
+from protocol.kv import heads_of_rank
 
 
 class GroupedQueryAttention:
@@ -30,6 +33,7 @@ class GroupedQueryAttention:
         self._scale = config.head_width**-0.5
         self._project = Linear(read_rows(weights.projections), numerics=setting.numerics)
         self._output = Linear(weights.output_DO.read(), numerics=setting.numerics)
+        self._sum = setting.tensor.sum
         self._norms: HeadNorms | None = None
         if weights.query_norm_W and weights.key_norm_W:
             self._norms = HeadNorms(
@@ -47,7 +51,7 @@ class GroupedQueryAttention:
             out_NHW = grouped_decode(
                 qkv_NSW, rotation, cache, batch, scale=self._scale, norms=self._norms
             )
-            return self._output(out_NHW.flatten(1))
+            return self._sum(self._output(out_NHW.flatten(1)))
         if self._norms is None:
             qk_NJW = rotation.apply(qkv_NSW[:, :rotated])
             q_NHW, k_NGW = qk_NJW[:, :heads], qk_NJW[:, heads:]
@@ -63,7 +67,7 @@ class GroupedQueryAttention:
             batch=batch,
             scale=self._scale,
         )
-        return self._output(out_NHW.flatten(1))
+        return self._sum(self._output(out_NHW.flatten(1)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +78,7 @@ class GroupedQueryWeights:
     key_norm_W: Wanted | None
 
     def build(self, setting: Setting) -> GroupedQueryAttention:
-        config = setting.config.attention
+        config = attention_of_rank(setting.config.attention, setting.tensor)
         assert isinstance(config, GqaConfig)
         return GroupedQueryAttention(self, config, setting)
 
@@ -82,18 +86,25 @@ class GroupedQueryWeights:
 def describe_grouped_query(
     weights: WeightReader, setting: Setting, prefix: str
 ) -> GroupedQueryWeights:
-    """The tensors under ``prefix``, such as ``model.layers.0.self_attn``."""
+    """The tensors under ``prefix``, such as ``model.layers.0.self_attn``: this rank's heads."""
     config, hidden = setting.config.attention, setting.config.hidden_width
     assert isinstance(config, GqaConfig)
     width = config.head_width
     queries, keys = config.num_heads * width, config.num_kv_heads * width
+    tensor = setting.tensor
+    mine = _rows_of(heads_here(config.num_heads, tensor), width)
+    kept = Part(rows=_rows_of(heads_of_rank(tensor.rank, tensor.size, config.num_kv_heads), width))
     return GroupedQueryWeights(
         projections=(
-            weights.want(f"{prefix}.q_proj.weight", queries, hidden),
-            weights.want(f"{prefix}.k_proj.weight", keys, hidden),
-            weights.want(f"{prefix}.v_proj.weight", keys, hidden),
+            weights.want(f"{prefix}.q_proj.weight", queries, hidden, part=Part(rows=mine)),
+            weights.want(f"{prefix}.k_proj.weight", keys, hidden, part=kept),
+            weights.want(f"{prefix}.v_proj.weight", keys, hidden, part=kept),
         ),
-        output_DO=weights.want(f"{prefix}.o_proj.weight", hidden, queries),
+        output_DO=weights.want(f"{prefix}.o_proj.weight", hidden, queries, part=Part(columns=mine)),
         query_norm_W=weights.want(f"{prefix}.q_norm.weight", width) if config.qk_norm else None,
         key_norm_W=weights.want(f"{prefix}.k_norm.weight", width) if config.qk_norm else None,
     )
+
+
+def _rows_of(heads: range, width: int) -> slice:
+    return slice(heads.start * width, heads.stop * width)

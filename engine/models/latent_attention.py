@@ -25,8 +25,10 @@ from engine.layers.linear import Linear
 from engine.layers.norm import rms_norm
 from engine.layers.rope import Rotation, yarn_softmax_factor
 from engine.models.parts import Setting
+from engine.tensor_parallel import attention_of_rank, heads_here
 from engine.weights.orders import half_split_rows
 from engine.weights.reader import Wanted, WeightReader
+from engine.weights.source import Part
 
 
 class LatentAttention:
@@ -56,6 +58,7 @@ class LatentAttention:
         if self._key_HPC.device.type == "cpu" and serves_heads(config):
             self._key_HCP = self._key_HPC.transpose(1, 2).contiguous()
         self._output = Linear(weights.output_DO.read(), numerics=setting.numerics)
+        self._sum = setting.tensor.sum
 
     def __call__(
         self, x_ND: Tensor, rotation: Rotation, cache: LayerCache, batch: ForwardBatch
@@ -78,7 +81,7 @@ class LatentAttention:
                 w_uv_HVC=self._value_HVC,
                 scale=self._scale,
             )
-            return self._output(out_NHV.flatten(1))
+            return self._sum(self._output(out_NHV.flatten(1)))
         q_nope, q_rope = torch.split_with_sizes(
             q, (self._heads * self._nope, self._heads * self._rope), dim=1
         )
@@ -95,7 +98,7 @@ class LatentAttention:
             batch=batch,
             scale=self._scale,
         )
-        return self._output(out_NHV.flatten(1))
+        return self._sum(self._output(out_NHV.flatten(1)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,24 +123,33 @@ class LatentWeights:
         return torch.cat((first, latent_CD, _half_split(key_RD, config, heads=1)))
 
     def build(self, setting: Setting) -> LatentAttention:
-        config = setting.config.attention
+        config = attention_of_rank(setting.config.attention, setting.tensor)
         assert isinstance(config, MlaConfig)
         return LatentAttention(self, config, setting)
 
 
 def describe_latent(weights: WeightReader, setting: Setting, prefix: str) -> LatentWeights:
-    """The tensors under ``prefix``, such as ``model.layers.0.self_attn``."""
+    """The tensors under ``prefix``, such as ``model.layers.0.self_attn``: of what is per head, this
+    rank's heads; latents are made on every rank.
+    """
     config, hidden = setting.config.attention, setting.config.hidden_width
     assert isinstance(config, MlaConfig)
     heads, rank, latent = config.num_heads, config.query_rank, config.latent_width
-    query_rows = heads * (config.nope_width + config.rope_width)
+    query_width = config.nope_width + config.rope_width
+    expanded_width = config.nope_width + config.value_width
+    mine = heads_here(heads, setting.tensor)
+    queries_part = _rows_of(mine, query_width)
     query_norm_Q, query_BQ = None, None
     if rank is None:
-        queries = weights.want(f"{prefix}.q_proj.weight", query_rows, hidden)
+        queries = weights.want(
+            f"{prefix}.q_proj.weight", heads * query_width, hidden, part=queries_part
+        )
     else:
         queries = weights.want(f"{prefix}.q_a_proj.weight", rank, hidden)
         query_norm_Q = weights.want(f"{prefix}.q_a_layernorm.weight", rank)
-        query_BQ = weights.want(f"{prefix}.q_b_proj.weight", query_rows, rank)
+        query_BQ = weights.want(
+            f"{prefix}.q_b_proj.weight", heads * query_width, rank, part=queries_part
+        )
     return LatentWeights(
         queries=queries,
         query_norm_Q=query_norm_Q,
@@ -147,10 +159,22 @@ def describe_latent(weights: WeightReader, setting: Setting, prefix: str) -> Lat
         ),
         latent_norm_C=weights.want(f"{prefix}.kv_a_layernorm.weight", latent),
         expand_XC=weights.want(
-            f"{prefix}.kv_b_proj.weight", heads * (config.nope_width + config.value_width), latent
+            f"{prefix}.kv_b_proj.weight",
+            heads * expanded_width,
+            latent,
+            part=_rows_of(mine, expanded_width),
         ),
-        output_DO=weights.want(f"{prefix}.o_proj.weight", hidden, heads * config.value_width),
+        output_DO=weights.want(
+            f"{prefix}.o_proj.weight",
+            hidden,
+            heads * config.value_width,
+            part=Part(columns=_rows_of(mine, config.value_width).rows),
+        ),
     )
+
+
+def _rows_of(heads: range, width: int) -> Part:
+    return Part(rows=slice(heads.start * width, heads.stop * width))
 
 
 def _by_part(weight: Tensor, config: MlaConfig) -> Tensor:

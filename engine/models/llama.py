@@ -19,8 +19,6 @@ def describe_layer(weights: WeightReader, setting: Setting, layer: int) -> Layer
         feed_forward=(
             describe_split(weights, setting, f"{at}.mlp")
             if config.split_dense_experts
-            else describe_dense(
-                weights, f"{at}.mlp", hidden=hidden, width=config.intermediate_width
-            )
+            else describe_dense(weights, setting, f"{at}.mlp", width=config.intermediate_width)
         ),
     )

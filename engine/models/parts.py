@@ -20,15 +20,19 @@ from engine.experts.transports import RowExchange
 from engine.kvcache.storage import LayerCache
 from engine.layers.linear import Numerics
 from engine.layers.rope import Rotation
+from engine.tensor_parallel import TensorRanks, Undivided
 from engine.weights.reader import Wanted, WeightReader
 
 # Shape suffixes: N tokens of this step   D hidden
+
+_UNDIVIDED = Undivided()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
     """What a model is built for: its sizes, and this rank's place among the experts' ranks.
 
+    ``tensor`` are the ranks that share each layer, which is then built as the part of this one.
     ``layer`` is the one that is being described or built.
     """
 
@@ -40,6 +44,7 @@ class Setting:
     movable: bool = False  # experts may change their slots while the model is in use
     counts: ExpertCounts | None = None  # None: choices are not counted
     layer: int = 0
+    tensor: TensorRanks = _UNDIVIDED
 
     @property
     def placement(self) -> ExpertPlacement:

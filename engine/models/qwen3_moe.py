@@ -18,9 +18,7 @@ def describe_layer(weights: WeightReader, setting: Setting, layer: int) -> Layer
         feed_forward=(
             _describe_sparse(weights, setting, f"{at}.mlp")
             if config.sparse_layers[layer]
-            else describe_dense(
-                weights, f"{at}.mlp", hidden=hidden, width=config.intermediate_width
-            )
+            else describe_dense(weights, setting, f"{at}.mlp", width=config.intermediate_width)
         ),
     )
 

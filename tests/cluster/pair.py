@@ -13,7 +13,6 @@ import torch
 
 from decode.intake import Intake
 from decode.loop import DecodeLoop
-from decode.meeting import RankMeeting
 from decode.rebalance import ExpertMoves, RebalanceRule
 from decode.scheduler import DecodeScheduler
 from decode.swap import SwapSpace
@@ -25,14 +24,17 @@ from engine.kvcache.mirror import HostMirror
 from engine.kvcache.prefix_index import PrefixIndex
 from engine.kvcache.storage import KVStorage
 from engine.loading import LoadedModel, load
+from engine.meeting.joining import RankMeeting
 from engine.model_runner import ModelRunner
 from engine.rendezvous import Rendezvous
 from engine.sampling.sampler import Sampler
 from kvtransfer.memory import allocate_shared, buffer, wrap
 from kvtransfer.sink import make_sink
 from kvtransfer.source import make_source
+from prefill.forward import Forward
 from prefill.loop import PrefillLoop
 from prefill.prefix_feed import PrefixFeed
+from prefill.ranks import OneRank
 from prefill.scheduler import PrefillLimits, PrefillScheduler
 from protocol.ids import AttemptRef, RequestId, WorkerId, WorkerRef, new_incarnation
 from protocol.kv import Grant
@@ -240,7 +242,10 @@ def _prefill(
     loop = PrefillLoop(
         worker=worker,
         scheduler=scheduler,
-        runner=ModelRunner(model.model, storage),
+        forward=Forward(
+            ModelRunner(model.model, storage), layers_per_push=1, device=torch.device("cpu")
+        ),
+        ranks=OneRank(),
         sampler=Sampler(model.config.vocab_size, "cpu"),
         source=make_source(
             memory,
@@ -252,9 +257,7 @@ def _prefill(
         pool=pool,
         prefix_index=index,
         prefix_feed=PrefixFeed(),
-        layers_per_push=1,
         vocab_size=model.config.vocab_size,
-        device=torch.device("cpu"),
     )
     return loop, scheduler
 
