@@ -9,7 +9,7 @@ from decode.settings import DecodeSettings
 from deploy.config import Configuration, WrongSetting
 from deploy.exits import FAILED, USAGE
 from deploy.logs import configure_logging
-from prefill.settings import PrefillSettings
+from prefill.settings import PrefillSettings, rank_name
 from protocol.errors import ServingError
 from runtime.log import get_log
 from runtime.reporting import report
@@ -60,7 +60,12 @@ def _run(role: str, configuration: Configuration) -> int:
         return run_scheduler(scheduler)
     if role == "prefill":
         prefill = configuration.settings("prefill", PrefillSettings)
-        configure_logging(prefill.process, prefill.worker_id)
+        ranks, rank = prefill.group.ranks, prefill.group.rank
+        if ranks > 1 and rank is None:
+            from deploy.up import run_prefill_ranks
+
+            return run_prefill_ranks(configuration)
+        configure_logging(prefill.process, rank_name(prefill.worker_id, rank or 0))
         from prefill.worker import run as run_prefill
 
         return run_prefill(prefill)

@@ -39,9 +39,9 @@ _TITLES = {
     "process": "Threads, logs and the drain, for all roles.",
     "gateway": "The HTTP API.",
     "scheduler": "Membership.",
-    "prefill": "Prefill workers.",
+    "prefill": "Prefill workers and the ranks that they consist of.",
     "decode": "Decode ranks and the groups that they form.",
-    "launcher": "`headrace up`, and `headrace decode` without a rank.",
+    "launcher": "`headrace up`, and `headrace prefill` or `headrace decode` without a rank.",
     "ray": "With `headrace up --on ray`; see [deployment](deployment.md#several-hosts-ray).",
 }
 

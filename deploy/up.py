@@ -24,7 +24,7 @@ from deploy.preflight import HeldPorts, check_model
 from deploy.processes import Command
 from deploy.settings import LauncherSettings
 from deploy.supervisor import Supervisor
-from prefill.settings import PrefillSettings
+from prefill.settings import PrefillSettings, rank_name
 from protocol.errors import ConfigError
 from runtime.keys import load_key
 from server.settings import GatewaySettings
@@ -65,22 +65,26 @@ def _up(configuration: Configuration, ports: HeldPorts) -> int:
         scheduler=gateway.bus.scheduler,
         start_timeout_s=launcher.start_timeout_s,
     )
+    prefill = configuration.settings("prefill", PrefillSettings)
     if launcher.on == "ray":
+        if prefill.group.ranks > 1:
+            raise ConfigError(
+                f"prefill.group.ranks is {prefill.group.ranks}: on Ray a prefill worker is one "
+                "process; use 1, and more workers"
+            )
         with _ray_installed():
             from deploy.on_ray.up import up_on_ray
         return up_on_ray(configuration, api, ports)
-    workers = configuration.settings("prefill", PrefillSettings).workers
     decode = configuration.settings("decode", DecodeSettings)
-    configuration = configuration.default(
-        {"process.threads": _threads(workers + decode.group.ranks)}, "launcher"
-    )
+    processes = prefill.workers * prefill.group.ranks + decode.group.ranks
+    configuration = configuration.default({"process.threads": _threads(processes)}, "launcher")
     console = Console(sys.stderr)
     system = Supervisor(
         [
             gateways(configuration, gateway, ports),
             [
                 *scheduler_alone(configuration, gateway),
-                *_prefill_workers(configuration, workers),
+                *_prefill_workers(configuration, prefill, ports),
                 *decode_ranks(configuration, decode, ports),
             ],
         ],
@@ -117,11 +121,13 @@ def _ray_installed() -> Generator[None]:
 def title(configuration: Configuration) -> str:
     """What is started, in one line."""
     gateway = configuration.settings("gateway", GatewaySettings)
-    workers = configuration.settings("prefill", PrefillSettings).workers
+    prefill = configuration.settings("prefill", PrefillSettings)
+    workers, each = prefill.workers, prefill.group.ranks
     ranks = configuration.settings("decode", DecodeSettings).group.ranks
+    of_ranks = f" of {each} ranks" if each > 1 else ""
     return (
         f"headrace {version('headrace')} serves {gateway.model.name}: {workers} prefill "
-        f"{_plural('worker', workers)}, {ranks} decode {_plural('rank', ranks)}"
+        f"{_plural('worker', workers)}{of_ranks}, {ranks} decode {_plural('rank', ranks)}"
     )
 
 
@@ -140,6 +146,23 @@ def run_all_ranks(configuration: Configuration) -> int:
             observer=console,
         )
         what = f"decode worker {decode.worker_id}: {which}"
+        return anyio.run(partial(serve, system, what, console, api=None))
+
+
+def run_prefill_ranks(configuration: Configuration) -> int:
+    """All ranks of one prefill worker, for ``headrace prefill`` without --rank."""
+    prefill = configuration.settings("prefill", PrefillSettings)
+    ranks = prefill.group.ranks
+    configuration = configuration.default({"process.threads": _threads(ranks)}, "launcher")
+    console = Console(sys.stderr)
+    with HeldPorts() as ports:
+        system = Supervisor(
+            [prefill_ranks(configuration, prefill, prefill.worker_id, ports)],
+            settings=configuration.settings("launcher", LauncherSettings),
+            drain_s=prefill.process.drain_s,
+            observer=console,
+        )
+        what = f"prefill worker {prefill.worker_id}: {ranks} ranks"
         return anyio.run(partial(serve, system, what, console, api=None))
 
 
@@ -178,11 +201,36 @@ def scheduler_alone(configuration: Configuration, gateway: GatewaySettings) -> l
     return [command("scheduler", configuration)] if gateway.processes > 1 else []
 
 
-def _prefill_workers(configuration: Configuration, workers: int) -> list[Command]:
-    names = [f"prefill-{number}" for number in range(workers)]
+def _prefill_workers(
+    configuration: Configuration, prefill: PrefillSettings, ports: HeldPorts
+) -> list[Command]:
+    names = [f"prefill-{number}" for number in range(prefill.workers)]
+    return [rank for name in names for rank in prefill_ranks(configuration, prefill, name, ports)]
+
+
+def prefill_ranks(
+    configuration: Configuration, prefill: PrefillSettings, name: str, ports: HeldPorts
+) -> list[Command]:
+    """One command a rank of the worker ``name``. Rank 0 leads, and is called like the worker."""
+    configuration = configuration.replace({"prefill.worker_id": name}, "launcher")
+    if prefill.group.ranks == 1:
+        return [command("prefill", configuration, name)]
+    if prefill.workers > 1 or not configuration.given("prefill.group.rendezvous"):
+        place = f"127.0.0.1:{ports.take()}"
+        configuration = configuration.replace({"prefill.group.rendezvous": place}, "launcher")
     return [
-        command("prefill", configuration.replace({"prefill.worker_id": name}, "launcher"), name)
-        for name in names
+        command(
+            "prefill",
+            configuration.replace(
+                {
+                    "prefill.group.rank": rank,
+                    "prefill.device": _own_device(prefill.device, rank),
+                },
+                "launcher",
+            ),
+            rank_name(name, rank),
+        )
+        for rank in range(prefill.group.ranks)
     ]
 
 

@@ -6,22 +6,23 @@ here exactly once: its push is over (committed, failed or aborted) and its block
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
-import torch
 from torch import Tensor
 
 from engine.kvcache.block_pool import BlockPool
 from engine.kvcache.prefix_index import PrefixIndex
-from engine.model_runner import ModelRunner, SequenceStep, batch_from
 from engine.sampling.sampler import Sampled, Sampler
 from engine.sampling.stopping import finish_reason
 from kvtransfer.interface import KVSource, Push
+from prefill.forward import Forward, part_of
+from prefill.lockstep import Part
 from prefill.prefix_feed import PrefixFeed
 from prefill.push_times import TimedSource
-from prefill.scheduler import Chunk, PrefillScheduler, PrefillStep
+from prefill.ranks import Ranks
+from prefill.scheduler import PrefillScheduler, PrefillStep
 from prefill.scoring import score_step
 from protocol.codec import encode
 from protocol.errors import (
@@ -32,6 +33,7 @@ from protocol.errors import (
     InvalidRequest,
     ServingError,
     TransferError,
+    WorkerLost,
 )
 from protocol.ids import AttemptRef, WorkerRef
 from protocol.messages import (
@@ -55,7 +57,6 @@ from runtime.worker_process import Beat, ToPeer
 
 log = get_log(__name__)
 
-IDLE_WAIT_S = 0.5
 SWEEP_S = 1.0
 STEP_SMOOTHING = 0.2
 MAX_TOMBSTONES = 4096
@@ -70,6 +71,7 @@ class _Held:
     arrived_at: float
     started_at: float | None = None
     failed: TransferError | None = None
+    finishing: bool = False
     scores: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])  # of its own tokens
 
     @property
@@ -83,29 +85,27 @@ class PrefillLoop:
         *,
         worker: WorkerRef,
         scheduler: PrefillScheduler,
-        runner: ModelRunner,
+        forward: Forward,
+        ranks: Ranks,
         sampler: Sampler,
         source: KVSource,
         outbox: Outbox[ToPeer],
         pool: BlockPool,
         prefix_index: PrefixIndex,
         prefix_feed: PrefixFeed,
-        layers_per_push: int,
         vocab_size: int,
-        device: torch.device,
     ) -> None:
         self._worker = worker
         self._scheduler = scheduler
-        self._runner = runner
+        self._forward = forward
+        self._ranks = ranks
         self._sampler = sampler
         self._source = TimedSource(source)
         self._outbox = outbox
         self._pool = pool
         self._prefix_index = prefix_index
         self._prefix_feed = prefix_feed
-        self._layers_per_push = layers_per_push
         self._vocab_size = vocab_size
-        self._device = device
         self._inbox: Inbox[Callable[[], None]] = Inbox()
         self._clients = Clients(silent_s=GATEWAY_SILENT_S)
         self._held: dict[AttemptRef, _Held] = {}
@@ -137,24 +137,45 @@ class PrefillLoop:
     def run(self) -> None:
         try:
             while not self._stopped.is_set():
-                self._turn()
+                if self._ranks.meet(self._given_up):
+                    self._turn()
                 if self._draining and not self._held:
+                    self._ranks.leave()
                     return
         finally:
+            self._ranks.close()
             self._source.close()
 
-    def _turn(self) -> None:
+    def _given_up(self) -> bool:
+        """Asked while this rank waits for the others: whoever comes meanwhile hears no."""
+        self._listen(time.monotonic())
+        return self._stopped.is_set() or (self._draining and not self._held)
+
+    def _listen(self, now: float) -> None:
         for work in self._inbox.drain():
             work()
-        now = time.monotonic()
         if self._sweep.due(now):
             self._let_go(now)
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        self._listen(now)
         step = self._scheduler.schedule()
-        if step.chunks:
-            self._compute(step, now)
+        try:
+            parts = [
+                part_of(chunk, scored=self._held[chunk.ref].scored is not None)
+                for chunk in step.chunks
+            ]
+            self._ranks.begin_step(parts)
+            if step.chunks:
+                self._compute(step, parts, now)
+        except WorkerLost as error:
+            self._lose_ranks(step, error)
+            return
+        self._draining = self._draining or self._ranks.drain_asked
         self._account()
         if not step.chunks:
-            self._inbox.wait(IDLE_WAIT_S)
+            self._inbox.wait(self._ranks.pace_s)
 
     def _hear(self, peer: bytes, message: ToPrefill) -> None:
         now = time.monotonic()
@@ -205,12 +226,16 @@ class PrefillLoop:
 
     # One step ------------------------------------------------------------------------------------
 
-    def _compute(self, step: PrefillStep, now: float) -> None:
+    def _compute(self, step: PrefillStep, parts: Sequence[Part], now: float) -> None:
         for chunk in step.chunks:
             held = self._held[chunk.ref]
             held.started_at = held.started_at or now
         try:
-            sampled = self._forward(step)
+            with self._ranks.computing():
+                x_RD = self._forward.hidden(parts, self._push)
+            sampled = self._sample(step, x_RD)
+        except WorkerLost:
+            raise
         except ServingError as error:
             self._fail_step(step, error)
             return
@@ -225,52 +250,21 @@ class PrefillLoop:
         rate = step.num_tokens / seconds
         self._tokens_per_second += STEP_SMOOTHING * (rate - self._tokens_per_second)
 
-    def _forward(self, step: PrefillStep) -> Sampled:
-        final = [chunk.ref for chunk in step.chunks if chunk.final]
-        return self._sampler.sample(self._run(step.chunks), final)
+    def _sample(self, step: PrefillStep, x_RD: Tensor) -> Sampled:
+        counts = [self._held[chunk.ref].scored for chunk in step.chunks]
+        if any(count is not None for count in counts):
+            logits, scores = score_step(x_RD, step.chunks, counts, self._forward.logits)
+            for chunk, more in zip(step.chunks, scores, strict=True):
+                self._held[chunk.ref].scores += more
+        else:
+            logits = self._forward.logits(x_RD)
+        return self._sampler.sample(logits, [chunk.ref for chunk in step.chunks if chunk.final])
 
-    def _run(self, chunks: tuple[Chunk, ...]) -> Tensor:
-        """Compute the chunks, pushing each group of layers while the next one computes."""
-        layout = self._runner.storage.layout
-        counts = [self._held[chunk.ref].scored for chunk in chunks]
-        batch = batch_from(
-            [
-                SequenceStep(
-                    token_ids=chunk.token_ids,
-                    start=chunk.start,
-                    block_table=chunk.table.blocks[: layout.blocks_for(chunk.stop)],
-                    wants_logits=chunk.final,
-                    wants_every_row=count is not None,
-                )
-                for chunk, count in zip(chunks, counts, strict=True)
-            ],
-            block_tokens=layout.block_tokens,
-            device=self._device,
-        )
-        num_layers, pushed = layout.num_layers, 0
-
-        def after_layer(layer: int) -> None:
-            nonlocal pushed
-            done = layer + 1
-            if done - pushed < self._layers_per_push and done < num_layers:
-                return
-            layers, pushed = range(pushed, done), done
-            for chunk in chunks:
-                self._push(chunk, layers)
-
-        if not any(count is not None for count in counts):
-            return self._runner.run(batch, after_layer)
-        hidden = self._runner.run_hidden(batch, after_layer)
-        logits, scores = score_step(hidden, chunks, counts, self._runner.logits)
-        for chunk, more in zip(chunks, scores, strict=True):
-            self._held[chunk.ref].scores += more
-        return logits
-
-    def _push(self, chunk: Chunk, layers: range) -> None:
-        held = self._held[chunk.ref]
-        if held.failed is None and chunk.source_blocks:
+    def _push(self, part: Part, layers: range) -> None:
+        held = self._held[part.ref]
+        if held.failed is None and part.final_blocks:
             try:
-                held.push.send(layers, chunk.first_block, chunk.source_blocks)
+                held.push.send(layers, part.first_block, part.final_blocks)
             except TransferError as error:
                 held.failed = error
 
@@ -292,6 +286,7 @@ class PrefillLoop:
         num_outputs = len(held.request.output_token_ids) + 1
         reason = finish_reason(held.request.stop, token_id, num_outputs)
         hand_off = HandOff(token_id=token_id, finish_reason=reason)
+        held.finishing = True
         held.push.finish(
             encode(hand_off), lambda error: self._inbox.put(lambda: self._push_ended(ref, error))
         )
@@ -321,6 +316,17 @@ class PrefillLoop:
         for chunk in step.chunks:
             self._fail(chunk.ref, error, stage="prefill", trusted=False)
         self._scheduler.complete(step)
+
+    def _lose_ranks(self, step: PrefillStep, error: WorkerLost) -> None:
+        """The worker is one unit of failure: another rank's cache may be gone with its process, so
+        what is held ends, unless it has been computed, and nothing cached is a prefix hit any more.
+        """
+        log.warning("the prefill ranks have parted", reason=str(error))
+        self._ranks.lose()
+        for ref in [ref for ref, held in self._held.items() if not held.finishing]:
+            self._fail(ref, error, stage="prefill", trusted=False)
+        self._scheduler.complete(step)
+        self._prefix_index.forget_all()
 
     def _fail(
         self, ref: AttemptRef, error: ServingError, *, stage: str, trusted: bool = True

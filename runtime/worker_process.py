@@ -27,8 +27,8 @@ M = TypeVar("M")
 ToPeer = tuple[bytes, msgspec.Struct]
 
 
-class EngineLoop(Protocol[M_contra]):
-    """What a role's engine thread offers to its event loop. All but ``run`` are thread-safe."""
+class DrainableLoop(Protocol):
+    """What any engine thread offers to its event loop. All but ``run`` are thread-safe."""
 
     def run(self) -> None:
         """Serve until drained or stopped, on the calling thread.
@@ -37,8 +37,6 @@ class EngineLoop(Protocol[M_contra]):
         """
         ...
 
-    def post(self, peer: bytes, message: M_contra) -> None: ...
-
     def drain(self) -> None:
         """Take no new requests, finish the running ones, then let ``run`` return."""
         ...
@@ -46,6 +44,12 @@ class EngineLoop(Protocol[M_contra]):
     def stop(self) -> None:
         """Let ``run`` return at the next step boundary, whatever is running."""
         ...
+
+
+class EngineLoop(DrainableLoop, Protocol[M_contra]):
+    """One that serves requests from the bus."""
+
+    def post(self, peer: bytes, message: M_contra) -> None: ...
 
 
 class WorkerProcess(Generic[M]):
@@ -115,7 +119,28 @@ class WorkerProcess(Generic[M]):
             engine.stop()
 
 
-async def _stop_when_cancelled(engine: EngineLoop[M]) -> None:
+async def serve_until_told(engine: DrainableLoop, drain_s: float) -> None:
+    """Run an engine loop that nobody reaches over the bus, with the signals of any worker."""
+
+    async def drain_when_told() -> None:
+        with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            await anext(signals)
+            engine.drain()
+            with anyio.move_on_after(drain_s):
+                await anext(signals)
+            engine.stop()
+
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(drain_when_told)
+            tasks.start_soon(_stop_when_cancelled, engine)
+            await anyio.to_thread.run_sync(engine.run)
+            tasks.cancel_scope.cancel()
+    except ExceptionGroup as failures:
+        raise _first_of(failures) from None
+
+
+async def _stop_when_cancelled(engine: DrainableLoop) -> None:
     # A thread cannot be cancelled: without this the task group would wait for it for ever.
     try:
         await anyio.sleep_forever()
