@@ -186,7 +186,7 @@ class DecodeLoop:
         self.epoch, self.members = group.epoch, group.members
         self._meter.add_group()
         self._two_batches.reset()
-        log.info("ranks serve together", epoch=group.epoch, members=group.members)
+        log.info("ranks serve together", epoch=group.epoch, members=group.members, rows=group.rows)
         self._on_membership()
 
     def _leave(self, error: ServingError) -> None:

@@ -55,6 +55,10 @@ class GroupSettings(Settings):
     step_timeout_s: PositiveFloat = 30.0
     """Seconds that a rank may keep the others waiting in a step before it counts as lost."""
 
+    rows: Literal["auto", "shared_memory", "gloo"] = "auto"
+    """What carries rows between ranks on CPUs. shared_memory: memory that all of them map, as
+    processes of one host, container and user can. gloo: TCP. auto: shared_memory where it can."""
+
     @model_validator(mode="after")
     def _rank_is_in_the_group(self) -> "GroupSettings":
         if self.rank is not None and self.rank >= self.ranks:

@@ -189,6 +189,7 @@ def _meeting(
         first=settings.group.first_ranks,
         least=loaded.least_ranks,
         collective_timeout_s=settings.group.step_timeout_s,
+        rows=settings.group.rows,
         terms={
             **loaded.fingerprint,
             "rows": str(ROW_VERSION),

@@ -24,7 +24,7 @@ class Awaited(Protocol):
 
 
 class Backend(Protocol):
-    """What is used of ``torch.distributed``'s backends (gloo, NCCL)."""
+    """What is used of ``torch.distributed``'s backends, and ``engine.one_host`` does as well."""
 
     def alltoall_base(
         self,
@@ -106,12 +106,13 @@ class RankConnection:
     """``control`` carries step rows in host memory, ``experts`` carries rows of the device.
 
     They are one and the same on CPU. ``store`` is held because on rank 0 it serves the others; None
-    for a rank alone.
+    for a rank alone. ``rows`` tells people what carries them, and why.
     """
 
     control: Backend
     experts: Backend
     store: Store | None
+    rows: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,6 +273,7 @@ class StepGroup:
         self.expert_group = expert_group
         self.epoch = epoch
         self.members = tuple(members)
+        self.rows = connection.rows
         self._connection: RankConnection | None = connection
         expert_group.connect(self.members, connection.experts)
 

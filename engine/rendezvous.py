@@ -19,12 +19,11 @@ from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from secrets import randbits
-from typing import Any
 
-import torch.distributed as dist
-from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
+from torch._C._distributed_c10d import Store, TCPStore
 
-from engine.collectives import Alone, ExpertGroup, RankConnection, StepGroup
+from engine.backends import Backends, RowsChoice, alone, terms_of
+from engine.collectives import ExpertGroup, StepGroup
 from engine.meeting.doorman import Doorman
 from engine.meeting.gathering import Gathering
 from engine.meeting.lookout import Lookout
@@ -55,6 +54,7 @@ class Rendezvous:
         least: int | None = None,
         collective_timeout_s: float = 10.0,
         attempt_s: float = 10.0,
+        rows: RowsChoice = "auto",
         terms: Mapping[str, str] | None = None,
         key: bytes = b"",
     ) -> None:
@@ -62,10 +62,11 @@ class Rendezvous:
         those of further ranks, which receive visitors there and else at any port. ``first`` ranks
         are enough for the first meeting and ``least`` ever after; None: all. A rank that keeps the
         others waiting for longer than ``collective_timeout_s`` counts as lost. ``attempt_s``
-        bounds the making of connections. ``terms`` must be equal on all ranks, by name.
+        bounds the making of connections. ``rows``: what carries rows on a CPU. ``terms`` must be
+        equal on all ranks, by name.
 
         Raises:
-            ConfigError: ``address`` is not an address.
+            ConfigError: ``address`` is not an address, or this host cannot share memory and must.
         """
         ranks = expert_group.num_seats
         self._group = expert_group
@@ -79,7 +80,14 @@ class Rendezvous:
         self._collective_timeout_s = collective_timeout_s
         self._attempt_s = attempt_s
         self._role = role
-        self._terms = {f"{role}.group.ranks": str(ranks), **(terms or {})}
+        self._backends = Backends(
+            role=role,
+            device=expert_group.device,
+            choice=rows,
+            collective_timeout_s=collective_timeout_s,
+            attempt_s=attempt_s,
+        )
+        self._terms = {f"{role}.group.ranks": str(ranks), **terms_of(role, rows), **(terms or {})}
         self._failure = ""
         self._key = key
         self._doorman: Doorman | None = None
@@ -193,32 +201,20 @@ class Rendezvous:
         if len(roll.members) == 1:
             return _alone(self._group, roll.epoch)
         with _failing("connecting"):
-            connection = self._backends(roll, store or _reach(roll.store, self._attempt_s))
+            connection = self._backends.connect(
+                store or _reach(roll.store, self._attempt_s),
+                epoch=roll.epoch,
+                number=roll.number,
+                members=roll.members,
+                rank=roll.members.index(self._rank),
+                host=self._own_host,
+            )
         group = StepGroup(
             self._group, epoch=roll.epoch, members=roll.members, connection=connection
         )
         rows = group.exchange([roll.epoch])
         assert rows == [(roll.epoch,)] * len(roll.members)
         return group
-
-    def _backends(self, roll: Roll, store: Store) -> RankConnection:
-        """The lowest member's ``store`` tells each where the others are."""
-        life = PrefixStore(f"{roll.epoch}/{roll.number}", store)
-        place, size = roll.members.index(self._rank), len(roll.members)
-        gloo: Any = dist.ProcessGroupGloo  # its stubs lack the options that it needs
-        options = gloo._Options()
-        options._devices = [gloo.create_device(hostname=self._own_host)]
-        options._timeout = timedelta(seconds=self._attempt_s)
-        options._threads = 2
-        control = gloo(PrefixStore("control", life), place, size, options)
-        control._set_default_timeout(timedelta(seconds=self._collective_timeout_s))
-        if self._group.device.type != "cuda":
-            return RankConnection(control=control, experts=control, store=store)
-        nccl: Any = dist.ProcessGroupNCCL
-        nccl_options = nccl.Options()
-        nccl_options._timeout = timedelta(seconds=self._collective_timeout_s)
-        experts = nccl(PrefixStore("experts", life), place, size, nccl_options)
-        return RankConnection(control=control, experts=experts, store=store)
 
     def _enter(self, roll: Roll, doorman: Doorman) -> None:
         self._last_epoch, self._last_members = roll.epoch, roll.members
@@ -280,9 +276,7 @@ class Rendezvous:
 
 
 def _alone(group: ExpertGroup, epoch: int) -> StepGroup:
-    backend = Alone()
-    connection = RankConnection(control=backend, experts=backend, store=None)
-    return StepGroup(group, epoch=epoch, members=(group.seat,), connection=connection)
+    return StepGroup(group, epoch=epoch, members=(group.seat,), connection=alone())
 
 
 def _bound(host: str, port: int) -> socket.socket:

@@ -1,4 +1,4 @@
-"""Expert rows over ``all_to_all``: gloo on CPU, NCCL on GPU.
+"""Expert rows over ``all_to_all``, whatever carries it.
 
 Small exchanges pad every (source, destination) pair to the source's tokens, whose number all ranks
 know, so one collective carries everything. Larger ones exchange counts first. Which, is a pure
