@@ -144,7 +144,7 @@ def calls_of_a_step(step_group: StepGroup, folder: Path, in_two: bool) -> list[s
             transport = transport or Noted(experts._transport, diary)
             experts._transport = transport
             shared = layer.feed_forward._shared
-            layer.feed_forward._shared = diary.around("shared", shared)
+            shared.partial = diary.around("shared", shared.partial)
     for layer in model._layers:
         object.__setattr__(layer, "attention", diary.around("attention", layer.attention))
     runner = ModelRunner(model, KVStorage(loaded.layout, 8, device=CPU))
