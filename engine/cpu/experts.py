@@ -1,7 +1,8 @@
 """The experts of one rank applied to rows: each weight is read once for all rows that want it.
 
 A row's result depends on that row and its expert alone, whatever other rows are there: sums are
-made by ``products.dot_rows``. So this serves exact and fast numerics alike.
+made by ``products.dot_rows``, or, where weights lie in tiles, by ``packed_weights``. So this serves
+exact and fast numerics alike.
 
 Hidden units are computed in tiles, gate and up together, and activated before they leave the
 caches. A work item is a tile of one slot, and the sizes of tiles depend on the weights only.
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.cpu import packed_experts, packed_weights
 from engine.cpu.products import ROW_STEP, gate_rows
 from engine.cpu.threads import Kernel, end_item, first_item, own_part
 from engine.cpu.tiles import TILE, TILE_FLOATS, TILE_ROWS, tile_products
@@ -29,6 +31,7 @@ from engine.cpu.values import (
     store_integer,
 )
 
+_WORK_FLOATS = 2 * TILE_FLOATS  # of each thread
 _SHARED_ROWS = 2  # below, waking threads takes longer than the work
 
 
@@ -46,16 +49,34 @@ def serves(gate_up_SJD: Tensor, down_SDI: Tensor) -> bool:
 
 def prepare(hidden: int, width: int, dtype: torch.dtype) -> None:
     """Compile for experts of these sizes."""
-    if hidden % ROW_STEP == 0 and width % ROW_STEP == 0:
+    if serves_tiles(torch.device("cpu"), dtype, hidden, width):
+        _sort_kernel(hidden, FORMATS[dtype])
+        packed_experts.gate_up_kernel(hidden, width)
+        packed_experts.down_kernel(hidden, width)
+    elif hidden % ROW_STEP == 0 and width % ROW_STEP == 0:
         _sort_kernel(hidden, FORMATS[dtype])
         _gate_up_kernel(hidden, width, FORMATS[dtype])
         _down_kernel(hidden, width, FORMATS[dtype])
 
 
+def serves_tiles(device: torch.device, dtype: torch.dtype, hidden: int, width: int) -> bool:
+    """Whether experts of these sizes should lie in tiles (``packed_weights.in_tiles``) here."""
+    return packed_weights.serves_as(device, dtype, hidden) and (
+        hidden % packed_weights.TILE == 0 and width % packed_weights.TILE == 0
+    )
+
+
 def apply_experts(
-    x_BD: Tensor, slot_BK: Tensor, gate_up_SJD: Tensor, down_SDI: Tensor
+    x_BD: Tensor,
+    slot_BK: Tensor,
+    gate_up_SJD: Tensor,
+    down_SDI: Tensor,
+    *,
+    in_tiles: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``down(silu(gate(x)) * up(x))`` of row b by slot ``slot_BK[b, k]``, and where it is.
+
+    ``in_tiles``: each slot's weights lie as ``packed_weights.in_tiles`` puts them.
 
     Returns:
         Results (P, D), and the place of each (B, K), which means nothing where the slot is -1.
@@ -69,16 +90,23 @@ def apply_experts(
     x_PD = x_BD.new_empty((num_places, hidden))
     activated_PI = x_BD.new_empty((num_places, width))
     out_PD = x_BD.new_empty((num_places, hidden))
-    workspace = torch.empty(2 * threads * TILE_FLOATS)
+    if in_tiles:
+        gate_up = packed_experts.gate_up_kernel(hidden, width)
+        down = packed_experts.down_kernel(hidden, width)
+        workspace = torch.empty(threads * packed_experts.WORK_FLOATS)
+    else:
+        gate_up = _gate_up_kernel(hidden, width, format_)
+        down = _down_kernel(hidden, width, format_)
+        workspace = torch.empty(threads * _WORK_FLOATS)
     _sort_kernel(hidden, format_)(
         x_BD.data_ptr(), slot_BK.data_ptr(), num_places, slot_BK.shape[1], num_slots,
         starts.data_ptr(), place_BK.data_ptr(), x_PD.data_ptr(),
     )  # fmt: skip
-    _gate_up_kernel(hidden, width, format_)(
+    gate_up(
         x_PD.data_ptr(), gate_up_SJD.data_ptr(), starts.data_ptr(), num_slots,
         activated_PI.data_ptr(), workspace.data_ptr(), threads=threads,
     )  # fmt: skip
-    _down_kernel(hidden, width, format_)(
+    down(
         activated_PI.data_ptr(), down_SDI.data_ptr(), starts.data_ptr(), num_slots,
         out_PD.data_ptr(), workspace.data_ptr(), threads=threads,
     )  # fmt: skip
@@ -125,7 +153,7 @@ def _gate_up_kernel(hidden: int, width: int, format_: int) -> Kernel:
 
     def gate_up(arguments: Any) -> None:
         x, weights, starts = arguments[0], arguments[1], arguments[2]
-        gates = own_part(arguments[5], 8 * TILE_FLOATS)
+        gates = own_part(arguments[5], 4 * _WORK_FLOATS)
         ups = gates + 4 * TILE_FLOATS
         for item in range(first_item(arguments[3] * tiles), end_item(arguments[3] * tiles)):
             slot, first = item // tiles, item % tiles * TILE
@@ -152,7 +180,7 @@ def _down_kernel(hidden: int, width: int, format_: int) -> Kernel:
 
     def down(arguments: Any) -> None:
         x, weights, starts = arguments[0], arguments[1], arguments[2]
-        products = own_part(arguments[5], 8 * TILE_FLOATS)
+        products = own_part(arguments[5], 4 * _WORK_FLOATS)
         for item in range(first_item(arguments[3] * tiles), end_item(arguments[3] * tiles)):
             slot, first = item // tiles, item % tiles * TILE
             units = min(TILE, hidden - first)

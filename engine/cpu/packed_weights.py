@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.cpu import vectors
 from engine.cpu.threads import Kernel, end_item, first_item
-from engine.cpu.values import BFLOAT16
+from engine.cpu.values import BFLOAT16, ELEMENT_BYTES
 from engine.cpu.vectors import LANES
 
 TILE_VECTORS = 2
@@ -30,17 +30,22 @@ MOST_ROWS = (
     12  # 24 sums, two vectors of weights and one of a row are nearly all registers there are
 )
 _PAIR_BYTES = 4
-_TILE_PAIR_BYTES = TILE * _PAIR_BYTES
+TILE_PAIR_BYTES = TILE * _PAIR_BYTES
 _OUT_BYTES = 2 * TILE
 _SHARED_BYTES = 2**16  # of weights; below, waking threads takes longer than the work
 
 
 def serves(weight_OI: Tensor) -> bool:
     """Whether these weights can be packed, and this machine multiplies them."""
+    return serves_as(weight_OI.device, weight_OI.dtype, weight_OI.shape[1])
+
+
+def serves_as(device: torch.device, dtype: torch.dtype, in_features: int) -> bool:
+    """``serves``, for weights that are not there yet."""
     return (
-        weight_OI.device.type == "cpu"
-        and weight_OI.dtype == torch.bfloat16
-        and weight_OI.shape[1] % INPUT_STEP == 0
+        device.type == "cpu"
+        and dtype == torch.bfloat16
+        and in_features % INPUT_STEP == 0
         and vectors.has_bf16_dot()
     )
 
@@ -57,6 +62,14 @@ def pack(weight_OI: Tensor) -> Tensor:
         rest_JI[: out_features - whole * TILE] = weight_OI[whole * TILE :]
         _put(packed_TPJ2[whole:], rest_JI)
     return packed_TPJ2
+
+
+def in_tiles(weight_OI: Tensor) -> Tensor:
+    """The same bytes in the order of ``pack``, under the shape of the weight; O is a multiple of
+    ``TILE``. For weights that are to be replaced one by one in a tensor of many.
+    """
+    assert weight_OI.shape[0] % TILE == 0
+    return pack(weight_OI).view(weight_OI.shape)
 
 
 def _put(packed_TPJ2: Tensor, weight_OI: Tensor) -> None:
@@ -93,20 +106,20 @@ def _kernel() -> Kernel:
         weights, tiles, pairs = arguments[3], arguments[4], arguments[5]
         blocks = (num_rows + MOST_ROWS - 1) // MOST_ROWS
         for tile in range(first_item(tiles), end_item(tiles)):
-            weight = weights + tile * pairs * _TILE_PAIR_BYTES
+            weight = weights + tile * pairs * TILE_PAIR_BYTES
             out = arguments[6] + tile * _OUT_BYTES
             for block in range(blocks):
                 row = num_rows * block // blocks
                 rows = num_rows * (block + 1) // blocks - row
                 multiply_block(
                     x + row * stride, stride, rows, weight, pairs,
-                    out + row * arguments[7], arguments[7],
+                    out + row * arguments[7], arguments[7], BFLOAT16,
                 )  # fmt: skip
 
     return Kernel(multiply_tiles, (TILE, INPUT_STEP, MOST_ROWS))
 
 
-@intrinsic
+@intrinsic(prefer_literal=True)
 def multiply_block(
     typing_context: Any,
     left: Any,
@@ -116,11 +129,15 @@ def multiply_block(
     pairs: Any,
     out: Any,
     out_stride: Any,
+    out_format: Any,
 ) -> Any:
-    """1 to ``MOST_ROWS`` rows times one tile of ``pairs`` (even), as bf16. Strides are in bytes."""
+    """1 to ``MOST_ROWS`` rows times one tile of ``pairs`` (even). Strides are in bytes, and the
+    format of the results is a constant.
+    """
+    chosen = out_format.literal_value
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        left, left_stride, rows, weight, pairs, out, out_stride = arguments
+        left, left_stride, rows, weight, pairs, out, out_stride, _ = arguments
         after = builder.append_basic_block("multiply.end")
         choice = builder.switch(rows, after)
         for count in range(1, MOST_ROWS + 1):
@@ -132,20 +149,20 @@ def multiply_block(
             for number, total in enumerate(sums):
                 row, part = divmod(number, TILE_VECTORS)
                 at = vectors.place(builder, out, out_stride, row)
-                at = builder.add(at, vectors.index(2 * LANES * part))
-                vectors.store(builder, at, total, BFLOAT16)
+                at = builder.add(at, vectors.index(ELEMENT_BYTES[chosen] * LANES * part))
+                vectors.store(builder, at, total, chosen)
             builder.branch(after)
         builder.position_at_end(after)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 7), generate
+    return types.void(*[types.int64] * 7, out_format), generate
 
 
 def _sums(builder: Any, rows: list[Any], weight: Any, pairs: Any) -> list[Any]:
     """Of each row in turn the vectors of the tile's outputs."""
 
     def add_pair(k: Any, sums: list[Any]) -> list[Any]:
-        at = builder.add(weight, builder.mul(k, vectors.index(_TILE_PAIR_BYTES)))
+        at = builder.add(weight, builder.mul(k, vectors.index(TILE_PAIR_BYTES)))
         parts = [
             vectors.load_pairs(builder, builder.add(at, vectors.index(_PAIR_BYTES * LANES * part)))
             for part in range(TILE_VECTORS)

@@ -35,11 +35,13 @@ _LARGEST_COPIED_BYTES = 2**21
 class ExpertWeights:
     """Local slots of one layer. Gate rows come first, up rows second; an empty slot is zeros.
 
-    Slots are written in place when an expert moves; they are never reallocated.
+    Slots are written in place when an expert moves; they are never reallocated. ``in_tiles``: the
+    bytes of each slot lie as ``engine.cpu.packed_weights.in_tiles`` puts them.
     """
 
     gate_up: Tensor  # (S, 2I, D)
     down: Tensor  # (S, D, I)
+    in_tiles: bool = False
 
     @property
     def num_slots(self) -> int:
@@ -82,12 +84,13 @@ class GroupedExperts:
         """
         if x_BD.is_cuda and not self._exact:
             return self._without_host_sync(x_BD, slot_BK)
-        if experts.serves(self.weights.gate_up, self.weights.down):
+        weights = self.weights
+        if weights.in_tiles or experts.serves(weights.gate_up, weights.down):
             y_PD, place_BK = experts.apply_experts(
-                x_BD, slot_BK, self.weights.gate_up, self.weights.down
+                x_BD, slot_BK, weights.gate_up, weights.down, in_tiles=weights.in_tiles
             )
             return ExpertRows(y_PD=y_PD, place_BK=place_BK)
-        num_slots = self.weights.num_slots
+        num_slots = weights.num_slots
         slot_R = slot_BK.flatten()
         # Rows of slot -1 sort first and are cut off.
         counts_S = torch.bincount(slot_R + 1, minlength=num_slots + 1)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from engine.config import ExpertsConfig
+from engine.cpu.experts import serves_tiles
+from engine.cpu.packed_weights import in_tiles
 from engine.experts.grouped_gemm import ExpertWeights
 from engine.experts.layer import ExpertLayer, PendingExperts
 from engine.experts.placement import EMPTY
@@ -181,20 +183,28 @@ class SlotWeights:
     describe: DescribeExpert
 
     def read_expert(self, expert: int) -> tuple[Tensor, Tensor]:
-        """Gate and up (F, D) and down (D, I) of any expert of the layer."""
-        gate, up, down = self.describe(self.reader.again(), expert)
-        return read_rows((gate, up)), down.read()
+        """Gate and up (F, D) and down (D, I) of any expert of the layer, as they lie in a slot."""
+        return self._read(self.describe(self.reader.again(), expert))
 
     def read(self) -> ExpertWeights:
         gate_up_SFD = self._zeros(2 * self.width, self.hidden)
         down_SDI = self._zeros(self.hidden, self.width)
         for slot, parts in enumerate(self.slots):
             if parts is not None:
-                gate, up, down = parts
-                gate_up_SFD[slot, : self.width] = gate.read()
-                gate_up_SFD[slot, self.width :] = up.read()
-                down_SDI[slot] = down.read()
-        return ExpertWeights(gate_up=gate_up_SFD, down=down_SDI)
+                gate_up_SFD[slot], down_SDI[slot] = self._read(parts)
+        return ExpertWeights(gate_up=gate_up_SFD, down=down_SDI, in_tiles=self._in_tiles)
+
+    def _read(self, parts: ExpertParts) -> tuple[Tensor, Tensor]:
+        gate, up, down = parts
+        gate_up_FD, down_DI = read_rows((gate, up)), down.read()
+        if self._in_tiles:
+            return in_tiles(gate_up_FD), in_tiles(down_DI)
+        return gate_up_FD, down_DI
+
+    @property
+    def _in_tiles(self) -> bool:
+        reader = self.reader
+        return serves_tiles(reader.device, reader.dtype, self.hidden, self.width)
 
     def _zeros(self, rows: int, columns: int) -> Tensor:
         shape = (len(self.slots), rows, columns)

@@ -7,8 +7,11 @@ from torch.nn import functional
 
 from engine.cpu import rows
 from engine.cpu.experts import apply_experts, serves
+from engine.cpu.packed_weights import in_tiles
+from engine.cpu.vectors import has_bf16_dot
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+needs_bf16_dot = pytest.mark.skipif(not has_bf16_dot(), reason="needs AVX512-BF16")
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 
 
@@ -85,6 +88,28 @@ def test_a_rows_result_has_the_same_bits_in_any_company(dtype: torch.dtype) -> N
     for row in range(37):
         alone, place = apply_experts(x[row : row + 1], slots[row : row + 1], gate_up, down)
         assert torch.equal(alone[place[0]], together[places[row]])
+
+
+@needs_bf16_dot
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 12, 13, 60])
+def test_experts_whose_weights_lie_in_tiles_agree_too(num_rows: int) -> None:
+    torch.manual_seed(num_rows)
+    hidden, width = 96, 160
+    gate_up = (torch.randn(6, 2 * width, hidden) / hidden**0.5).bfloat16()
+    down = (torch.randn(6, hidden, width) / width**0.5).bfloat16()
+    tiled = torch.stack([in_tiles(part) for part in gate_up])
+    tiled_down = torch.stack([in_tiles(part) for part in down])
+    x = torch.randn(num_rows, hidden).bfloat16()
+    slots = torch.stack([torch.randperm(7)[:3] - 1 for _ in range(num_rows)])  # -1: elsewhere
+    results, places = apply_experts(x, slots, tiled, tiled_down, in_tiles=True)
+    here = slots >= 0
+    close(results[places[here]], reference(x, slots, gate_up, down)[here])
+    for row in range(num_rows):
+        alone, place = apply_experts(
+            x[row : row + 1], slots[row : row + 1], tiled, tiled_down, in_tiles=True
+        )
+        mine = here[row]
+        assert torch.equal(alone[place[0][mine]], results[places[row][mine]])
 
 
 def test_no_rows_and_no_expert_here_are_no_trouble() -> None:
