@@ -20,6 +20,7 @@ from protocol.errors import ConfigError
 _WORKER_METRIC = "headrace_worker_"
 _COLUMNS = {
     "up": "linked",
+    "ranks": "ranks",
     "running_requests": "running",
     "queued_requests": "queued",
     "blocks_free": "free blocks",

@@ -88,7 +88,7 @@ class FollowerLoop:
         except (WorkerLost, DeadlineExceeded, Cancelled) as error:
             log.warning("the prefill ranks are not together", reason=str(error))
             return False
-        log.info("prefill ranks serve together", epoch=group.epoch)
+        log.info("prefill ranks serve together", epoch=group.epoch, rows=group.rows)
         if not self._served:
             self._served = True
             self._on_serving()

@@ -128,7 +128,7 @@ class LeadRank:
             log.warning("the prefill ranks are not together", reason=str(error))
             return False
         self._source.enter_group()
-        log.info("prefill ranks serve together", epoch=self._group.epoch)
+        log.info("prefill ranks serve together", epoch=self._group.epoch, rows=self._group.rows)
         self._on_membership()
         return True
 

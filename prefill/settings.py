@@ -1,5 +1,7 @@
 """Settings of one prefill worker process. Values are final; ``deploy`` reads flags and files."""
 
+from typing import Literal
+
 from pydantic import ByteSize, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from runtime.settings import (
@@ -24,7 +26,7 @@ class PrefillGroupSettings(Settings):
     rank: NonNegativeInt | None = None
     """This process's rank; 0 leads. Empty: start all ranks as children of this process."""
 
-    rendezvous: HostPort = "127.0.0.1:8300"
+    rendezvous: HostPort = "127.0.0.1:8210"
     """host:port where the ranks meet, at the start and after each loss; rank 0 listens there."""
 
     rendezvous_timeout_s: PositiveFloat = 120.0
@@ -32,6 +34,9 @@ class PrefillGroupSettings(Settings):
 
     step_timeout_s: PositiveFloat = 30.0
     """Seconds that a rank may keep the others waiting in a step before it counts as lost."""
+
+    rows: Literal["auto", "shared_memory", "gloo"] = "auto"
+    """What carries rows between ranks on CPUs, as decode.group.rows."""
 
     @model_validator(mode="after")
     def _rank_is_in_the_group(self) -> "PrefillGroupSettings":

@@ -287,6 +287,7 @@ def make_rendezvous(
         name=settings.worker_id,
         role="prefill",
         collective_timeout_s=settings.group.step_timeout_s,
+        rows=settings.group.rows,
         terms=terms,
         key=b"" if key is None else key.derive("ranks"),
     )

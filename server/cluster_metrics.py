@@ -6,6 +6,7 @@ headrace_gateway_stale_frames_total             dropped: of an old attempt, work
 headrace_gateway_retries_total                  attempts that were tried again elsewhere
 headrace_gateway_migrations_total               streams that went on elsewhere
 headrace_worker_up{worker,role}                 1 while this gateway has a link to it
+headrace_worker_ranks{worker,role}              processes that share the model, with itself
 headrace_worker_running_requests{worker,role}   by the worker's own account, like all below
 headrace_worker_queued_requests{worker,role}
 headrace_worker_queued_tokens{worker,role}
@@ -77,6 +78,7 @@ class ClusterMetrics(Collector):
         loads = {
             name: GaugeMetricFamily(f"headrace_worker_{name}", text, labels=_WORKER)
             for name, text in (
+                ("ranks", "Processes that share the model with it, itself included"),
                 ("running_requests", "Requests in the batch"),
                 ("queued_requests", "Requests that wait at the worker"),
                 ("queued_tokens", "Prompt tokens that wait or are being computed"),
@@ -91,6 +93,7 @@ class ClusterMetrics(Collector):
             for name, count in _blocks_by_state(load).items():
                 blocks.add_metric([*labels, name], count)
             hits.add_metric(labels, load.prefix_hit_tokens)
+            loads["ranks"].add_metric(labels, state.info.world_size)
             loads["running_requests"].add_metric(labels, load.running_requests)
             loads["queued_requests"].add_metric(labels, load.queued_requests)
             loads["queued_tokens"].add_metric(labels, load.queued_tokens)

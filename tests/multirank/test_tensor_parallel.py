@@ -23,7 +23,13 @@ VOCABULARY = 384  # of the tiny checkpoints; ranks must not import transformers 
 RTOL, ATOL = 1e-4, 2e-4
 pytestmark = pytest.mark.multirank
 
-Kinds = ["llama", "mixtral", "qwen3_moe", "deepseek_v3", "deepseek_v3_direct_queries"]
+KINDS = ("llama", "mixtral", "qwen3_moe", "deepseek_v3", "deepseek_v3_direct_queries")
+QUICK = (("llama", 4), ("qwen3_moe", 2), ("mixtral", 2), ("deepseek_v3", 4))
+CASES = [
+    pytest.param(kind, ranks, marks=[] if (kind, ranks) in QUICK else [pytest.mark.slow])
+    for kind in KINDS
+    for ranks in (2, 4)
+]
 
 
 def sequences() -> list[list[int]]:
@@ -83,8 +89,7 @@ def reference(tiny_checkpoint: Callable[[str], Path]) -> Callable[[str], list[Te
     return logits
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-@pytest.mark.parametrize("kind", Kinds)
+@pytest.mark.parametrize(("kind", "num_ranks"), CASES)
 def test_ranks_that_share_the_layers_give_the_reference_logits(
     kind: str,
     num_ranks: int,
