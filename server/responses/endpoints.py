@@ -16,6 +16,10 @@ class StoredResponseEndpoints:
     def __init__(self, store: ResponseStore) -> None:
         self._store = store
 
+    async def show_or_delete(self, request: Request) -> Response:
+        """One route for both, so that a wrong method is told of both."""
+        return await (self.delete if request.method == "DELETE" else self.retrieve)(request)
+
     async def retrieve(self, request: Request) -> Response:
         return json_response(self._find(request).shown)
 

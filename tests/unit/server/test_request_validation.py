@@ -448,6 +448,9 @@ def test_a_wrong_method_is_405_and_says_which_is_right() -> None:
     response = request("GET", CHAT)
     error_of(response, 405)
     assert response.headers["allow"] == "POST"
+    several = request("PUT", "/v1/responses/resp_1")
+    error_of(several, 405)
+    assert set(several.headers["allow"].split(", ")) == {"GET", "HEAD", "DELETE"}
 
 
 def test_a_fault_is_a_500_that_tells_nothing_but_the_request_id() -> None:
