@@ -78,6 +78,8 @@ def main() -> int:
         over_least = steep["balanced, planned"] / steep["balanced, least by estimate"]
         bars.append(Bar(f"Zipf {STEEP}: planned / least by estimate", over_least, at_most=1.01))
     bars.append(Bar("max / mean, balanced, window", skewed["balanced, window"], at_most=1.05))
+    if isinstance(recorded := figures["recorded, balanced"], float):
+        bars.append(Bar("max / mean, balanced, recorded", recorded, at_most=1.05))
     bars += [
         Bar(f"{ranks} ranks: longest move / median step", value, at_most=0.5)
         for ranks in options.ranks
@@ -248,8 +250,9 @@ def _estimated_least(load: Sequence[float]) -> float:
     """About the least max / mean that a skewed load allows on these slots.
 
     The ranks that hold an expert carry it, and in their other slots as many of the lightest
-    experts; that tells how many replicas a limit needs, and the slots how many there may be. It is
-    no bound: a slot that is empty, or that holds a small share of some expert, makes room for more.
+    experts, whatever the shares; that tells how many replicas a limit needs, and the slots how many
+    there may be. It is no bound: a slot that is empty, or that holds a small share of some expert,
+    makes room for more.
     """
     mean = sum(load) / NVL72.num_ranks
     lightest = [0.0, *accumulate(amount / mean for amount in sorted(load))]

@@ -13,7 +13,7 @@ from typing import Literal
 
 from protocol.errors import ProtocolError
 
-ROW_VERSION = 4
+ROW_VERSION = 5
 EXPECTING_PACE_S = 0.005
 IDLE_PACE_S = 0.05
 
@@ -130,6 +130,7 @@ class StepPlan:
     leaving: tuple[int, ...]
     computed_us: int  # the slowest rank's last step of decoding
     experts: ExpertStep
+    teller: int  # the rank whose placement of experts all take where they differ
 
 
 def decide(rows: Sequence[StepRow], *, least_ranks: int) -> StepPlan:
@@ -169,6 +170,7 @@ def decide(rows: Sequence[StepRow], *, least_ranks: int) -> StepPlan:
         computed_us=max(row.computed_us for row in rows),
         skew_us=max(row.waited_us for row in rows) - min(row.waited_us for row in rows),
         leaving=leaving,
+        teller=_teller(rows),
         experts="keep" if kind in ("stop", "restore", "regroup") else _with_experts(rows),
     )
 
@@ -179,6 +181,12 @@ def _who_may_leave(rows: Sequence[StepRow], least_ranks: int) -> tuple[int, ...]
     if staying < least_ranks:
         return ()
     return tuple(row.seat for row in rows if row.state is RankState.LEAVING)
+
+
+def _teller(rows: Sequence[StepRow]) -> int:
+    """The first of those whose placement most ranks have."""
+    placements = [row.placement for row in rows]
+    return placements.index(max(placements, key=placements.count))
 
 
 def _with_experts(rows: Sequence[StepRow]) -> ExpertStep:

@@ -233,7 +233,7 @@ class DecodeLoop:
             self._experts.after_step()
             self.account.stepped(time.monotonic() - now, len(step.refs))
         elif plan.kind == "restore":
-            self._experts.restore()
+            self._experts.restore(group, plan.teller)
         elif plan.kind == "idle":
             self.account.look()
             # Alone there is nobody to keep pace with.

@@ -8,8 +8,9 @@ in which it is sent and is heard after it, so a step waits at most for one layer
 fails, the old placement stays whole. Replicas hold equal bytes: no token changes.
 
 When seats are lost, those that are left take over their experts before the next step
-(``engine.experts.cover``); when a seat is taken again, all go back to where they started. While one
-is empty, experts move for no other reason.
+(``engine.experts.cover``), and experts move among them. When a seat is taken again, whoever takes
+it is told where experts are now, and gets some with the next round; where experts do not move, all
+go back to where they started.
 
 Everything is called on the engine thread; only planning and reading are beside it.
 """
@@ -23,10 +24,10 @@ from typing import Generic, TypeVar
 
 from decode.lockstep import ExpertStep, Rebalancing
 from engine.collectives import PendingLines, StepGroup
-from engine.experts.balancer import Mode, balance_of, rebalance
+from engine.experts.balancer import Mode, balance_of, leaves_idle, rebalance
 from engine.experts.counting import ExpertCounts
-from engine.experts.cover import cover
-from engine.experts.placement import ExpertPlacement, Topology, moves
+from engine.experts.cover import cover, with_absent, without_absent
+from engine.experts.placement import ExpertPlacement, Topology
 from engine.experts.slot_exchange import SlotExchange, StagedSlots
 from engine.experts.spread import digest
 from protocol.workers import ExpertReport
@@ -161,7 +162,7 @@ class ExpertMoves:
             if self._counted == self._rule.window:
                 self._window = self._take()
                 self._steps, self._counted = 0, None
-                if self._moves and len(self._members) == self._topology.num_ranks:
+                if self._moves:
                     self._pending = list(self._exchanges)
                 self._publish()
         self._begin_window()
@@ -177,31 +178,52 @@ class ExpertMoves:
         self._members = tuple(members)
         self._take_over(self.placements)
 
-    def restore(self) -> None:
-        """Go back to the placement of the start, as far as all seats are taken; takes as long as
-        reading what has moved.
+    def restore(self, group: StepGroup, teller: int) -> None:
+        """Ranks' placements differ: take the one that rank ``teller`` has, or that of the start
+        where experts do not move. Takes as long as reading what that brings here.
 
         Raises:
             ConfigError: an expert cannot be read any more.
+            WorkerLost: a rank failed.
         """
         self._abandon()
-        self._take_over(self._initial)
-        log.info("experts are back where they started")
+        if not self._moves:
+            self._take_over(self._initial)
+            log.info("experts are back where they started")
+            return
+        mine = chain.from_iterable(_line_of(each.placement) for each in self._exchanges.values())
+        (told,) = group.begin_broadcast(tuple(mine), root=teller).wait()
+        width = len(told) // len(self._exchanges)
+        placements = {
+            layer: _placement_of(told[index * width : (index + 1) * width], exchange.placement)
+            for index, (layer, exchange) in enumerate(self._exchanges.items())
+        }
+        self._take_over(placements)
+        log.info("experts are where another rank says", rank=teller)
 
     def _take_over(self, placements: Mapping[int, ExpertPlacement]) -> None:
         """Hold what follows from ``placements`` for the members that are there."""
-        began, read = time.monotonic(), 0
+        began, read, before = time.monotonic(), 0, self._placement
         for layer, exchange in self._exchanges.items():
             staged = exchange.stage(cover(placements[layer], self._members))
             exchange.commit(staged)
             read += len(staged.slots)
         self._placement = digest(self.placements)
-        if read:
+        if any(
+            leaves_idle(self._among_members(each.placement)) for each in self._exchanges.values()
+        ):
+            self._steps = self._rule.interval  # whoever holds nothing need not wait for long
+            self._begin_window()
+        if self._placement != before:
             self._epoch += 1
             self._migrations += read
             self._publish()
+        if read:
             seconds = round(time.monotonic() - began, 3)
             log.info("experts were taken over", experts=read, members=self._members, s=seconds)
+
+    def _among_members(self, placement: ExpertPlacement) -> ExpertPlacement:
+        return without_absent(placement, self._members)
 
     def _stage(self) -> Rebalancing:
         if not self._moves:
@@ -224,7 +246,7 @@ class ExpertMoves:
         if self._counts_coming is not None:
             counts, self._counts_coming = self._counts_coming.wait(), None
             layer = self._pending[0]
-            if self._seat == self._planner(layer):
+            if self._members[self._planner(layer)] == self._seat:
                 load = [float(sum(tokens)) for tokens in zip(*counts, strict=True)]
                 current = self._exchanges[layer].placement
                 self._planning = _Beside(lambda: self._plan(load, current))
@@ -233,47 +255,52 @@ class ExpertMoves:
             self._begin_staging(told)
 
     def _plan(self, load: list[float], current: ExpertPlacement) -> ExpertPlacement:
-        if balance_of(load, current).max_over_mean <= self._rule.above:
+        """Among the members: a group that meets anew drops what is being planned."""
+        members = self._members
+        here = without_absent(current, members)
+        even = balance_of(load, here).max_over_mean <= self._rule.above
+        if even and not leaves_idle(here):
             return current
-        wanted = rebalance(load, current, self._topology, mode=self._mode, pause=_breathing())
-        return wanted if moves(current, wanted) else current
+        topology = self._topology.among(members)
+        wanted = rebalance(load, here, topology, mode=self._mode, pause=_breathing())
+        return with_absent(wanted, members, current.num_ranks)
 
     def _planner(self, layer: int) -> int:
         """The rank that plans it: not always the same one."""
-        return list(self._exchanges).index(layer) % self._topology.num_ranks
+        return list(self._exchanges).index(layer) % len(self._members)
 
     def _share(self, group: StepGroup) -> None:
         layer, planning = self._pending[0], self._planning
         current = self._exchanges[layer].placement
         mine = current if planning is None or planning.result is None else planning.result
-        line = tuple(chain.from_iterable(mine.slots))
-        self._plan_coming = group.begin_broadcast(line, root=self._planner(layer))
+        self._plan_coming = group.begin_broadcast(_line_of(mine), root=self._planner(layer))
         self._planning = None
 
     def _begin_staging(self, told: Sequence[int]) -> None:
         exchange = self._exchanges[self._pending[0]]
         current = exchange.placement
-        per_rank = current.slots_per_rank
-        slots = tuple(
-            tuple(told[first : first + per_rank]) for first in range(0, len(told), per_rank)
-        )
-        wanted = ExpertPlacement(current.num_experts, slots)
+        wanted = _placement_of(told, current)
         self._waiting_for_plan = False
         if wanted == current:
             self._pending.pop(0)
+        elif wanted.slots == current.slots:
+            # All ranks hear it between the same two steps, and only shares change: nobody reads.
+            self._put(exchange.stage(wanted))
         else:
             self._staging = _Beside(lambda: exchange.stage(wanted))
 
     def _commit(self) -> None:
         assert self._staging is not None
         assert self._staging.result is not None
-        layer, staged = self._pending[0], self._staging.result
+        self._put(self._staging.result)
+        self._staging = None
+
+    def _put(self, staged: StagedSlots) -> None:
+        layer = self._pending.pop(0)
         self._exchanges[layer].commit(staged)
         self._placement = digest(self._placement, layer, staged.placement)
         self._epoch += 1
         self._migrations += len(staged.slots)
-        self._staging = None
-        self._pending.pop(0)
         self._publish()
         log.debug("experts moved", layer=layer, here=len(staged.slots))
 
@@ -314,9 +341,23 @@ class ExpertMoves:
                 for layer, tokens in self._totals.items()
             ),
             held=tuple(placements[layer].slots_of(self._seat) for layer in self._totals),
+            shares=tuple(placements[layer].shares_of(self._seat) for layer in self._totals),
             placement_epoch=self._epoch,
             migrations=self._migrations,
         )
+
+
+def _line_of(placement: ExpertPlacement) -> tuple[int, ...]:
+    return tuple(chain(*placement.slots, *placement.shares))
+
+
+def _placement_of(line: Sequence[int], like: ExpertPlacement) -> ExpertPlacement:
+    """What ``_line_of`` made of a placement of the same shape."""
+    per_rank = like.slots_per_rank
+    rows = [tuple(line[first : first + per_rank]) for first in range(0, len(line), per_rank)]
+    return ExpertPlacement(
+        like.num_experts, tuple(rows[: like.num_ranks]), tuple(rows[like.num_ranks :])
+    )
 
 
 def _breathing() -> Callable[[], None]:

@@ -23,6 +23,7 @@ _COLUMNS = (
     "busiest",
     "its share",
     "replicas",
+    "largest",
 )
 _UNITS = {10**9: "GB", 10**6: "MB", 10**3: "kB"}
 _RANK_COLUMNS = (
@@ -42,6 +43,8 @@ _RANK_COLUMNS = (
 class Layer:
     tokens: dict[int, float] = field(default_factory=dict)  # by expert
     replicas: dict[int, float] = field(default_factory=dict)  # by expert
+    # By expert that has several: part of its tokens that one of them gets.
+    largest_share: dict[int, float] = field(default_factory=dict)
     slots: float = 0
     balancedness: float = 1
 
@@ -92,7 +95,7 @@ def groups_in(metrics: str) -> dict[str, Group]:
             layer = group.layers.setdefault(int(sample.labels["layer"]), Layer())
             if name in ("slots", "balancedness"):
                 setattr(layer, name, sample.value)
-            elif name in ("tokens", "replicas"):
+            elif name in ("tokens", "replicas", "largest_share"):
                 getattr(layer, name)[int(sample.labels["expert"])] = sample.value
     return groups
 
@@ -190,6 +193,7 @@ def _row(number: int, layer: Layer) -> list[str]:
         str(busiest),
         f"{share:.1%}",
         f"{layer.replicas[busiest]:.0f}",
+        f"{layer.largest_share.get(busiest, 1.0):.0%}",
     ]
 
 

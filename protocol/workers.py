@@ -108,6 +108,7 @@ class ExpertReport(msgspec.Struct, frozen=True, kw_only=True):
     tokens: tuple[tuple[int, ...], ...]  # by expert, cumulative
     window_tokens: tuple[tuple[int, ...], ...]  # by expert, of the last whole window
     held: tuple[tuple[int, ...], ...]  # the expert in each of its slots, -1 where there is none
+    shares: tuple[tuple[int, ...], ...]  # of its expert's tokens, in proportion over all ranks
     placement_epoch: int  # how often a layer has got another placement
     migrations: int  # experts that have come to this rank, cumulative
 

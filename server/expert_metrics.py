@@ -2,6 +2,7 @@
 
 headrace_expert_tokens_total{group,layer,expert}   tokens that chose the expert
 headrace_expert_replicas{group,layer,expert}       slots that hold it
+headrace_expert_largest_share{group,layer,expert}  part of its tokens that one of several slots gets
 headrace_expert_slots{group,layer}                 slots on all ranks, empty ones included
 headrace_expert_balancedness{group,layer}          mean / max of ranks' tokens in the last window
 headrace_expert_placement_epoch{group}             how often a layer has got another placement
@@ -23,6 +24,7 @@ so the sums are of one window but for the moment in which the reports arrive.
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
@@ -37,8 +39,11 @@ class LayerExperts:
 
     tokens: Sequence[int]
     replicas: Sequence[int]
+    largest_share: Sequence[
+        float
+    ]  # of its tokens, that one replica gets; 1 where it is the only one
     slots: int
-    rank_tokens: Sequence[float]  # by rank, of the last window; replicas share an expert's evenly
+    rank_tokens: Sequence[float]  # by rank, of the last window, by the shares of its slots
     balancedness: float  # 1 where no rank has more tokens than the mean, and without tokens
 
 
@@ -80,6 +85,11 @@ def expert_metrics(
     replicas = GaugeMetricFamily(
         "headrace_expert_replicas", "Slots that hold the expert", labels=of_expert
     )
+    largest = GaugeMetricFamily(
+        "headrace_expert_largest_share",
+        "Part of the expert's tokens that one of its replicas gets, where it has several",
+        labels=of_expert,
+    )
     slots = GaugeMetricFamily("headrace_expert_slots", "Expert slots on all ranks", labels=of_layer)
     balancedness = GaugeMetricFamily(
         "headrace_expert_balancedness", "Mean over max of ranks' tokens", labels=of_layer
@@ -99,7 +109,10 @@ def expert_metrics(
             for expert, (count, copies) in enumerate(zip(of.tokens, of.replicas, strict=True)):
                 tokens.add_metric([group, str(layer), str(expert)], count)
                 replicas.add_metric([group, str(layer), str(expert)], copies)
-    return tokens, replicas, slots, balancedness, epoch, migrations
+                if copies > 1:
+                    share = of.largest_share[expert]
+                    largest.add_metric([group, str(layer), str(expert)], share)
+    return tokens, replicas, largest, slots, balancedness, epoch, migrations
 
 
 def traffic_metrics(members: Iterable[WorkerState]) -> Iterable[Metric]:
@@ -182,11 +195,24 @@ def layer_of(reports: Sequence[ExpertReport], index: int) -> LayerExperts:
     window = [sum(of) for of in zip(*(r.window_tokens[index] for r in reports), strict=True)]
     held = [report.held[index] for report in reports]
     copies = Counter(expert for of_rank in held for expert in of_rank if expert >= 0)
-    loads = [sum(window[e] / copies[e] for e in of_rank if e >= 0) for of_rank in held]
+    shares = [
+        [(e, share) for e, share in zip(of_rank, report.shares[index], strict=True) if e >= 0]
+        for of_rank, report in zip(held, reports, strict=True)
+    ]
+    whole, largest = [0] * len(tokens), [0] * len(tokens)
+    for expert, share in chain.from_iterable(shares):
+        whole[expert] += share
+        largest[expert] = max(largest[expert], share)
+    loads = [
+        sum(window[e] * share / whole[e] for e, share in of_rank if share) for of_rank in shares
+    ]
     busiest = max(loads)
     return LayerExperts(
         tokens=tokens,
         replicas=[copies[expert] for expert in range(len(tokens))],
+        largest_share=[
+            most / of_all if of_all else 1.0 for most, of_all in zip(largest, whole, strict=True)
+        ],
         slots=sum(map(len, held)),
         rank_tokens=loads,
         balancedness=sum(loads) / len(loads) / busiest if busiest else 1.0,

@@ -1,22 +1,26 @@
-"""Which experts get further replicas, and which ranks hold what, so that ranks do equal work.
+"""Which experts get further replicas, which ranks hold what, and which share of an expert's tokens
+each replica gets, so that ranks do equal work.
 
-A replica carries its expert's load divided by the number of replicas. Experts are replicated where
-that share is largest, packed on ranks heaviest first, and then exchanged between the busiest rank
-and the others while that helps. Pure: ranks that start with the same recorded load place alike.
-How load is counted and how experts move is unknown here.
-
-Replication and packing are those of DeepSeek's EPLB, with ranks that never hold an expert twice,
-any number of ranks, and few moves.
+Replicas need not get equal shares: ranks that replicas join can carry together whatever they hold.
+So a heavy expert gets as many ranks as its load and the lightest experts beside it fill; the others
+are packed into what is left, heaviest first; experts are exchanged between the busiest rank and the
+others while that helps; and shares are poured until the ranks are level. Pure: ranks that start
+with the same recorded load place alike. How load is counted and how experts move is unknown here.
 """
 
 import heapq
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
-from engine.experts.packing import Packing
+from engine.experts.exchanges import Exchanges
+from engine.experts.holdings import Holdings
+from engine.experts.packing import adopt, pack
 from engine.experts.placement import (
+    EMPTY,
+    WHOLE,
     ExpertPlacement,
     Topology,
     keeping_slots,
@@ -27,9 +31,9 @@ from protocol.errors import ConfigError
 
 Mode = Literal["global", "hierarchical"]
 
-WORTH_MOVING = 0.01  # of the mean: what gains less is not worth further moves or search
-_DONORS = 4
-_LEAST_GAIN = 1e-6
+WORTH_MOVING = 0.01  # of the mean: what gains less is not worth further moves
+_NEAR_ENOUGH = 0.001  # of the mean: what gains less is not worth further search
+_HALVINGS = 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,18 +69,11 @@ def balance(
     Raises:
         ConfigError: the load is empty, negative or not finite, or the slots are too few.
     """
-    domains = _domains(topology, mode)
-    copies = replicate(load, topology.num_ranks, slots_per_rank)
-    best = _packed(load, copies, domains, slots_per_rank, pause)
-    while best.max_over_mean > 1 + WORTH_MOVING:
-        for copies in _trades(load, best):
-            packing = _packed(load, copies, domains, slots_per_rank, pause)
-            if packing.max_over_mean < best.max_over_mean - _LEAST_GAIN:
-                best = packing
-                break
-        else:
-            break
-    return best.placement()
+    least, copies = _least_and_copies(load, topology.num_ranks, slots_per_rank, pause)
+    holdings = Holdings(load, _domains(topology, mode), slots_per_rank, pause)
+    pack(holdings, copies)
+    Exchanges(holdings).run(until=least + _NEAR_ENOUGH)
+    return _not_worse_than_evenly(load, holdings.placement())
 
 
 def rebalance(
@@ -100,26 +97,57 @@ def rebalance(
             f"of {current.num_experts} experts on {current.num_ranks} ranks"
         )
     domains = _domains(topology, mode)
+    spread = shared_trays(current, domains) == _least_shared(current, domains)
+    even = balance_of(load, current).max_over_mean <= 1 + WORTH_MOVING
+    if even and spread and not leaves_idle(current):
+        return current
     best = balance(load, topology, current.slots_per_rank, mode=mode, pause=pause)
     goal = balance_of(load, best).max_over_mean + WORTH_MOVING
     shared = shared_trays(best, domains)
 
     def suffices(placement: ExpertPlacement) -> bool:
-        even = balance_of(load, placement).max_over_mean <= goal
-        return even and shared_trays(placement, domains) <= shared
+        return (
+            balance_of(load, placement).max_over_mean <= goal
+            and shared_trays(placement, domains) <= shared
+            and not leaves_idle(placement)
+        )
+
+    def near(copies: Sequence[int]) -> ExpertPlacement:
+        holdings = Holdings(load, domains, current.slots_per_rank, pause)
+        adopt(holdings, current, copies)
+        Exchanges(holdings).run(until=goal)
+        return keeping_slots(current, holdings.placement())
 
     if suffices(current):
         return current
-    copies = [len(replicas) for replicas in best.replicas()]
-    packing = Packing(load, copies, domains, current.slots_per_rank, pause)
-    packing.adopt(current)
-    packing.exchange(until=goal)
-    near = packing.placement()
-    found = min(
-        [placement for placement in (near, best) if suffices(placement)],
-        key=lambda placement: moves(current, placement),
-    )
-    return keeping_slots(current, found)
+    same_slots = level(load, current, pause=pause)
+    if suffices(same_slots):
+        return same_slots
+    found = [keeping_slots(current, best)]
+    for placement in (current, best):
+        found.append(near([len(slots) for slots in placement.replicas()]))
+        if suffices(found[-1]):
+            break
+    return min(filter(suffices, found), key=lambda placement: moves(current, placement))
+
+
+def level(
+    load: Sequence[float],
+    placement: ExpertPlacement,
+    *,
+    pause: Callable[[], None] = _at_once,
+) -> ExpertPlacement:
+    """``placement`` with the shares that let its ranks be as even as these slots allow. Nothing
+    moves. ``pause`` as for ``balance``.
+    """
+    holdings = Holdings(load, Topology(placement.num_ranks), placement.slots_per_rank, pause)
+    adopt(holdings, placement, [len(slots) for slots in placement.replicas()])
+    return _not_worse_than_evenly(load, keeping_slots(placement, holdings.placement()))
+
+
+def leaves_idle(placement: ExpertPlacement) -> bool:
+    """Whether a rank holds nothing, as one does that has just come."""
+    return any(set(held) == {EMPTY} for held in placement.slots)
 
 
 def balance_of(load: Sequence[float], placement: ExpertPlacement) -> Balance:
@@ -134,12 +162,16 @@ def balance_of(load: Sequence[float], placement: ExpertPlacement) -> Balance:
 
 
 def rank_loads(load: Sequence[float], placement: ExpertPlacement) -> list[float]:
-    """What each rank carries when replicas share their expert's load evenly."""
-    loads = [0.0] * placement.num_ranks
-    for amount, slots in zip(load, placement.replicas(), strict=True):
-        for slot in slots:
-            loads[slot // placement.slots_per_rank] += amount / len(slots)
-    return loads
+    """What each rank carries by the shares of its slots."""
+    return [
+        sum(
+            load[expert] * share
+            for expert, share in zip(held, shares, strict=True)
+            if expert != EMPTY
+        )
+        / WHOLE
+        for held, shares in zip(placement.slots, placement.shares, strict=True)
+    ]
 
 
 def replicate(load: Sequence[float], num_ranks: int, slots_per_rank: int) -> list[int]:
@@ -149,57 +181,102 @@ def replicate(load: Sequence[float], num_ranks: int, slots_per_rank: int) -> lis
     Raises:
         ConfigError: as ``balance``.
     """
+    _check(load, num_ranks, slots_per_rank)
+    return _with_all_slots(load, [1] * len(load), num_ranks, slots_per_rank)
+
+
+def _check(load: Sequence[float], num_ranks: int, slots_per_rank: int) -> None:
     if not load or any(not math.isfinite(amount) or amount < 0 for amount in load):
         raise ConfigError("a load needs one finite number, at least 0, for every expert")
-    left = num_ranks * slots_per_rank - len(load)
-    if left < 0:
+    if num_ranks * slots_per_rank < len(load):
         raise ConfigError(
             f"{len(load)} experts do not fit in {slots_per_rank} slots on each of {num_ranks} "
             f"ranks: at least {-(-len(load) // num_ranks)} slots are needed"
         )
-    copies = [1] * len(load)
-    shares = [(-amount, 1, expert) for expert, amount in enumerate(load)]
+
+
+def _with_all_slots(
+    load: Sequence[float], copies: Sequence[int], num_ranks: int, slots_per_rank: int
+) -> list[int]:
+    """``copies`` and more, of the expert with the largest share each time."""
+    counts = list(copies)
+    left = num_ranks * slots_per_rank - sum(counts)
+    shares = [
+        (-amount / count, count, expert)
+        for expert, (amount, count) in enumerate(zip(load, counts, strict=True))
+    ]
     heapq.heapify(shares)
     while left and shares:
         _, count, expert = heapq.heappop(shares)
         if count == num_ranks:
             continue
-        copies[expert] = count + 1
+        counts[expert] = count + 1
         left -= 1
         heapq.heappush(shares, (-load[expert] / (count + 1), count + 1, expert))
-    return copies
+    return counts
+
+
+def _least_and_copies(
+    load: Sequence[float], num_ranks: int, slots_per_rank: int, pause: Callable[[], None]
+) -> tuple[float, list[int]]:
+    """About the least max / mean that these slots allow, and copies of each expert for it.
+
+    Ranks that an expert fills have to fill their other slots too, with the lightest experts at
+    best; that tells how many ranks each expert needs, and the slots how many there may be.
+
+    Raises:
+        ConfigError: as ``balance``.
+    """
+    _check(load, num_ranks, slots_per_rank)
+    mean = sum(load) / num_ranks or 1.0
+    amounts = [amount / mean for amount in load]
+    heaviest = sorted(range(len(load)), key=lambda expert: (-amounts[expert], expert))
+    lightest = list(accumulate(sorted(amounts), initial=0.0))
+
+    def fits(expert: int, count: int, limit: float) -> bool:
+        beside = lightest[min((slots_per_rank - 1) * count, len(load) - 1)]
+        return amounts[expert] + beside <= limit * count * (1 + 1e-12)
+
+    def copies_for(limit: float) -> list[int] | None:
+        copies = [1] * len(load)
+        left = num_ranks * slots_per_rank - len(load)
+        for expert in heaviest:
+            if fits(expert, 1, limit):
+                return copies  # and so do those that are lighter
+            first = max(2, int(amounts[expert] / limit))
+            counts = range(first, min(num_ranks, left + 1) + 1)
+            count = next((count for count in counts if fits(expert, count, limit)), None)
+            if count is None:
+                return None
+            copies[expert] = count
+            left -= count - 1
+        return copies
+
+    low, high = 1.0, 1.0 + amounts[heaviest[0]] + lightest[min(slots_per_rank, len(load)) - 1]
+    found = copies_for(low)
+    if found is None:
+        for _ in range(_HALVINGS):
+            pause()
+            limit = (low + high) / 2
+            found = copies_for(limit)
+            low, high = (limit, high) if found is None else (low, limit)
+        found = copies_for(high)
+        assert found is not None
+    else:
+        high = low
+    return high, _with_all_slots(load, found, num_ranks, slots_per_rank)
+
+
+def _not_worse_than_evenly(load: Sequence[float], placement: ExpertPlacement) -> ExpertPlacement:
+    """Shares are rounded, and only nearly level."""
+    evenly = ExpertPlacement(placement.num_experts, placement.slots)
+    return min(placement, evenly, key=lambda each: max(rank_loads(load, each)))
+
+
+def _least_shared(placement: ExpertPlacement, topology: Topology) -> int:
+    """What ``shared_trays`` is where replicas are in as many trays as they can be."""
+    return sum(max(0, len(slots) - topology.num_trays) for slots in placement.replicas())
 
 
 def _domains(topology: Topology, mode: Mode) -> Topology:
     return Topology(topology.num_ranks) if mode == "global" else topology
-
-
-def _packed(
-    load: Sequence[float],
-    copies: Sequence[int],
-    domains: Topology,
-    slots_per_rank: int,
-    pause: Callable[[], None],
-) -> Packing:
-    packing = Packing(load, copies, domains, slots_per_rank, pause)
-    packing.place_all()
-    packing.exchange(until=0.0)
-    return packing
-
-
-def _trades(load: Sequence[float], packing: Packing) -> Iterator[list[int]]:
-    """Copies with one more of the expert that makes the busiest rank busy, at the cost of another.
-
-    A rank that holds a large share has to fill its other slots too: the smallest possible largest
-    share, which ``replicate`` gives, need not be the best.
-    """
-    copies, wanted = packing.copies, packing.heaviest_of_the_busiest()
-    donors = [expert for expert, count in enumerate(copies) if count > 1 and expert != wanted]
-    donors.sort(key=lambda expert: (load[expert] / (copies[expert] - 1), expert))
-    if copies[wanted] == packing.num_ranks:
-        return
-    for donor in donors[:_DONORS]:
-        traded = list(copies)
-        traded[wanted] += 1
-        traded[donor] -= 1
-        yield traded

@@ -2,15 +2,16 @@
 
 An absent rank holds nothing. Its experts that nobody else holds go to empty slots, and where there
 are none, to slots of experts that have another replica. Everything else stays where it is, so that
-as little as possible has to be read before the members go on. A pure function of the placement and
-the members: all of them find the same without a word. No torch, no weights.
+as little as possible has to be read before the members go on. What replicas are left of an expert
+share its tokens in the proportion that they had. A pure function of the placement and the members:
+all of them find the same without a word. No torch, no weights.
 """
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import chain
 
-from engine.experts.placement import EMPTY, ExpertPlacement
+from engine.experts.placement import EMPTY, ExpertPlacement, shares_by
 from protocol.errors import ConfigError
 
 
@@ -56,7 +57,33 @@ def cover(placement: ExpertPlacement, members: Collection[int]) -> ExpertPlaceme
         copies[expert] += 1
         slots[rank][slot] = expert
         came[rank] += 1
-    return ExpertPlacement(placement.num_experts, tuple(map(tuple, slots)))
+    weights = [
+        [share if new == old else 1 for new, old, share in zip(*of_rank, strict=True)]
+        for of_rank in zip(slots, placement.slots, placement.shares, strict=True)
+    ]
+    return ExpertPlacement(
+        placement.num_experts, tuple(map(tuple, slots)), shares_by(slots, weights)
+    )
+
+
+def without_absent(placement: ExpertPlacement, members: Sequence[int]) -> ExpertPlacement:
+    """As if the members were all ranks that there are; they hold every expert."""
+    return ExpertPlacement(
+        placement.num_experts,
+        tuple(placement.slots[seat] for seat in members),
+        tuple(placement.shares[seat] for seat in members),
+    )
+
+
+def with_absent(
+    placement: ExpertPlacement, members: Sequence[int], num_seats: int
+) -> ExpertPlacement:
+    """``placement`` of the members as one of all seats, of which the others hold nothing."""
+    slots = [(EMPTY,) * placement.slots_per_rank] * num_seats
+    shares = [(0,) * placement.slots_per_rank] * num_seats
+    for rank, seat in enumerate(members):
+        slots[seat], shares[seat] = placement.slots[rank], placement.shares[rank]
+    return ExpertPlacement(placement.num_experts, tuple(slots), tuple(shares))
 
 
 def _slot_to_spare(held: list[int], copies: Counter[int]) -> int | None:

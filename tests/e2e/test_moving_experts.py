@@ -90,7 +90,7 @@ def streamed(url: str, model: str, on_chunk: Callable[[int], None]) -> str:
 def test_a_rank_killed_while_experts_move_changes_no_token(
     start: Start, tiny_checkpoint: Callable[[str], Path]
 ) -> None:
-    """It starts again with the first placement, and the others go back to it."""
+    """It starts again with the first placement, and is told where they are now."""
     folder = tiny_checkpoint("deepseek_v3")
     system = start(folder, *FLAGS, *MOVING)
 

@@ -14,7 +14,13 @@ from engine.experts.buffers import ExchangeShape, Payload
 from engine.experts.exchange import TransportChoice
 from engine.experts.grouped_gemm import ExpertWeights
 from engine.experts.layer import ExpertLayer, Numerics
-from engine.experts.placement import EMPTY, ExpertPlacement, Topology, place_evenly
+from engine.experts.placement import (
+    EMPTY,
+    ExpertPlacement,
+    Topology,
+    place_evenly,
+    shares_by,
+)
 from engine.experts.replicas import request_key, token_keys
 from engine.experts.transports import make_exchange
 from tests.support.ranks import run_ranks
@@ -32,6 +38,7 @@ class Case:
     routing: str = "spread"
     redundant: int = 0
     load: tuple[int, ...] = ()  # what experts are placed by; none: evenly
+    equal_shares: bool = True  # of replicas, where there is no load
     dtype: torch.dtype = torch.float32
     numerics: Numerics = "exact"
     transport: TransportChoice = "auto"
@@ -54,6 +61,13 @@ CASES = {
         redundant=8,
         load=(90, 40, 30, 7, 6, 5, 4, 3, 3, 2, 1, 0),
     ),
+    "replicas with unequal shares": Case(
+        tokens_of_rank=(0, 40, 3, 9),
+        num_experts=12,
+        chosen=4,
+        redundant=16,
+        equal_shares=False,
+    ),
     "replicas on eight ranks": Case(
         tokens_of_rank=(1, 0, 12, 23, 2, 0, 9, 4),
         num_experts=16,
@@ -71,6 +85,13 @@ CASES = {
 
 def placement_of(case: Case, num_ranks: int) -> ExpertPlacement:
     placement = place_evenly(case.num_experts, num_ranks, redundant=case.redundant)
+    if not case.equal_shares:
+        weights = [
+            [(3 * rank + 5 * slot) % 7 for slot in range(placement.slots_per_rank)]
+            for rank in range(num_ranks)
+        ]
+        shares = shares_by(placement.slots, weights)
+        return ExpertPlacement(case.num_experts, placement.slots, shares)
     if not case.load:
         return placement
     return balance(case.load, Topology(num_ranks), placement.slots_per_rank)
@@ -136,7 +157,9 @@ def layer_twice(step_group: StepGroup, cases: Sequence[Case]) -> list[Tensor]:
 
 def on_a_single_rank(case: Case) -> list[Tensor]:
     parts = [tokens_of(case, rank) for rank in range(len(case.tokens_of_rank))]
-    alone = replace(case, redundant=0, load=(), numerics="exact", payload="native")
+    alone = replace(
+        case, redundant=0, load=(), equal_shares=True, numerics="exact", payload="native"
+    )
     layer = layer_of(alone, ExpertGroup.single(torch.device("cpu")))
     together = layer(*(torch.cat(column) for column in zip(*parts, strict=True)))
     return list(together.split(list(case.tokens_of_rank)))

@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +15,7 @@ import torch
 from decode.lockstep import RankState, Rebalancing, StepPlan, StepRow, decide
 from decode.rebalance import ExpertMoves, RebalanceRule
 from engine.collectives import ExpertGroup, StepGroup
+from engine.experts.placement import EMPTY
 from engine.experts.spread import ExpertSpread
 from engine.kvcache.storage import KVStorage
 from engine.loading import load
@@ -51,6 +52,7 @@ class Part:
     num_output: int
     step_timeout_s: float
     fault: Fault | None = None
+    moving: bool = False  # experts move; a turn waits for whoever plans or reads here
     leaves: bool = False  # when its requests have ended and all seats have been taken once
 
 
@@ -58,6 +60,8 @@ class Part:
 class Done:
     answers: Answers
     interruptions_s: list[float]  # from noticing that a rank is lost to the next step's end
+    moved_short: int  # how often a layer's experts were moved while a seat was empty
+    held: int  # experts here, of all layers
 
 
 class Rank:
@@ -66,9 +70,12 @@ class Rank:
     def __init__(self, seat: int, address: str, folder: Path, part: Part) -> None:
         self.part, self.seat = part, seat
         self.group = ExpertGroup(seat=seat, num_seats=part.seats, device=CPU)
-        moving = part.fault is not None and part.fault.phase == "while experts move"
         spread = ExpertSpread(
-            redundant=8, least_ranks=part.least, ranks_per_tray=1, movable=moving, counted=True
+            redundant=8,
+            least_ranks=part.least,
+            ranks_per_tray=1,
+            movable=part.moving,
+            counted=True,
         )
         loaded = load(
             folder, device=CPU, dtype="float32", numerics="exact", group=self.group, spread=spread
@@ -87,7 +94,7 @@ class Rank:
             seat=seat,
             topology=spread.topology(part.seats),
             mode=spread.mode,
-            rule=RebalanceRule(window=2, interval=2, above=1.0, moves=moving),
+            rule=RebalanceRule(window=2, interval=2, above=1.0, moves=part.moving),
         )
         self.rendezvous = Rendezvous(
             self.group,
@@ -101,6 +108,7 @@ class Rank:
         self.whole = False  # all seats have been taken once
         self.lost_at: float | None = None
         self.interruptions_s: list[float] = []
+        self.moved_short = 0
 
     def live(self, parent: Parent) -> None:
         leaving: tuple[int, ...] = ()
@@ -132,13 +140,26 @@ class Rank:
 
     def done(self) -> Done:
         answers = [request.answer for request in self.requests]
-        return Done(answers=answers, interruptions_s=self.interruptions_s)
+        held = [
+            expert
+            for placement in self.experts.placements.values()
+            for expert in placement.slots_of(self.seat)
+            if expert != EMPTY
+        ]
+        return Done(
+            answers=answers,
+            interruptions_s=self.interruptions_s,
+            moved_short=self.moved_short,
+            held=len(held),
+        )
 
     def turn(self, step_group: StepGroup) -> StepPlan:
         present = [(n, each) for n, each in enumerate(self.requests) if each.here(self.steps)]
         hit = self.part.fault is not None and self.steps >= HITS_AFTER
         if hit and self.phase == "before the rows":
             self.strike()
+        beside = self.experts._staging or self.experts._planning
+        assert beside is None or beside.ended.wait(60)
         rebalancing, placement, started_with = self.experts.row()
         if hit and self.phase == "while experts move" and rebalancing is Rebalancing.STAGED:
             self.strike()
@@ -158,6 +179,8 @@ class Rank:
         rows = [StepRow.from_ints(ints) for ints in step_group.exchange(row.to_ints())]
         plan = decide(rows, least_ranks=self.least)
         self.experts.follow(plan.experts, step_group)
+        short = len(step_group.members) < self.part.seats
+        self.moved_short += short and plan.experts == "commit"
         if plan.kind == "decode":
             self.group.begin_step(plan.tokens_of_rank)
             with self.striking(hit):
@@ -168,7 +191,7 @@ class Rank:
                 self.interruptions_s.append(time.monotonic() - self.lost_at)
                 self.lost_at = None
         elif plan.kind == "restore":
-            self.experts.restore()
+            self.experts.restore(step_group, plan.teller)
         elif plan.kind == "idle":
             self.steps += 1
             time.sleep(plan.pace_s)
@@ -220,37 +243,32 @@ def wanted(folder: Path, seats: int, num_output: int) -> dict[str, tuple[str, li
 
 def check_answers(
     ranks: dict[int, RankProcess], right: dict[str, tuple[str, list[int], str]], within_s: float
-) -> list[float]:
-    """Every rank's requests end with the right bits; how long any of them was interrupted."""
-    interruptions = []
+) -> dict[int, Done]:
+    """Every rank's requests end with the right bits."""
+    found = {}
     for seat, rank in ranks.items():
         done = rank.receive(within_s)
         assert isinstance(done, Done), done
         for name, text, digest in done.answers:
             assert text == right[name][1], f"seat {seat}: other tokens"
             assert digest == right[name][2], f"seat {seat}: the same tokens, but other bits"
-        interruptions += done.interruptions_s
-    return interruptions
+        found[seat] = done
+    return found
 
 
 def lose_one(folder: Path, seats: int, fault: Fault, *, within_s: float) -> list[float]:
     victim = seats // 2  # of the ranks that have requests
     victim -= victim % 3
     address, right = free_address(), wanted(folder, seats, 24)
-    part = Part(seats=seats, first=seats, least=seats - 1, num_output=24, step_timeout_s=3)
-    striking = Part(
-        seats=seats, first=seats, least=seats - 1, num_output=24, step_timeout_s=3, fault=fault
+    part = Part(
+        seats=seats,
+        first=seats,
+        least=seats - 1,
+        num_output=24,
+        step_timeout_s=3,
+        moving=fault.phase == "while experts move",
     )
-    if fault.phase == "while experts move":
-        # All must move experts alike; only the victim strikes.
-        part = Part(
-            seats=seats,
-            first=seats,
-            least=seats - 1,
-            num_output=24,
-            step_timeout_s=3,
-            fault=Fault(phase=fault.phase, how=signal.SIGWINCH),  # ignored unless handled
-        )
+    striking = replace(part, fault=fault)
     ranks = {
         seat: start_rank(take_part, seat, address, folder, striking if seat == victim else part)
         for seat in range(seats)
@@ -259,9 +277,11 @@ def lose_one(folder: Path, seats: int, fault: Fault, *, within_s: float) -> list
         for rank in ranks.values():
             assert rank.receive(within_s) == "loaded"
         lost = ranks.pop(victim)
-        interruptions = check_answers(ranks, right, within_s)
+        done = check_answers(ranks, right, within_s)
         lost.stop()
-        return interruptions
+        # A rank without requests has told at once.
+        assert not part.moving or all(rank.moved_short for rank in done.values() if rank.answers)
+        return [seconds for rank in done.values() for seconds in rank.interruptions_s]
     finally:
         for rank in ranks.values():
             rank.stop()
@@ -292,7 +312,9 @@ def test_one_of_16_ranks_lost_in_a_step_changes_no_bit_of_the_others(
     assert interruptions
 
 
-def scale(folder: Path, start: int, seats: int, end: int, *, within_s: float) -> None:
+def scale(
+    folder: Path, start: int, seats: int, end: int, *, within_s: float, moving: bool = False
+) -> dict[int, Done]:
     """``start`` ranks begin, the other ``seats`` join, and all beyond ``end`` leave; all work."""
     address, right = free_address(), wanted(folder, seats, 20)
     parts = {
@@ -302,6 +324,7 @@ def scale(folder: Path, start: int, seats: int, end: int, *, within_s: float) ->
             least=end,
             num_output=20,
             step_timeout_s=60,
+            moving=moving,
             leaves=seat >= end,
         )
         for seat in range(seats)
@@ -313,9 +336,10 @@ def scale(folder: Path, start: int, seats: int, end: int, *, within_s: float) ->
             ranks |= new
             for rank in new.values():
                 assert rank.receive(within_s) == "loaded"
-        check_answers(ranks, right, within_s)
+        done = check_answers(ranks, right, within_s)
         for seat in range(end, seats):
             assert ranks[seat].receive(within_s) == "left"
+        return done
     finally:
         for rank in ranks.values():
             rank.stop()
@@ -323,6 +347,16 @@ def scale(folder: Path, start: int, seats: int, end: int, *, within_s: float) ->
 
 def test_a_group_grows_and_shrinks_under_load(tiny_checkpoint: Callable[[str], Path]) -> None:
     scale(tiny_checkpoint("deepseek_v3_256_experts"), 3, 5, 2, within_s=60)
+
+
+def test_a_rank_that_joins_while_experts_move_is_told_where_they_are_and_gets_some(
+    tiny_checkpoint: Callable[[str], Path],
+) -> None:
+    folder = tiny_checkpoint("deepseek_v3_256_experts")
+    done = scale(folder, 3, 5, 2, within_s=60, moving=True)
+    busy = {seat: rank for seat, rank in done.items() if rank.answers}
+    assert any(rank.moved_short for rank in busy.values())
+    assert busy[3].held, "it was told that it has none, and got some"
 
 
 @pytest.mark.slow

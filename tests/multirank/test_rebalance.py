@@ -10,6 +10,7 @@ import torch
 from decode.lockstep import RankState, StepPlan, StepRow, decide
 from decode.rebalance import ExpertMoves, RebalanceRule
 from engine.collectives import ExpertGroup, StepGroup
+from engine.experts.placement import ExpertPlacement
 from engine.experts.replicas import request_key
 from engine.experts.spread import ExpertSpread
 from engine.kvcache.storage import KVStorage
@@ -33,6 +34,7 @@ class Outcome:
     experts_come: int
     layers_at_once: int
     addresses_kept: bool
+    unequal_shares: bool  # of some expert's replicas, at some moment
     as_read: bool  # every slot holds its expert's bytes at the end
 
 
@@ -103,7 +105,7 @@ class Rank:
             self.decode()
             self.experts.after_step()
         elif plan.kind == "restore":
-            self.experts.restore()
+            self.experts.restore(self.group, plan.teller)
         return plan
 
     def decode(self) -> None:
@@ -133,13 +135,14 @@ class Rank:
 
     def decode_all(self) -> Outcome:
         addresses = self.addresses()
-        layers_at_once = 0
+        layers_at_once, unequal_shares = 0, False
         for _ in range(STEPS):
             before = self.placements()
             self.turn(self.new_tokens)
             after = self.placements()
             changed = sum(after[layer] != before[layer] for layer in after)
             layers_at_once = max(layers_at_once, changed)
+            unequal_shares |= any(map(has_unequal_shares, after.values()))
             while self.busy_beside():
                 pass  # so that what is begun is known to be committed within the test
         assert self.experts.report is not None
@@ -149,10 +152,11 @@ class Rank:
             experts_come=self.experts.report.migrations,
             layers_at_once=layers_at_once,
             addresses_kept=self.addresses() == addresses,
+            unequal_shares=unequal_shares,
             as_read=self.slots_are_right(),
         )
 
-    def placements(self) -> dict[int, object]:
+    def placements(self) -> dict[int, ExpertPlacement]:
         return {layer: exchange.placement for layer, exchange in self.exchanges.items()}
 
     def addresses(self) -> list[int]:
@@ -169,6 +173,11 @@ class Rank:
             if expert >= 0
             for gate_up, down in [exchange.read(expert)]
         )
+
+
+def has_unequal_shares(placement: ExpertPlacement) -> bool:
+    evenly = ExpertPlacement(placement.num_experts, placement.slots)
+    return placement.shares != evenly.shares
 
 
 def decode_moving(step_group: StepGroup, folder: Path) -> Outcome:
@@ -210,6 +219,7 @@ def test_rebalancing_every_three_steps_changes_no_token(
     (alone,) = run_ranks(decode_alone, 1, folder, world_size)
     assert [outcome.tokens for outcome in outcomes] == alone
     assert all(outcome.addresses_kept and outcome.as_read for outcome in outcomes)
+    assert all(outcome.unequal_shares for outcome in outcomes)
     assert {outcome.layers_moved for outcome in outcomes} == {outcomes[0].layers_moved}
     assert outcomes[0].layers_moved >= 4
     assert max(outcome.layers_at_once for outcome in outcomes) == 1
@@ -223,14 +233,15 @@ def break_and_restore(step_group: StepGroup, folder: Path) -> tuple[str, list[bo
     while rank.placements() == initial:
         room = all(len(text) < 40 for text in rank.texts)
         rank.turn(rank.new_tokens if room else 0)
+    moved = rank.placements()
     if step_group.rank == 1:
         rank = Rank(step_group, folder)
     rank.experts.enter_group(step_group.members)
     kind = rank.turn(0).kind
-    return kind, [rank.placements() == initial, rank.slots_are_right(), rank.turn(0).kind == "idle"]
+    return kind, [rank.placements() == moved, rank.slots_are_right(), rank.turn(0).kind == "idle"]
 
 
-def test_a_rank_that_started_again_brings_everybody_back_to_the_start(
+def test_a_rank_that_started_again_is_told_where_experts_are(
     tiny_checkpoint: Callable[[str], Path],
 ) -> None:
     found = run_ranks(break_and_restore, 3, tiny_checkpoint("deepseek_v3"))

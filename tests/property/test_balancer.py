@@ -12,12 +12,15 @@ from engine.experts.balancer import (
     Mode,
     balance,
     balance_of,
+    leaves_idle,
+    level,
     rank_loads,
     rebalance,
     replicate,
 )
 from engine.experts.placement import (
     EMPTY,
+    WHOLE,
     ExpertPlacement,
     Topology,
     moves,
@@ -79,6 +82,93 @@ def test_rebalancing_is_nearly_as_even_with_no_more_moves(
     for old, new in zip(current.slots, after.slots, strict=True):
         stay = set(old) & set(new) - {EMPTY}
         assert [old.index(expert) for expert in stay] == [new.index(expert) for expert in stay]
+
+
+def evenly_shared(placement: ExpertPlacement) -> ExpertPlacement:
+    return ExpertPlacement(placement.num_experts, placement.slots)
+
+
+@given(LOADS, st.data(), st.integers(1, 12), st.integers(0, 20))
+def test_shares_that_follow_the_load_are_never_worse_than_equal_ones(
+    load: list[int], data: st.DataObject, num_ranks: int, redundant: int
+) -> None:
+    topology = Topology(num_ranks)
+    earlier = data.draw(st.lists(st.integers(0, 999), min_size=len(load), max_size=len(load)))
+    placed = balance(earlier, topology, slots_per_rank(len(load), num_ranks, redundant))
+
+    levelled = level(load, placed)
+
+    assert levelled.slots == placed.slots
+    for found in (levelled, balance(load, topology, placed.slots_per_rank)):
+        assert max(rank_loads(load, found)) <= max(rank_loads(load, evenly_shared(found)))
+
+
+@given(LOADS, st.integers(2, 12), st.integers(1, 20))
+def test_no_load_could_go_from_a_rank_to_one_with_less(
+    load: list[int], num_ranks: int, redundant: int
+) -> None:
+    placed = place_evenly(len(load), num_ranks, redundant)
+    levelled = level(load, placed)
+    loads = rank_loads(load, levelled)
+    mean = sum(load) / num_ranks
+    if balance_of(load, levelled) == balance_of(load, evenly_shared(levelled)):
+        return  # equal shares are as good, and then they are taken
+    for expert, slots in enumerate(levelled.replicas()):
+        ranks = [slot // levelled.slots_per_rank for slot in slots]
+        giving = [
+            rank
+            for rank in ranks
+            if levelled.shares[rank][levelled.slots[rank].index(expert)] > WHOLE // 50
+        ]
+        if load[expert]:
+            assert max((loads[rank] for rank in giving), default=0.0) <= (
+                min(loads[rank] for rank in ranks) + 0.02 * mean
+            )
+
+
+@given(LOADS, st.integers(1, 12), st.integers(0, 20), st.sampled_from(MODES))
+def test_equal_loads_are_placed_alike(
+    load: list[int], num_ranks: int, redundant: int, mode: Mode
+) -> None:
+    topology = Topology(num_ranks, 2)
+    per_rank = slots_per_rank(len(load), num_ranks, redundant)
+    first, second = (balance(load, topology, per_rank, mode=mode) for _ in range(2))
+    assert first == second
+
+
+def test_a_load_that_other_shares_can_level_moves_nothing() -> None:
+    slots = ((0, 1), (0, 2), (0, 3))
+    current = ExpertPlacement(4, slots)
+    load = [300, 10, 100, 200]
+    after = rebalance(load, current, Topology(3))
+    assert moves(current, after) == 0
+    assert after.slots == slots
+    assert balance_of(load, after).max_over_mean == pytest.approx(1, abs=1e-3)
+    assert balance_of(load, current).max_over_mean > 1.4
+
+
+def test_a_rank_that_holds_nothing_gets_experts_though_the_others_are_even() -> None:
+    current = ExpertPlacement(4, ((0, 1, EMPTY), (2, 3, EMPTY), (EMPTY, EMPTY, EMPTY)))
+    assert leaves_idle(current)
+    for load in ([0, 0, 0, 0], [5, 5, 5, 5]):
+        assert not leaves_idle(rebalance(load, current, Topology(3)))
+
+
+def test_ranks_of_a_group_with_absent_seats_keep_replicas_in_different_trays() -> None:
+    topology = Topology(8, 2).among((0, 1, 2, 4, 5, 7))
+    placement = balance([50, 30, 5, 5, 5, 5], topology, 3, mode="hierarchical")
+    copies = [len(replicas) for replicas in placement.replicas()]
+    assert shared_trays(placement, topology) == as_even_as_possible(copies, topology)
+
+
+def test_thirty_heavy_experts_among_idle_ones_are_even_to_five_percent() -> None:
+    """As an untrained router chooses: nearly a heavy expert to every second rank."""
+    heavy = [2.3, *(1.8 - 0.025 * n for n in range(30))]
+    middle = [0.98 * 0.965**n for n in range(90)]
+    load = heavy + middle + [0.0] * (256 - len(heavy) - len(middle))
+    placement = balance(load, NVL72, 4, mode="hierarchical")
+    assert balance_of(load, placement).max_over_mean <= 1.02
+    assert balance_of(load, evenly_shared(placement)).max_over_mean > 1.2
 
 
 @given(LOADS, st.integers(1, 12), st.integers(0, 20))

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.experts.cover import cover, least_ranks
-from engine.experts.placement import EMPTY, ExpertPlacement, place_evenly, with_slots
+from engine.experts.cover import cover, least_ranks, with_absent, without_absent
+from engine.experts.placement import EMPTY, WHOLE, ExpertPlacement, place_evenly, with_slots
 from protocol.errors import ConfigError
 
 SHAPES = [
@@ -41,6 +41,9 @@ def test_only_members_hold_experts_and_they_hold_them_all(
     for rank, held in enumerate(after.slots):
         assert rank in members or set(held) == {EMPTY}
     assert cover(after, sorted(members)) == after
+    alone = without_absent(after, sorted(members))
+    assert alone.num_ranks == len(members)
+    assert with_absent(alone, sorted(members), before.num_ranks) == after
 
 
 @given(losses())
@@ -61,6 +64,18 @@ def test_an_expert_leaves_a_member_only_if_others_have_it(
     ]
     assert {new for _, new in changed} == lost
     assert len(changed) == len(lost)
+
+
+def test_replicas_that_are_left_share_in_the_proportion_that_they_had() -> None:
+    half, eighth = WHOLE // 2, WHOLE // 8
+    before = ExpertPlacement(
+        2, ((0, 1), (0, 1), (0, 1)), ((half, 0), (3 * eighth, WHOLE), (eighth, 0))
+    )
+    after = cover(before, [1, 2])
+    assert after.slots == ((EMPTY, EMPTY), (0, 1), (0, 1))
+    assert after.shares == ((0, 0), (6 * eighth, WHOLE), (2 * eighth, 0))
+    # Of expert 1 only replicas are left that got nothing.
+    assert [shares[1] for shares in cover(before, [0, 2]).shares] == [half, 0, half]
 
 
 def test_what_must_be_read_is_spread_over_empty_slots() -> None:

@@ -1,6 +1,7 @@
 """Any number of experts fits on any number of ranks."""
 
 from collections import Counter
+from itertools import chain
 
 import pytest
 from hypothesis import given
@@ -8,14 +9,18 @@ from hypothesis import strategies as st
 
 from engine.experts.placement import (
     EMPTY,
+    WHOLE,
     ExpertPlacement,
     Topology,
     keeping_slots,
     moves,
     place_evenly,
+    shares_by,
+    with_slots,
 )
 from protocol.errors import ConfigError
 
+W = WHOLE
 SHAPES = [(256, 72), (384, 72), (128, 72), (896, 72), (30, 8), (7, 5), (1, 3), (24, 2), (24, 1)]
 
 
@@ -76,11 +81,15 @@ def test_a_topology_without_ranks_is_refused() -> None:
 
 def test_the_last_tray_may_have_fewer_ranks() -> None:
     topology = Topology(7, 3)
-    assert [list(topology.ranks_of(tray)) for tray in range(topology.num_trays)] == [
-        [0, 1, 2],
-        [3, 4, 5],
-        [6],
-    ]
+    assert [topology.tray_of(rank) for rank in range(7)] == [0, 0, 0, 1, 1, 1, 2]
+    assert topology.num_trays == 3
+
+
+def test_ranks_keep_their_trays_when_others_are_absent() -> None:
+    topology = Topology(8, 2).among((0, 3, 6, 7))
+    assert topology.num_ranks == 4
+    assert [topology.tray_of(rank) for rank in range(4)] == [0, 1, 3, 3]
+    assert topology.num_trays == 3
 
 
 def test_replicas_are_listed_by_expert() -> None:
@@ -96,6 +105,68 @@ def test_an_expert_that_stays_keeps_its_slot() -> None:
     kept = keeping_slots(before, after)
     assert kept.slots == ((2, 1, 3, EMPTY), (0, 1, EMPTY, EMPTY))
     assert moves(before, kept) == moves(before, after) == 4
+
+
+def test_a_share_goes_where_its_expert_goes() -> None:
+    before = ExpertPlacement(3, ((0, 1, EMPTY), (2, 1, EMPTY)))
+    after = ExpertPlacement(3, ((1, 2, EMPTY), (0, 1, EMPTY)), ((9, W, 0), (W, W - 9, 0)))
+    kept = keeping_slots(before, after)
+    assert kept.slots == ((2, 1, EMPTY), (0, 1, EMPTY))
+    assert kept.shares == ((W, 9, 0), (W, W - 9, 0))
+    assert with_slots(kept, 4).shares == ((W, 9, 0, 0), (W, W - 9, 0, 0))
+
+
+@given(st.integers(1, 40), st.integers(1, 12), st.integers(0, 40))
+def test_replicas_share_evenly_unless_they_are_told_otherwise(
+    num_experts: int, num_ranks: int, redundant: int
+) -> None:
+    placement = place_evenly(num_experts, num_ranks, redundant)
+    shares = list(chain.from_iterable(placement.shares))
+    for slots in placement.replicas():
+        assert sum(shares[slot] for slot in slots) == WHOLE
+        assert max(shares[slot] for slot in slots) - min(shares[slot] for slot in slots) <= 1
+
+
+@given(
+    st.lists(st.lists(st.floats(0, 1e9), min_size=3, max_size=3), min_size=3, max_size=3),
+)
+def test_shares_follow_any_weights_and_add_up_to_the_whole(weights: list[list[float]]) -> None:
+    slots = ((0, 1, 2), (1, 0, EMPTY), (2, 1, 0))
+    placement = ExpertPlacement(3, slots, shares_by(slots, weights))  # which validates itself
+    of_expert = [
+        [
+            (weights[rank][held.index(expert)], placement.shares[rank][held.index(expert)])
+            for rank, held in enumerate(slots)
+            if expert in held
+        ]
+        for expert in range(3)
+    ]
+    for pairs in of_expert:
+        total = sum(weight for weight, _ in pairs)
+        for weight, share in pairs:
+            wanted = weight / total if total else 1 / len(pairs)
+            assert abs(share / WHOLE - wanted) < 2 / WHOLE
+
+
+@pytest.mark.parametrize(
+    ("shares", "reason"),
+    [
+        (((W, 5), (W - 6, W)), r"shares of experts \[1\] do not add up"),
+        (((W, -1), (W + 1, W)), "at least 0"),
+        (((W, 5, 0), (W - 5, W)), "one share for each"),
+        (((W, 5),), "one share for each"),
+    ],
+)
+def test_shares_that_are_no_whole_are_refused(
+    shares: tuple[tuple[int, ...], ...], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        ExpertPlacement(3, ((0, 1), (1, 2)), shares)
+
+
+def test_an_empty_slot_has_no_share() -> None:
+    with pytest.raises(ConfigError, match="0 where there is no expert"):
+        ExpertPlacement(1, ((0, EMPTY),), ((W, 1),))
 
 
 @pytest.mark.parametrize(

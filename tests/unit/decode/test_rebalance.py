@@ -9,19 +9,27 @@ import torch
 from torch import Tensor
 
 from decode.lockstep import Rebalancing
-from decode.rebalance import ExpertMoves, RebalanceRule
+from decode.rebalance import ExpertMoves, RebalanceRule, _line_of
 from engine.collectives import ExpertGroup, PendingLines
 from engine.experts.counting import ExpertCounts
 from engine.experts.exchange import ExchangeChoice
 from engine.experts.grouped_gemm import ExpertWeights
 from engine.experts.layer import ExpertLayer
-from engine.experts.placement import Topology, place_evenly
+from engine.experts.placement import (
+    EMPTY,
+    WHOLE,
+    ExpertPlacement,
+    Topology,
+    place_evenly,
+    with_slots,
+)
 from engine.experts.slot_exchange import SlotExchange
 from protocol.errors import ConfigError
 
 CPU = torch.device("cpu")
 LAYERS = (1, 2)
 EVEN = place_evenly(4, 2, 2)
+THREE = with_slots(place_evenly(4, 3, 2), 3)
 HOT = torch.tensor([[3, 3, 3, 3, 3, 3, 3, 2, 1, 0]]).T  # most tokens choose expert 3
 
 
@@ -56,6 +64,7 @@ class Rank:
     rule: RebalanceRule
     moving: bool = True
     broken: bool = False
+    even: ExpertPlacement = EVEN
 
     def __post_init__(self) -> None:
         self.group = TwoAlike()
@@ -65,20 +74,20 @@ class Rank:
         self.exchanges = {layer: self._exchange() for layer in LAYERS} if self.moving else {}
         self.moves = ExpertMoves(
             exchanges=self.exchanges,
-            placements=dict.fromkeys(LAYERS, EVEN),
+            placements=dict.fromkeys(LAYERS, self.even),
             counts=self.counts,
             seat=0,
-            topology=Topology(2),
+            topology=Topology(self.even.num_ranks),
             mode="global",
             rule=self.rule,
         )
-        self.moves.enter_group(range(2))
+        self.moves.enter_group(range(self.even.num_ranks))
 
     def _exchange(self) -> SlotExchange:
         weights = ExpertWeights(gate_up=torch.zeros(3, 4, 2), down=torch.zeros(3, 2, 2))
-        group = ExpertGroup(seat=0, num_seats=2, device=CPU)
-        layer = ExpertLayer(weights, EVEN, group, "exact", movable=True)
-        return SlotExchange(layer, EVEN, seat=0, read=self._read)
+        group = ExpertGroup(seat=0, num_seats=self.even.num_ranks, device=CPU)
+        layer = ExpertLayer(weights, self.even, group, "exact", movable=True)
+        return SlotExchange(layer, self.even, seat=0, read=self._read)
 
     def _read(self, expert: int) -> tuple[Tensor, Tensor]:
         self.go.wait(10)
@@ -135,7 +144,8 @@ def test_layers_move_one_after_another_until_the_next_window() -> None:
             assert rank.ended() is Rebalancing.PLANNED
         else:
             assert rank.stage() is Rebalancing.PLANNING  # the other rank does it
-            rank.group.other = (3, 1, 0, 2, 3, 0)
+            half = WHOLE // 2
+            rank.group.other = (3, 1, 0, 2, 3, 0, half, WHOLE, half, WHOLE, half, half)
         rank.follow("share")
         assert rank.stage() is Rebalancing.STAGING
         rank.go.set()
@@ -207,9 +217,84 @@ def test_restoring_brings_back_the_first_placement_and_its_number() -> None:
     rank.ended()
     rank.follow("commit")
     assert rank.moves.row()[1] != first
-    rank.moves.restore()
+    moved = rank.moves.row()[1]
+    first_line = _line_of(EVEN) * len(LAYERS)
+    rank.group.other = first_line  # the other rank tells where it has them
+    rank.moves.restore(rank.group, teller=1)  # type: ignore[arg-type]
     assert rank.moves.row()[1] == first
     assert all(exchange.placement == EVEN for exchange in rank.exchanges.values())
+    assert moved != first
+
+
+def test_a_rank_that_started_again_takes_the_placement_that_it_is_told() -> None:
+    rank = Rank(rule(1, 1))
+    told = ExpertPlacement(
+        4, ((3, 1, 0), (2, 3, 0)), ((9, WHOLE, 9), (WHOLE, WHOLE - 9, WHOLE - 9))
+    )
+    rank.group.other = _line_of(told) * len(LAYERS)
+    rank.moves.restore(rank.group, teller=1)  # type: ignore[arg-type]
+    for exchange in rank.exchanges.values():
+        assert exchange.placement == told
+        assert (exchange.weights.down[0] == 3).all()
+
+
+def test_where_experts_do_not_move_ranks_that_differ_go_back_to_the_start() -> None:
+    rank = Rank(RebalanceRule(window=1, interval=1, above=1.0, moves=False), even=THREE)
+    rank.moves.enter_group((0, 2))
+    assert rank.exchanges[1].placement.slots_of(1) == (EMPTY,) * 3
+    rank.moves.enter_group(range(3))
+    rank.moves.restore(rank.group, teller=0)  # type: ignore[arg-type]
+    assert all(exchange.placement == THREE for exchange in rank.exchanges.values())
+    assert rank.group.told == []
+
+
+def test_a_change_of_shares_alone_is_in_place_as_soon_as_it_is_heard() -> None:
+    rank = Rank(rule(1, 1), broken=True)  # nothing can be read
+    rank.steps(1)
+    rank.follow("gather")
+    rank.ended()
+    before = rank.moves.row()[1]
+    wanted = ExpertPlacement(4, EVEN.slots, ((9, WHOLE, WHOLE), (WHOLE, WHOLE - 9, 0)))
+    rank.group.other = None
+    assert rank.moves._planning is not None
+    rank.moves._planning.result = wanted
+    rank.follow("share")
+    assert rank.stage() is Rebalancing.READY  # for the second layer
+    assert rank.exchanges[LAYERS[0]].placement == wanted
+    assert rank.moves.row()[1] != before
+    report = rank.moves.report
+    assert report is not None
+    assert report.shares[0] == (9, WHOLE, WHOLE)
+    assert (report.placement_epoch, report.migrations) == (1, 0)
+
+
+def test_experts_move_among_those_that_are_there() -> None:
+    rank = Rank(rule(1, 1), even=THREE)
+    rank.moves.enter_group((0, 2))
+    rank.steps(1)
+    rank.follow("gather")
+    assert rank.ended() is Rebalancing.PLANNED
+    rank.follow("share")
+    assert rank.ended() is Rebalancing.STAGED
+    rank.follow("commit")
+    placement = rank.exchanges[LAYERS[0]].placement
+    assert placement.slots_of(1) == (EMPTY,) * 3
+    assert [slot // 3 for slot in placement.replicas_of(3)] == [0, 2]
+
+
+def test_a_rank_that_comes_need_not_wait_long_for_its_experts() -> None:
+    rank = Rank(rule(1, 9, above=99.0), even=THREE)
+    rank.moves.enter_group((0, 2))
+    rank.moves.enter_group(range(3))
+    assert rank.exchanges[LAYERS[0]].placement.slots_of(1) == (EMPTY,) * 3
+    rank.steps(1)
+    assert rank.stage() is Rebalancing.READY
+    rank.follow("gather")
+    rank.ended()
+    rank.follow("share")
+    rank.ended()
+    rank.follow("commit")
+    assert rank.exchanges[LAYERS[0]].placement.slots_of(1) != (EMPTY,) * 3
 
 
 def test_where_experts_stay_windows_are_only_reported() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.experts.placement import EMPTY, ExpertPlacement, place_evenly
+from engine.experts.placement import EMPTY, WHOLE, ExpertPlacement, place_evenly
 from engine.experts.replicas import ReplicaTable, request_key, token_keys
 
 CPU = torch.device("cpu")
@@ -51,6 +51,48 @@ def test_replicas_of_an_expert_get_equal_shares_of_its_tokens() -> None:
         assert counts.nonzero().flatten().tolist() == list(replicas)
         expected = 8000 / len(replicas)
         assert all(abs(counts[slot] - expected) < 0.08 * expected for slot in replicas)
+
+
+UNEQUAL = ExpertPlacement(
+    4,
+    ((0, 1), (0, 1), (0, 2), (0, 3)),
+    ((WHOLE // 2, 0), (WHOLE // 4, WHOLE), (WHOLE // 8, WHOLE), (WHOLE // 8, WHOLE)),
+)
+
+
+def test_replicas_get_the_shares_that_the_placement_says() -> None:
+    ids_TK = torch.tensor([[0, 1, 2, 3]]).expand(16_000, -1)
+    unequal = ReplicaTable(UNEQUAL, layer=0, device=CPU)
+    slots_TK = unequal(ids_TK, keys_of(160, 100))
+    counts = slots_TK[:, 0].bincount(minlength=8)[::2] / 16_000
+    assert counts.tolist() == pytest.approx([1 / 2, 1 / 4, 1 / 8, 1 / 8], abs=0.01)
+    assert slots_TK[:, 1:].unique(dim=0).tolist() == [[3, 5, 7]]
+
+
+def test_a_share_that_grows_keeps_the_tokens_that_it_had() -> None:
+    ids_TK, keys_T = torch.zeros(4000, 1, dtype=torch.int64), keys_of(40, 100)
+    before = table()(ids_TK, keys_T)
+    moving = table(movable=True)
+    moving.load(UNEQUAL)
+    after = moving(ids_TK, keys_T)
+    assert (after[before == 0] == 0).all()
+    assert 0.2 < (after != before).double().mean() < 0.7
+
+
+def test_absent_seats_are_passed_over() -> None:
+    covered = ExpertPlacement(
+        2, ((EMPTY, EMPTY), (0, 1), (1, EMPTY)), ((0, 0), (WHOLE, 9), (WHOLE - 9, 0))
+    )
+    moving = ReplicaTable(covered, layer=0, device=CPU, movable=True)
+    moving.load(covered, members=(1, 2))
+    slots_TK = moving(torch.tensor([[0, 1]]).expand(500, -1), keys_of(5, 100))
+    assert set(slots_TK[:, 0].tolist()) == {0}
+    assert set(slots_TK[:, 1].tolist()) <= {1, 2}
+
+
+def test_no_tokens_choose_nothing() -> None:
+    none = torch.zeros(0, 3, dtype=torch.int64)
+    assert table()(none, none[:, 0]).shape == (0, 3)
 
 
 def test_the_choice_knows_neither_batch_nor_place_in_it() -> None:
@@ -100,7 +142,7 @@ def test_another_placement_is_loaded_in_place() -> None:
 
 
 def tensors_of(moving: ReplicaTable) -> dict[str, Tensor]:
-    names = ("_first_E", "_count_E", "_slot_P")
+    names = ("_first_E", "_end_P", "_slot_P")
     return {name: getattr(moving, name) for name in names}
 
 

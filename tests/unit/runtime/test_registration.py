@@ -115,7 +115,13 @@ async def test_a_worker_announces_beats_and_withdraws_when_it_leaves() -> None:
 
 async def test_a_report_on_experts_goes_with_one_beat_and_with_every_announcement() -> None:
     report = ExpertReport(
-        layers=(), tokens=(), window_tokens=(), held=(), placement_epoch=1, migrations=0
+        layers=(),
+        tokens=(),
+        window_tokens=(),
+        held=(),
+        shares=(),
+        placement_epoch=1,
+        migrations=0,
     )
     with anyio.fail_after(10):
         async with (

@@ -45,19 +45,26 @@ RANKS = [
 ]
 
 
-def report(tokens: tuple[int, ...], held: tuple[int, ...]) -> ExpertReport:
+def report(
+    tokens: tuple[int, ...], held: tuple[int, ...], shares: tuple[int, ...] = (8, 8, 8)
+) -> ExpertReport:
     return ExpertReport(
         layers=(3,),
         tokens=(tuple(10 * count for count in tokens),),
         window_tokens=(tokens,),
         held=(held,),
+        shares=(shares,),
         placement_epoch=4,
         migrations=2,
     )
 
 
-# Expert 0 has two replicas. Ranks carry 6/2 + 1 = 4 and 6/2 + 5 = 8 of the window's 12 tokens.
-REPORTS = [report((4, 1, 2), (0, 1, -1)), report((2, 0, 3), (0, 2, -1))]
+# Expert 0 has two replicas. Ranks carry 2/3 * 6 + 1 = 5 and 1/3 * 6 + 5 = 7 of the window's 12
+# tokens.
+REPORTS = [
+    report((4, 1, 2), (0, 1, -1), (16, 24, 0)),
+    report((2, 0, 3), (0, 2, -1), (8, 24, 0)),
+]
 OF_RANK = {state.info.ref: of for state, of in zip(RANKS, REPORTS, strict=True)}
 
 
@@ -77,8 +84,10 @@ def test_a_group_is_the_sum_of_its_ranks() -> None:
     layer = group.layers[3]
     assert list(layer.tokens) == [60, 10, 50]
     assert list(layer.replicas) == [2, 1, 1]
+    assert list(layer.largest_share) == pytest.approx([2 / 3, 1, 1])
+    assert list(layer.rank_tokens) == pytest.approx([5, 7])
     assert layer.slots == 6
-    assert layer.balancedness == pytest.approx(6 / 8)
+    assert layer.balancedness == pytest.approx(6 / 7)
     assert (group.placement_epoch, group.migrations) == (4, 4)
 
 
@@ -121,10 +130,11 @@ def test_a_window_without_tokens_is_balanced() -> None:
 def test_the_command_reads_what_the_gateway_shows() -> None:
     groups = groups_in(scraped())
     assert groups["d"].layers[3].tokens == {0: 60, 1: 10, 2: 50}
+    assert groups["d"].layers[3].largest_share == {0: pytest.approx(2 / 3)}
     assert groups["d"].placement_epoch == 4
     lines = lines_of_experts(groups)
     assert lines[1] == "d: group epoch 1, placement epoch 4, 4 experts moved"
-    assert lines[3].split() == ["3", "3", "6", "120", "0.750", "0", "50.0%", "2"]
+    assert lines[3].split() == ["3", "3", "6", "120", "0.857", "0", "50.0%", "2", "67%"]
 
 
 def test_without_decode_workers_the_command_says_so() -> None:

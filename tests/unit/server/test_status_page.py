@@ -279,6 +279,7 @@ def a_report(worker: WorkerRef, window: tuple[int, ...], held: tuple[int, ...]) 
         tokens=(window,),
         window_tokens=(window,),
         held=(held,),
+        shares=((1,) * len(held),),
         placement_epoch=1,
         migrations=0,
     )
