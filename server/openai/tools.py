@@ -4,7 +4,7 @@ text is to be read.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from server.structured.constraints import WHOLE_TEXT, Constraint, lark_constrain
 from server.structured.tags import lark_regex
 from server.text.families.family import Tool
 from server.text.families.json_call import json_rule
-from server.text.families.parts import CallArguments, CallBegun, Part, PartReader
+from server.text.families.parts import CallArguments, CallBegun, Content, Part, PartReader
 from server.text.families.reasoning import PlainReader, ReasoningReader
 from server.text.model_text import ModelText
 
@@ -147,28 +147,36 @@ def part_reader(use: ToolUse, text: ModelText, *, reasons: bool) -> PartReader |
     reader: PartReader = PlainReader()
     if uses_family:
         reader = text.family.reader(_new_call_id, use.tools)
+    if use.forced:
+        reader = _Only(_is_no_content, reader)
     if not use.parallel:
-        reader = _FirstCall(reader)
+        reader = _Only(_is_of_first_call, reader)
     if text.reasoning is not None:
         reader = ReasoningReader(text.reasoning, reader, begun=reasons)
     return reader
 
 
-class _FirstCall:
-    """Leaves out every call but the first."""
+class _Only:
+    """Leaves out the parts that are not wanted."""
 
-    def __init__(self, inner: PartReader) -> None:
+    def __init__(self, wanted: Callable[[Part], bool], inner: PartReader) -> None:
+        self._wanted = wanted
         self._inner = inner
 
     def push(self, text: str) -> list[Part]:
-        return list(filter(_is_wanted, self._inner.push(text)))
+        return list(filter(self._wanted, self._inner.push(text)))
 
     def finish(self) -> list[Part]:
-        return list(filter(_is_wanted, self._inner.finish()))
+        return list(filter(self._wanted, self._inner.finish()))
 
 
-def _is_wanted(part: Part) -> bool:
+def _is_of_first_call(part: Part) -> bool:
     return not isinstance(part, CallBegun | CallArguments) or part.index == 0
+
+
+def _is_no_content(part: Part) -> bool:
+    """Where a call is forced, what looks like content is one that was cut off before its name."""
+    return not isinstance(part, Content)
 
 
 def _new_call_id() -> str:

@@ -228,6 +228,19 @@ def test_a_forced_call_may_follow_reasoning_that_the_prompt_has_begun(
     assert "</think>" in (generator.requests[0].sampling.grammar or "")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_forced_call_that_is_cut_off_before_its_name_leaves_no_markup(
+    stream: bool, grammars: GrammarCompiler
+) -> None:
+    with saying('<tool_call>\n{"na', grammars) as (client, _):
+        answer: Any = client.chat.completions.create(
+            model="tiny", messages=USER, tools=[TIME], tool_choice="required", stream=stream
+        )
+        choices = [c for chunk in answer for c in chunk.choices] if stream else answer.choices
+    said = [choice.delta if stream else choice.message for choice in choices]
+    assert not any(message.content or message.tool_calls for message in said)
+
+
 def test_logprobs_cover_every_token_of_an_answer_with_calls(grammars: GrammarCompiler) -> None:
     with saying(CALLS, grammars) as (client, _):
         stream = client.chat.completions.create(
