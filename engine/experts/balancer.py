@@ -8,11 +8,8 @@ others while that helps; and shares are poured until the ranks are level. Pure: 
 with the same recorded load place alike. How load is counted and how experts move is unknown here.
 """
 
-import heapq
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Literal
 
 from engine.experts.exchanges import Exchanges
@@ -27,13 +24,13 @@ from engine.experts.placement import (
     moves,
     shared_trays,
 )
+from engine.experts.replication import may_reach, replicate, replicate_to_fill
 from protocol.errors import ConfigError
 
 Mode = Literal["global", "hierarchical"]
 
 WORTH_MOVING = 0.01  # of the mean: what gains less is not worth further moves
 _NEAR_ENOUGH = 0.001  # of the mean: what gains less is not worth further search
-_HALVINGS = 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +66,7 @@ def balance(
     Raises:
         ConfigError: the load is empty, negative or not finite, or the slots are too few.
     """
-    least, copies = _least_and_copies(load, topology.num_ranks, slots_per_rank, pause)
+    copies, least = replicate_to_fill(load, topology.num_ranks, slots_per_rank, pause)
     holdings = Holdings(load, _domains(topology, mode), slots_per_rank, pause)
     pack(holdings, copies)
     Exchanges(holdings).run(until=least + _NEAR_ENOUGH)
@@ -125,9 +122,11 @@ def rebalance(
         return same_slots
     found = [keeping_slots(current, best)]
     for placement in (current, best):
-        found.append(near([len(slots) for slots in placement.replicas()]))
-        if suffices(found[-1]):
-            break
+        copies = [len(slots) for slots in placement.replicas()]
+        if may_reach(load, copies, current.num_ranks, current.slots_per_rank, goal):
+            found.append(near(copies))
+            if suffices(found[-1]):
+                break
     return min(filter(suffices, found), key=lambda placement: moves(current, placement))
 
 
@@ -172,99 +171,6 @@ def rank_loads(load: Sequence[float], placement: ExpertPlacement) -> list[float]
         / WHOLE
         for held, shares in zip(placement.slots, placement.shares, strict=True)
     ]
-
-
-def replicate(load: Sequence[float], num_ranks: int, slots_per_rank: int) -> list[int]:
-    """Copies of each expert, at least one, at most one a rank: the largest share is the least
-    possible. All slots are used, except where every expert is on every rank.
-
-    Raises:
-        ConfigError: as ``balance``.
-    """
-    _check(load, num_ranks, slots_per_rank)
-    return _with_all_slots(load, [1] * len(load), num_ranks, slots_per_rank)
-
-
-def _check(load: Sequence[float], num_ranks: int, slots_per_rank: int) -> None:
-    if not load or any(not math.isfinite(amount) or amount < 0 for amount in load):
-        raise ConfigError("a load needs one finite number, at least 0, for every expert")
-    if num_ranks * slots_per_rank < len(load):
-        raise ConfigError(
-            f"{len(load)} experts do not fit in {slots_per_rank} slots on each of {num_ranks} "
-            f"ranks: at least {-(-len(load) // num_ranks)} slots are needed"
-        )
-
-
-def _with_all_slots(
-    load: Sequence[float], copies: Sequence[int], num_ranks: int, slots_per_rank: int
-) -> list[int]:
-    """``copies`` and more, of the expert with the largest share each time."""
-    counts = list(copies)
-    left = num_ranks * slots_per_rank - sum(counts)
-    shares = [
-        (-amount / count, count, expert)
-        for expert, (amount, count) in enumerate(zip(load, counts, strict=True))
-    ]
-    heapq.heapify(shares)
-    while left and shares:
-        _, count, expert = heapq.heappop(shares)
-        if count == num_ranks:
-            continue
-        counts[expert] = count + 1
-        left -= 1
-        heapq.heappush(shares, (-load[expert] / (count + 1), count + 1, expert))
-    return counts
-
-
-def _least_and_copies(
-    load: Sequence[float], num_ranks: int, slots_per_rank: int, pause: Callable[[], None]
-) -> tuple[float, list[int]]:
-    """About the least max / mean that these slots allow, and copies of each expert for it.
-
-    Ranks that an expert fills have to fill their other slots too, with the lightest experts at
-    best; that tells how many ranks each expert needs, and the slots how many there may be.
-
-    Raises:
-        ConfigError: as ``balance``.
-    """
-    _check(load, num_ranks, slots_per_rank)
-    mean = sum(load) / num_ranks or 1.0
-    amounts = [amount / mean for amount in load]
-    heaviest = sorted(range(len(load)), key=lambda expert: (-amounts[expert], expert))
-    lightest = list(accumulate(sorted(amounts), initial=0.0))
-
-    def fits(expert: int, count: int, limit: float) -> bool:
-        beside = lightest[min((slots_per_rank - 1) * count, len(load) - 1)]
-        return amounts[expert] + beside <= limit * count * (1 + 1e-12)
-
-    def copies_for(limit: float) -> list[int] | None:
-        copies = [1] * len(load)
-        left = num_ranks * slots_per_rank - len(load)
-        for expert in heaviest:
-            if fits(expert, 1, limit):
-                return copies  # and so do those that are lighter
-            first = max(2, int(amounts[expert] / limit))
-            counts = range(first, min(num_ranks, left + 1) + 1)
-            count = next((count for count in counts if fits(expert, count, limit)), None)
-            if count is None:
-                return None
-            copies[expert] = count
-            left -= count - 1
-        return copies
-
-    low, high = 1.0, 1.0 + amounts[heaviest[0]] + lightest[min(slots_per_rank, len(load)) - 1]
-    found = copies_for(low)
-    if found is None:
-        for _ in range(_HALVINGS):
-            pause()
-            limit = (low + high) / 2
-            found = copies_for(limit)
-            low, high = (limit, high) if found is None else (low, limit)
-        found = copies_for(high)
-        assert found is not None
-    else:
-        high = low
-    return high, _with_all_slots(load, found, num_ranks, slots_per_rank)
 
 
 def _not_worse_than_evenly(load: Sequence[float], placement: ExpertPlacement) -> ExpertPlacement:

@@ -16,7 +16,6 @@ from engine.experts.balancer import (
     level,
     rank_loads,
     rebalance,
-    replicate,
 )
 from engine.experts.placement import (
     EMPTY,
@@ -28,6 +27,7 @@ from engine.experts.placement import (
     shared_trays,
     slots_per_rank,
 )
+from engine.experts.replication import may_reach, replicate, replicate_to_fill
 from protocol.errors import ConfigError
 
 NVL72 = Topology(72, 4)
@@ -124,6 +124,24 @@ def test_no_load_could_go_from_a_rank_to_one_with_less(
             assert max((loads[rank] for rank in giving), default=0.0) <= (
                 min(loads[rank] for rank in ranks) + 0.02 * mean
             )
+
+
+@given(LOADS, st.integers(1, 12), st.integers(0, 20))
+def test_there_are_as_many_copies_as_slots_can_hold(
+    load: list[int], num_ranks: int, redundant: int
+) -> None:
+    per_rank = slots_per_rank(len(load), num_ranks, redundant)
+    copies, least = replicate_to_fill(load, num_ranks, per_rank, lambda: None)
+    assert sum(copies) == sum(replicate(load, num_ranks, per_rank))
+    assert all(1 <= count <= num_ranks for count in copies)
+    assert 1 <= least <= max(1, num_ranks)
+
+
+def test_an_expert_with_too_few_replicas_is_known_before_it_is_tried() -> None:
+    load = [100, *[10] * 8]  # on three ranks of 60
+    assert may_reach(load, [2, *[1] * 8], 3, 4, 1.2)
+    assert not may_reach(load, [1, *[1] * 8], 3, 4, 1.6)
+    assert not may_reach(load, [2, *[1] * 8], 3, 4, 0.9)
 
 
 @given(LOADS, st.integers(1, 12), st.integers(0, 20), st.sampled_from(MODES))
