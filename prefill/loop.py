@@ -71,7 +71,7 @@ class _Held:
     arrived_at: float
     started_at: float | None = None
     failed: TransferError | None = None
-    finishing: bool = False
+    ending: bool = False  # its push has been told to
     scores: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])  # of its own tokens
 
     @property
@@ -286,7 +286,7 @@ class PrefillLoop:
         num_outputs = len(held.request.output_token_ids) + 1
         reason = finish_reason(held.request.stop, token_id, num_outputs)
         hand_off = HandOff(token_id=token_id, finish_reason=reason)
-        held.finishing = True
+        held.ending = True
         held.push.finish(
             encode(hand_off), lambda error: self._inbox.put(lambda: self._push_ended(ref, error))
         )
@@ -318,12 +318,10 @@ class PrefillLoop:
         self._scheduler.complete(step)
 
     def _lose_ranks(self, step: PrefillStep, error: WorkerLost) -> None:
-        """The worker is one unit of failure: another rank's cache may be gone with its process, so
-        what is held ends, unless it has been computed, and nothing cached is a prefix hit any more.
-        """
+        """Another rank's cache may be gone: what is held ends, and nothing cached is a hit."""
         log.warning("the prefill ranks have parted", reason=str(error))
         self._ranks.lose()
-        for ref in [ref for ref, held in self._held.items() if not held.finishing]:
+        for ref in [ref for ref, held in self._held.items() if not held.ending]:
             self._fail(ref, error, stage="prefill", trusted=False)
         self._scheduler.complete(step)
         self._prefix_index.forget_all()
@@ -348,7 +346,9 @@ class PrefillLoop:
             self._scheduler.cancel(ref)
         else:
             self._scheduler.reject(ref)
-        self._held[ref].push.abort(reason, lambda: self._inbox.put(lambda: self._release(ref)))
+        held = self._held[ref]
+        held.ending = True
+        held.push.abort(reason, lambda: self._inbox.put(lambda: self._release(ref)))
 
     def _release(self, ref: AttemptRef) -> None:
         if self._held.pop(ref, None) is not None:
