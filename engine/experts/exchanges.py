@@ -42,10 +42,10 @@ class Exchanges:
         self._holdings = holdings
         self._bundles_of: dict[int, list[_Bundle]] = {}  # of experts without other replicas
         self._pieces_of: dict[int, list[_Bundle]] = {}  # of those with others
-        self._joined = list(
-            range(holdings.num_ranks)
-        )  # by rank, a number for those it is joined to
-        self._width = [1] * holdings.num_ranks  # by rank, how many of these are level with it
+        # By rank: a number for those that it is joined to, and how many of these are level with it.
+        self._joined = [0] * holdings.num_ranks
+        self._width = [1] * holdings.num_ranks
+        self._look()
 
     def run(self, *, until: float) -> None:
         """Until the load is ``until`` times the mean, or cannot be lower."""
@@ -65,13 +65,13 @@ class Exchanges:
                 self._width[rank] = sum(abs(loads[other] - loads[rank]) < near for other in ranks)
 
     def _improve(self, busy: int) -> bool:
-        self._look()
         found = self._best(busy)
         if found is None:
             return False
         before = self._unevenness()
         self._do(found)
         if self._unevenness() < before:
+            self._look()
             return True
         self._do(found.undone)
         return False
