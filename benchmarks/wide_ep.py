@@ -2,11 +2,12 @@
 
 ``--ranks 1,8,32,72``: so many real processes on this machine, each with a model of DeepSeek-V3's
 shape but tiny (256 experts, eight chosen, three layers of them), decode a fixed batch in lock-step
-over gloo. Processes share the cores, so times show what a step waits for, not what a rack does.
-Reported are
+over the memory that they share. Processes share the cores, so times show what a step waits for, not
+what a rack does. Reported are
 
 - the parts of a step: attention, dispatch, experts, combine, row exchange (from the last rank's
   arrival on), skew (first to last rank's arrival), and the rest;
+- a step of 2 and of 8 ranks over that memory, and over gloo in the same run;
 - bytes that a token sends to other ranks, over those of the formula;
 - the longest step over the median, with experts at rest and moving every three steps, and the
   longest time that a step waited for experts to move;
@@ -28,6 +29,7 @@ from torch import Tensor
 from benchmarks.report import Bar, Figure, print_report
 from benchmarks.wide_ep_rank import Outcome, Work, run_rank
 from decode.rebalance import RebalanceRule
+from engine.backends import RowsChoice
 from engine.experts.balancer import balance, balance_of
 from engine.experts.exchange import TransportChoice
 from engine.experts.placement import ExpertPlacement, Topology, place_evenly
@@ -38,6 +40,8 @@ MODEL = "deepseek_v3_256_experts"
 EXPERTS, CHOSEN, HIDDEN = 256, 8, 64  # of that model
 BATCH, REDUNDANT, STEPS, QUICK_STEPS = 4, 32, 40, 15
 TIMEOUT_S = 900.0
+CARRIED = (2, 8)  # ranks that also decode over gloo
+ROUNDS = 2  # of each, in turn: the machine may be busier in one
 _MOVE = "longest move / median step"
 PARTS = ("attention", "dispatch", "experts", "combine")
 MOVING = RebalanceRule(window=3, interval=3, above=1.0)
@@ -70,6 +74,11 @@ def main() -> int:
                 figures |= _named(_moving(at_rest, moving), ranks)
             if ranks == max(options.ranks):
                 figures |= _recorded(at_rest)
+        carried = {n: _carried(checkpoint, n, options) for n in options.carried}
+    for ranks, steps in carried.items():
+        figures |= {f"{ranks} ranks: step over {rows}, ms": ms for rows, ms in steps.items()}
+        over_gloo = steps["shared_memory"] / steps["gloo"]
+        bars.append(Bar(f"{ranks} ranks: shared memory / gloo", over_gloo, at_most=1.0))
     skewed = _skewed(EXPONENT, options.window_steps)
     figures |= {f"Zipf {EXPONENT}: {name}": value for name, value in skewed.items()}
     if not options.quick:
@@ -102,6 +111,7 @@ def _options() -> argparse.Namespace:
     chosen = parser.parse_args()
     chosen.ranks = [1, 4] if chosen.quick else [int(ranks) for ranks in chosen.ranks.split(",")]
     chosen.steps = QUICK_STEPS if chosen.quick else STEPS
+    chosen.carried = CARRIED[:1] if chosen.quick else CARRIED
     chosen.window_steps = QUICK_WINDOW_STEPS if chosen.quick else WINDOW_STEPS
     return chosen
 
@@ -112,6 +122,8 @@ def _run(
     steps: int,
     rule: RebalanceRule | None,
     transport: TransportChoice,
+    *,
+    rows: RowsChoice = "auto",
 ) -> list[Outcome]:
     work = Work(
         folder=folder,
@@ -121,7 +133,19 @@ def _run(
         rule=rule,
         transport=transport,
     )
-    return run_ranks(run_rank, ranks, work, timeout_s=TIMEOUT_S)
+    return run_ranks(run_rank, ranks, work, timeout_s=TIMEOUT_S, rows=rows)
+
+
+def _carried(folder: Path, ranks: int, options: argparse.Namespace) -> dict[RowsChoice, float]:
+    """Milliseconds of a step by what carries rows: the medians' least, of some rounds."""
+    found: dict[RowsChoice, float] = {}
+    carriers: tuple[RowsChoice, ...] = ("gloo", "shared_memory")
+    for rows in carriers * ROUNDS:
+        print(f"{ranks} ranks over {rows}", file=sys.stderr, flush=True)
+        outcomes = _run(folder, ranks, options.steps, None, options.transport, rows=rows)
+        step = 1000 * median(_durations(outcomes))
+        found[rows] = min(step, found.get(rows, step))
+    return found
 
 
 def _named(figures: dict[str, Figure], ranks: int) -> dict[str, Figure]:

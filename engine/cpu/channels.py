@@ -32,7 +32,7 @@ WAITS_AT = 8  # after each counter: whether its writer sleeps until the other on
 WORD = 8
 
 DONE, SLICE_OVER = 1, 0  # outcomes; -1 - rank: that rank has left, and its bytes are needed
-OUTCOME_AT, WAITED_AT, SCRATCH_WORDS = 2, 3, 4
+OUTCOME_AT, WAITED_AT, CROWDED_AT, SCRATCH_WORDS = 2, 3, 4, 5
 
 _FUTEX_NUMBERS = {"x86_64": 202, "aarch64": 98}
 FUTEX = _FUTEX_NUMBERS.get(platform.machine()) if platform.system() == "Linux" else None
@@ -41,6 +41,8 @@ FUTEX = _FUTEX_NUMBERS.get(platform.machine()) if platform.system() == "Linux" e
 _WAIT, _WAKE, _ALL = 0, 1, 2**31 - 1
 _MONOTONIC = 1
 _SECOND = 10**9
+_STOLEN_NS = 200_000  # a core that was given away and came back so late is wanted by others
+_CROWDED_WAITS = 50  # then this rank does not watch: who sleeps is soon given a core when woken
 
 _system_call = types.ExternalFunction("syscall", types.int64(*[types.int64] * 7))
 _clock = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
@@ -295,8 +297,9 @@ def advance() -> Kernel:
     of their beginning; and if ``awaited`` is not -1, until that one and those before it are done.
 
     Watches for ``watch_ns`` and sleeps after that; sleeps at once where watching would have been in
-    vain the last time. Word ``OUTCOME_AT`` of ``scratch`` is then ``DONE``; ``SLICE_OVER`` after
-    ``slice_ns``, or without ``awaited``; or tells who has left.
+    vain the last time, or where others kept the core that was offered to them, lately. Word
+    ``OUTCOME_AT`` of ``scratch`` is then ``DONE``; ``SLICE_OVER`` after ``slice_ns``, or without
+    ``awaited``; or tells who has left.
     """
 
     def run(arguments: Any) -> None:
@@ -305,7 +308,8 @@ def advance() -> Kernel:
         watch_ns, slice_ns = arguments[7], arguments[8]
         scratch, futex = arguments[9], arguments[10]
         began, now, gone = -1, -1, -1
-        if load_integer(scratch, WAITED_AT) > watch_ns:
+        crowded = load_integer(scratch, CROWDED_AT)
+        if load_integer(scratch, WAITED_AT) > watch_ns or crowded > 0:
             watch_ns = 0
         outcome = SLICE_OVER
         while now - began < slice_ns and outcome == SLICE_OVER:
@@ -323,7 +327,10 @@ def advance() -> Kernel:
                 began = now if began < 0 else began
                 if now - began < watch_ns:
                     _give_way()
+                    if _now(scratch) - now > _STOLEN_NS:
+                        crowded, watch_ns = _CROWDED_WAITS, 0
                 else:
+                    watch_ns = 0
                     gone = _sleep(
                         memory,
                         ring_bytes,
@@ -339,6 +346,7 @@ def advance() -> Kernel:
         store_integer(scratch, OUTCOME_AT, outcome)
         if awaited >= 0:
             store_integer(scratch, WAITED_AT, 0 if began < 0 else _now(scratch) - began)
+            store_integer(scratch, CROWDED_AT, max(crowded - 1, 0))
 
     return Kernel(run, ("advance", numba.__version__))
 

@@ -5,6 +5,7 @@ it, and each says whether it could. All read the same answers, so all come to th
 """
 
 import os
+from typing import TypeVar
 
 import msgspec
 from torch._C._distributed_c10d import Store
@@ -12,6 +13,8 @@ from torch._C._distributed_c10d import Store
 from engine.one_host.segment import Life, Offer, create, opened
 from engine.one_host.shared_rows import SharedRows
 from engine.one_host.whereabouts import Mourner, Whereabouts, is_known
+
+T = TypeVar("T")
 
 
 def join(
@@ -28,14 +31,14 @@ def join(
     size = life.size
     store.set(f"where/{rank}", msgspec.json.encode(where).decode())
     found = _all(store, "where", size)
-    processes = [msgspec.json.decode(where, type=Whereabouts) for where in found]
+    processes = [_read(where, Whereabouts) for where in found]
     apart = _apart(processes)
     if apart:
         return apart
     offered = _offer(store, life) if rank == 0 else None
     failure, rows = "", None
     try:
-        offer = msgspec.json.decode(store.get("memory"), type=Offer)
+        offer = _read(store.get("memory"), Offer)
         segment = opened(offer, life, processes[0])
         others = {other: where for other, where in enumerate(processes) if other != rank}
         rows = SharedRows(segment, rank=rank, mourner=Mourner(others), timeout_s=timeout_s)
@@ -77,3 +80,10 @@ def _apart(processes: list[Whereabouts]) -> str:
 def _all(store: Store, name: str, size: int) -> list[bytes]:
     found: list[bytes] = store.multi_get([f"{name}/{rank}" for rank in range(size)])
     return found
+
+
+def _read(told: bytes, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(told, type=kind)
+    except msgspec.DecodeError as error:
+        raise RuntimeError(f"a rank of another release says {told!r}") from error

@@ -23,7 +23,7 @@ from engine.one_host.segment import Segment
 from engine.one_host.whereabouts import Mourner
 
 SLICE_NS = 50_000_000  # of sleep, then deaths are looked for
-WATCH_NS = 500_000
+WATCH_NS = 1_000_000
 _MOST_UNDER_WAY = 64
 
 Places = Sequence[tuple[int, int]]  # address and bytes, by rank
