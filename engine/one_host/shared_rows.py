@@ -7,7 +7,6 @@ operation fails when a rank that it waits for leaves, dies, or is late, and then
 What the bytes are is unknown here.
 """
 
-import os
 import time
 from array import array
 from collections.abc import Callable, Sequence
@@ -77,8 +76,6 @@ class SharedRows:
         self._timeout_s = timeout_s
         self._futex = channels.FUTEX
         self._advance, self._leave = channels.advance(), channels.leave()
-        enough = len(os.sched_getaffinity(0)) >= self._size
-        self._watch_ns = WATCH_NS if enough else 0
         self._under_way: list[_Operation] = []
         self._addresses = array("q", [0] * _MOST_UNDER_WAY)
         self._scratch = array("q", [0] * channels.SCRATCH_WORDS)
@@ -200,7 +197,7 @@ class SharedRows:
             self._addresses_at,
             len(self._under_way),
             awaited,
-            self._watch_ns,
+            WATCH_NS,
             SLICE_NS,
             self._scratch_at,
             self._futex,
