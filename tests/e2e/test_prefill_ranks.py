@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.local_system import LocalSystem
+from deploy.demo import demo_weights
 from tests.e2e.conftest import Start
 from tests.e2e.test_faults import attempts_in_flight, eventually, ready
 from tests.e2e.test_greedy_tokens import a_prompt, completion, greedy, token_ids
@@ -62,6 +63,18 @@ def test_any_prefill_width_feeds_any_decode_width(
     widths = ("--prefill-ranks", str(prefill_ranks), "--decode-ranks", str(decode_ranks))
     system = start(folder, *FLAGS, "--name", kind, *widths, "--transport", transport)
     expect_greedy_tokens(system, kind, folder)
+
+
+@pytest.mark.slow
+def test_real_weights_on_three_prefill_ranks(start: Start) -> None:
+    file = demo_weights()
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    )
+    system = start("smollm2", *FLAGS, "--prefill-ranks", "3", "--decode-ranks", "2")
+    for length in (SHORT, LONG):
+        prompt = a_prompt(length, model.config.vocab_size, seed=length)
+        assert token_ids(completion(system.url, "smollm2", prompt)) == greedy(model, prompt)
 
 
 @pytest.fixture

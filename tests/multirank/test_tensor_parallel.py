@@ -24,7 +24,7 @@ RTOL, ATOL = 1e-4, 2e-4
 pytestmark = pytest.mark.multirank
 
 KINDS = ("llama", "mixtral", "qwen3_moe", "deepseek_v3", "deepseek_v3_direct_queries")
-QUICK = (("llama", 4), ("qwen3_moe", 2), ("mixtral", 2), ("deepseek_v3", 4))
+QUICK = (("llama", 4), ("qwen3_moe", 2), ("deepseek_v3", 2))
 CASES = [
     pytest.param(kind, ranks, marks=[] if (kind, ranks) in QUICK else [pytest.mark.slow])
     for kind in KINDS
