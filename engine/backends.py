@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, Store
 
 from engine.collectives import Alone, Backend, RankConnection
+from engine.cpu import channels
 from engine.one_host.joining import join
 from engine.one_host.segment import Life
 from engine.one_host.whereabouts import here, host
@@ -54,6 +55,14 @@ class Backends:
     choice: RowsChoice
     collective_timeout_s: float
     attempt_s: float
+
+    def prepare(self) -> None:
+        """Compile what connections may need, which takes a second where it never was; when ranks
+        have met, others would wait for it.
+        """
+        if self.device.type != "cuda" and self.choice != "gloo" and channels.FUTEX is not None:
+            channels.advance()
+            channels.leave()
 
     def connect(
         self, store: Store, *, epoch: int, number: int, members: Sequence[int], rank: int, host: str

@@ -127,6 +127,7 @@ class Rendezvous:
             self._last_epoch += 1
             return _alone(self._group, self._last_epoch)
         self._stop_looking()
+        self._backends.prepare()
         waiting = Waiting(deadline_s, on_progress, role=self._role)
         doorman = self._open(waiting)
         while True:
