@@ -251,7 +251,7 @@ class ExpertGroup:
 
     def _connected(self) -> Backend:
         if self._backend is None:
-            raise WorkerLost("the ranks of this decode worker are not connected", stage="decode")
+            raise WorkerLost("the ranks of this worker are not connected", stage="decode")
         return self._backend
 
 
@@ -340,7 +340,7 @@ class StepGroup:
     @property
     def _control(self) -> Backend:
         if self._connection is None:
-            raise WorkerLost("the ranks of this decode worker are not connected", stage="decode")
+            raise WorkerLost("the ranks of this worker are not connected", stage="decode")
         return self._connection.control
 
     def close(self) -> None:
