@@ -57,7 +57,7 @@ class Backends:
     attempt_s: float
 
     def prepare(self) -> None:
-        """Compile what connections may need, which takes some seconds where it never was; when ranks
+        """Compile what connections may need, which takes seconds where it never was; when ranks
         have met, others would wait for it.
         """
         if self.device.type != "cuda" and self.choice != "gloo" and channels.FUTEX is not None:
