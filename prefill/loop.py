@@ -158,8 +158,8 @@ class PrefillLoop:
             self._let_go(now)
 
     def _turn(self) -> None:
-        now = time.monotonic()
-        self._listen(now)
+        self._listen(time.monotonic())
+        now = time.monotonic()  # what was heard has arrived before it is begun
         step = self._scheduler.schedule()
         try:
             parts = [

@@ -20,6 +20,7 @@ _CONTENT_KEYS = {"chat": "content", "completions": "text", "responses": "delta"}
 _DONE = b"[DONE]"
 _NEVER = b"\n"  # no event begins so: it is what events are split by
 _LIMIT_MESSAGE = 300
+_SIGNS_OF_MORE = (b'"usage":{', b'_reason":"', b'"usage": {', b'_reason": "')
 
 
 class AnswerReader:
@@ -189,7 +190,7 @@ class AnswerReader:
 
 def _says_more(event: bytes) -> bool:
     """Whether an event may carry more than content. Such are always parsed."""
-    return b'"usage":{' in event or b'_reason":"' in event
+    return any(sign in event for sign in _SIGNS_OF_MORE)
 
 
 def _other_content(part: Mapping[str, Any]) -> bool:

@@ -2,7 +2,7 @@ import json
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from capacity.load.events import AnswerReader
@@ -175,7 +175,16 @@ def an_event(draw: st.DrawFn) -> bytes:
     return draw(st.sampled_from([made, made, made, b"\n", b": ping\n\n"]))
 
 
+CONTENT = {"choices": [{"index": 0, "delta": {"content": "a"}, "finish_reason": None}]}
+
+
 @given(events=st.lists(an_event(), max_size=12))
+@example(
+    events=[
+        event(CONTENT, spaced=True),
+        event({**CONTENT, "usage": {"completion_tokens": 1}}, spaced=True),
+    ]
+)
 def test_what_is_not_parsed_would_have_said_the_same(events: list[bytes]) -> None:
     reader, parsing = AnswerReader("chat"), AnswerReader("chat", keep_text=True)
     for one in (reader, parsing):
