@@ -27,7 +27,7 @@ from engine.kvcache.block_pool import BlockPool
 from engine.kvcache.mirror import HostMirror
 from engine.kvcache.storage import KVStorage
 from engine.loading import LoadedModel, load, resolve_numerics
-from engine.meeting.joining import RankMeeting
+from engine.meeting.joining import RankMeeting, tell_others
 from engine.model_runner import ModelRunner
 from engine.rendezvous import Rendezvous
 from engine.sampling.sampler import Sampler
@@ -78,7 +78,12 @@ def run(settings: DecodeSettings) -> int:
             progress=weights_progress(),
         )
     except ConfigError as error:
-        _tell_others(str(error), settings, group, key)
+        if group.num_seats > 1:
+            tell_others(
+                str(error),
+                lambda: _messenger(settings, group, key),
+                deadline_s=settings.group.rendezvous_timeout_s,
+            )
         raise
     process = WorkerProcess(
         Decoder[ToDecode](ToDecode),
@@ -91,22 +96,15 @@ def run(settings: DecodeSettings) -> int:
     return 0
 
 
-def _tell_others(
-    failure: str, settings: DecodeSettings, group: ExpertGroup, key: ClusterKey | None
-) -> None:
-    """Other ranks would wait for this one for as long as they may."""
-    if group.num_seats == 1:
-        return
-    report("failed", message=failure)  # a launcher that ends all ranks need not wait either
-    log.error("this rank cannot serve, and tells the others", reason=failure)
-    rendezvous = Rendezvous(
+def _messenger(settings: DecodeSettings, group: ExpertGroup, key: ClusterKey | None) -> Rendezvous:
+    """To the others, for a rank that cannot serve."""
+    return Rendezvous(
         group,
         settings.group.rendezvous.removeprefix("tcp://"),
         name=settings.worker_id,
         places=settings.group.place_of,
         key=b"" if key is None else key.derive("ranks"),
     )
-    rendezvous.tell(failure, deadline_s=settings.group.rendezvous_timeout_s)
 
 
 def _spread(settings: DecodeSettings) -> ExpertSpread:

@@ -19,7 +19,7 @@ from engine.kvcache.mirror import HostMirror
 from engine.kvcache.prefix_index import PrefixIndex
 from engine.kvcache.storage import KVStorage
 from engine.loading import LoadedModel, load, resolve_numerics
-from engine.meeting.joining import RankMeeting
+from engine.meeting.joining import RankMeeting, tell_others
 from engine.model_runner import ModelRunner
 from engine.rendezvous import Rendezvous
 from engine.sampling.sampler import Sampler
@@ -44,13 +44,10 @@ from protocol.messages import ToPrefill
 from protocol.prefix import fingerprint_digest
 from protocol.workers import WorkerInfo
 from runtime.keys import ClusterKey, load_key
-from runtime.log import get_log
 from runtime.mailbox import Outbox
 from runtime.registration import Registration
 from runtime.reporting import report, weights_progress
 from runtime.worker_process import ToPeer, WorkerProcess, serve_until_told
-
-log = get_log(__name__)
 
 
 def run(settings: PrefillSettings) -> int:
@@ -79,7 +76,12 @@ def run(settings: PrefillSettings) -> int:
             progress=weights_progress(),
         )
     except ConfigError as error:
-        tell_others(str(error), settings, group, key)
+        if group.num_seats > 1:
+            tell_others(
+                str(error),
+                lambda: make_rendezvous(settings, group, key, None),
+                deadline_s=settings.group.rendezvous_timeout_s,
+            )
         raise
     rank = PrefillRank(settings, loaded, group, key)
     if group.seat:
@@ -261,18 +263,6 @@ def processor(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return torch.backends.cpu.get_cpu_capability()
-
-
-def tell_others(
-    failure: str, settings: PrefillSettings, group: ExpertGroup, key: ClusterKey | None
-) -> None:
-    """Other ranks would wait for this one for as long as they may."""
-    if group.num_seats == 1:
-        return
-    report("failed", message=failure)  # a launcher that ends all ranks need not wait either
-    log.error("this rank cannot serve, and tells the others", reason=failure)
-    rendezvous = make_rendezvous(settings, group, key, None)
-    rendezvous.tell(failure, deadline_s=settings.group.rendezvous_timeout_s)
 
 
 def make_rendezvous(

@@ -1,20 +1,17 @@
 """Prefill ranks that cannot serve together end at start-up, every one with the rule and the fix."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from prefill.settings import PrefillSettings
 from protocol.errors import ConfigError
-from tests.support.ranks import Parent, RankProcess, free_address, start_rank
+from tests.support.ranks import Parent, RankProcess, free_address
+from tests.support.refusals import PATIENCE_S, Options, refused
 
 pytestmark = pytest.mark.multirank
 RANKS = 2
-PATIENCE_S = 60.0  # of the ranks; a test that takes so long has found nobody
-Options = dict[str, Any]
 
 
 def live(rank: int, options: Options, parent: Parent) -> None:
@@ -41,26 +38,9 @@ def options_of(rank: int, folder: Path, address: str, **more: object) -> Options
     }
 
 
-@pytest.fixture
-def started() -> Iterator[list[RankProcess]]:
-    ranks: list[RankProcess] = []
-    yield ranks
-    for rank in ranks:
-        rank.stop()
-
-
 @pytest.fixture(scope="module")
 def folder(tiny_checkpoint: Callable[[str], Path]) -> Path:
     return tiny_checkpoint("llama")
-
-
-def refused(started: list[RankProcess], options: list[Options]) -> list[str]:
-    """What each rank ends with; all do, before their patience does."""
-    began = time.monotonic()
-    started += [start_rank(live, rank, each) for rank, each in enumerate(options)]
-    reasons = [str(rank.receive(PATIENCE_S)) for rank in started]
-    assert time.monotonic() - began < PATIENCE_S, "they have waited for one another"
-    return reasons
 
 
 def test_heads_that_do_not_divide_are_refused_by_every_rank(
@@ -70,7 +50,7 @@ def test_heads_that_do_not_divide_are_refused_by_every_rank(
     options = [options_of(rank, folder, address) for rank in range(3)]
     for each in options:
         each["group"]["ranks"] = 3
-    for reason in refused(started, options):
+    for reason in refused(live, started, options):
         assert "prefill.group.ranks is 3: the model's 4 attention heads cannot be split" in reason
         assert "use a number of ranks that divides them" in reason
 
@@ -83,7 +63,7 @@ def test_caches_of_unequal_size_are_refused_by_every_rank(
         options_of(0, folder, address, num_blocks=32),
         options_of(1, folder, address, num_blocks=48),
     ]
-    for reason in refused(started, options):
+    for reason in refused(live, started, options):
         assert "num_blocks is 48 on rank 1, 32 on rank 0" in reason
         assert "rank 1 cannot join the prefill ranks" in reason
 
@@ -97,7 +77,7 @@ def test_another_checkpoint_on_one_rank_is_refused_by_every_rank(
         options_of(0, folder, address),
         options_of(1, tiny_checkpoint("mixtral"), address),
     ]
-    for reason in refused(started, options):
+    for reason in refused(live, started, options):
         assert "weights is " in reason
 
 
@@ -107,5 +87,5 @@ def test_a_rank_that_finds_no_weights_ends_every_rank(
 ) -> None:
     address = free_address()
     options = [options_of(0, folder, address), options_of(1, tmp_path / "nothing", address)]
-    for reason in refused(started, options):
+    for reason in refused(live, started, options):
         assert "there is no such model folder or GGUF file" in reason

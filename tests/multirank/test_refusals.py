@@ -2,21 +2,18 @@
 
 import json
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from decode.settings import DecodeSettings
 from protocol.errors import ConfigError
-from tests.support.ranks import Parent, RankProcess, free_address, start_rank
+from tests.support.ranks import Parent, RankProcess, free_address
+from tests.support.refusals import PATIENCE_S, Options, refused
 
 pytestmark = pytest.mark.multirank
 SEATS = 3
-PATIENCE_S = 60.0  # of the ranks; a test that takes so long has found nobody
-Options = dict[str, Any]
 
 
 def live(seat: int, options: Options, parent: Parent) -> None:
@@ -43,26 +40,9 @@ def options_of(seat: int, folder: Path, address: str, **experts: object) -> Opti
     }
 
 
-@pytest.fixture
-def started() -> Iterator[list[RankProcess]]:
-    ranks: list[RankProcess] = []
-    yield ranks
-    for rank in ranks:
-        rank.stop()
-
-
 @pytest.fixture(scope="module")
 def folder(tiny_checkpoint: Callable[[str], Path]) -> Path:
     return tiny_checkpoint("deepseek_v3")
-
-
-def refused(started: list[RankProcess], options: list[Options]) -> list[str]:
-    """What each rank ends with; all do, before their patience does."""
-    began = time.monotonic()
-    started += [start_rank(live, seat, each) for seat, each in enumerate(options)]
-    reasons = [str(rank.receive(PATIENCE_S)) for rank in started]
-    assert time.monotonic() - began < PATIENCE_S, "they have waited for one another"
-    return reasons
 
 
 @pytest.mark.parametrize("odd", range(SEATS))
@@ -73,7 +53,7 @@ def test_a_transport_that_one_rank_cannot_have_is_told_on_every_rank(
     options = [options_of(seat, folder, address) for seat in range(SEATS)]
     options[odd] = options_of(odd, folder, address, transport="nccl_ep")
 
-    for seat, reason in enumerate(refused(started, options)):
+    for seat, reason in enumerate(refused(live, started, options)):
         assert seat == odd or f"rank {odd} cannot serve: " in reason
         assert "it needs the library nccl.ep, which cannot be imported" in reason
         assert "install headrace[nccl-ep] on every rank, or choose another transport" in reason
@@ -86,7 +66,7 @@ def test_another_checkpoint_on_one_rank_is_told_on_every_rank(
     address = free_address()
     other = tiny_checkpoint("qwen3_moe")
     options = [options_of(seat, other if seat == odd else folder, address) for seat in range(SEATS)]
-    for reason in refused(started, options):
+    for reason in refused(live, started, options):
         assert "weights is " in reason
         assert f"on rank {odd or 1}, " in reason
         assert "all ranks must be started with the same model, release and settings" in reason
@@ -100,7 +80,7 @@ def test_a_file_that_one_rank_lacks_is_told_on_every_rank(
         shard.unlink()
     address = free_address()
     options = [options_of(seat, damaged if seat == 1 else folder, address) for seat in range(SEATS)]
-    assert all("safetensors" in reason for reason in refused(started, options))
+    assert all("safetensors" in reason for reason in refused(live, started, options))
 
 
 def test_another_number_of_ranks_on_one_of_them_is_told_on_every_rank(
@@ -109,7 +89,7 @@ def test_another_number_of_ranks_on_one_of_them_is_told_on_every_rank(
     address = free_address()
     options = [options_of(seat, folder, address) for seat in range(SEATS)]
     options[2]["group"]["ranks"] = SEATS + 1
-    for reason in refused(started, options):
+    for reason in refused(live, started, options):
         assert f"decode.group.ranks is {SEATS + 1} on rank 2, {SEATS} on rank 0" in reason
 
 
@@ -134,4 +114,4 @@ def test_what_no_rank_can_serve_is_refused_by_every_rank(
     (changed / "config.json").write_text(json.dumps(config | change))
     address = free_address()
     options = [options_of(seat, changed, address, **experts) for seat in range(SEATS)]
-    assert all(rule in reason for reason in refused(started, options))
+    assert all(rule in reason for reason in refused(live, started, options))
