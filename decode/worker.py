@@ -79,6 +79,7 @@ def run(settings: DecodeSettings) -> int:
         )
     except ConfigError as error:
         if group.num_seats > 1:
+            report("failed", message=str(error))  # a launcher that ends all ranks need not wait
             tell_others(
                 str(error),
                 lambda: _messenger(settings, group, key),

@@ -77,6 +77,7 @@ def run(settings: PrefillSettings) -> int:
         )
     except ConfigError as error:
         if group.num_seats > 1:
+            report("failed", message=str(error))  # a launcher that ends all ranks need not wait
             tell_others(
                 str(error),
                 lambda: make_rendezvous(settings, group, key, None),

@@ -8,7 +8,6 @@ from engine.meeting.waiting import FormingProgress
 from engine.rendezvous import Rendezvous
 from protocol.errors import Cancelled
 from runtime.log import get_log
-from runtime.reporting import report
 
 log = get_log(__name__)
 
@@ -20,7 +19,6 @@ def tell_others(
     failure: str, make_rendezvous: Callable[[], Rendezvous], *, deadline_s: float
 ) -> None:
     """Say why this rank cannot take part: the others would wait for it for as long as they may."""
-    report("failed", message=failure)  # a launcher that ends all ranks need not wait either
     log.error("this rank cannot serve, and tells the others", reason=failure)
     make_rendezvous().tell(failure, deadline_s=deadline_s)
 
