@@ -6,6 +6,8 @@ hold for life: it stays the same object when the processes behind the other rank
 exchanged, and why, is unknown here.
 """
 
+import math
+import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -151,6 +153,21 @@ class PendingLines:
         return [tuple(line) for line in self.lines.tolist()]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Watched:
+    """``work`` of ``group``, which knows how long its thread has waited for others."""
+
+    work: Awaited
+    group: "ExpertGroup"
+
+    def wait(self) -> bool:
+        self.group.waited_until = math.inf
+        try:
+            return self.work.wait()
+        finally:
+            self.group.waited_until = time.monotonic()
+
+
 class ExpertGroup:
     """One process's seat among those that share the experts.
 
@@ -169,6 +186,8 @@ class ExpertGroup:
         self._backend: Backend | None = None
         self._tokens_of_rank: tuple[int, ...] = ()
         self.lives = 0  # how often the ranks have been connected
+        # For other ranks, by the monotonic clock; infinite while it does. Read by any thread.
+        self.waited_until = -math.inf
 
     @classmethod
     def single(cls, device: torch.device) -> "ExpertGroup":
@@ -228,14 +247,14 @@ class ExpertGroup:
                 list(send_counts),
                 dist.AllToAllOptions(),
             )
-        return PendingRows(rows=received, work=work)
+        return PendingRows(rows=received, work=_Watched(work=work, group=self))
 
     def gather_rows(self, rows_BW: Tensor, into_RW: Tensor) -> PendingRows:
         """Give ``rows_BW`` to all ranks, which have equally many; as ``exchange_rows``."""
         backend = self._connected()
         with losing("gathering of expert rows"):
             work = backend._allgather_base(into_RW, rows_BW.contiguous(), AllgatherOptions())
-        return PendingRows(rows=into_RW, work=work)
+        return PendingRows(rows=into_RW, work=_Watched(work=work, group=self))
 
     def sum_rows(self, rows_RW: Tensor, into_BW: Tensor) -> PendingRows:
         """Add all ranks' ``rows_RW`` up; this rank gets the part of its rank, in ``into_BW``.
@@ -247,7 +266,7 @@ class ExpertGroup:
             work = backend._reduce_scatter_base(
                 into_BW, rows_RW.contiguous(), dist.ReduceScatterOptions()
             )
-        return PendingRows(rows=into_BW, work=work)
+        return PendingRows(rows=into_BW, work=_Watched(work=work, group=self))
 
     def _connected(self) -> Backend:
         if self._backend is None:
@@ -303,8 +322,8 @@ class StepGroup:
         try:
             with losing(f"exchange of step rows in epoch {self.epoch}"):
                 outputs = [list(rows.unbind(0))] if self.rank == 0 else []
-                control.gather(outputs, [mine], gather).wait()
-                control.broadcast([rows], broadcast).wait()
+                self._watched(control.gather(outputs, [mine], gather)).wait()
+                self._watched(control.broadcast([rows], broadcast)).wait()
         except WorkerLost:
             self.close()
             raise
@@ -324,7 +343,7 @@ class StepGroup:
         outputs = [list(lines.unbind(0))] if self.rank == root else []
         with losing("exchange of what ranks plan"):
             work = self._control.gather(outputs, [mine], options)
-        return PendingLines(lines=lines, work=work)
+        return PendingLines(lines=lines, work=self._watched(work))
 
     def begin_broadcast(self, line: Sequence[int], *, root: int) -> PendingLines:
         """All ranks hear the ``line`` of rank ``root``; others give one of the same width. As
@@ -335,7 +354,10 @@ class StepGroup:
         options.rootRank = root
         with losing("exchange of what ranks plan"):
             work = self._control.broadcast([lines], options)
-        return PendingLines(lines=lines, work=work)
+        return PendingLines(lines=lines, work=self._watched(work))
+
+    def _watched(self, work: Awaited) -> Awaited:
+        return _Watched(work=work, group=self.expert_group)
 
     @property
     def _control(self) -> Backend:

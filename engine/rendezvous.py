@@ -259,6 +259,7 @@ class Rendezvous:
             terms=self._terms,
             key=self._key,
             stuck_s=self._collective_timeout_s,
+            waited_until=lambda: self._group.waited_until,
         )
         return self._doorman
 

@@ -3,15 +3,17 @@
 A visitor waits here until the engine thread calls the roll or follows a lower rank. In a group that
 serves, whoever waits at its leader wants to join, and who does not fit in is sent away; before the
 first one, that is everybody's concern, and the engine thread tells all. A rank whose engine thread
-has not been seen for long receives nobody, so that nobody waits at a rank that will never call.
-Who connects and does not say at once which rank it is gives way to those who come later.
+has not been seen for long receives nobody, so that nobody waits at a rank that will never call;
+unless that thread waits for other ranks, which ends by itself: those who notice a loss first find
+the others so. Who connects and does not say at once which rank it is gives way to those who come
+later.
 """
 
 import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -47,10 +49,13 @@ class Doorman:
         terms: Mapping[str, str],
         key: bytes,
         stuck_s: float,
+        waited_until: Callable[[], float],
     ) -> None:
         """``listener`` is bound. Visitors of another ``group`` go away by themselves; those whose
         ``terms`` differ are misfits, and such as cannot come to ``rank`` of ``num_ranks`` are
-        refused. After ``stuck_s`` without ``seen`` nobody is received.
+        refused. After ``stuck_s`` without ``seen`` nobody is received. ``waited_until`` is when
+        the engine thread last waited for other ranks, by the monotonic clock; infinite while it
+        does.
         """
         listener.listen(BACKLOG)
         self._listener = listener
@@ -61,6 +66,7 @@ class Doorman:
         self._terms = dict(terms)
         self._key = key
         self._stuck_s = stuck_s
+        self._waited_until = waited_until
         self._changed = threading.Condition()
         self._visitors: dict[int, _Visitor] = {}
         self._follow: Follow | None = None
@@ -243,4 +249,5 @@ class Doorman:
         )
 
     def _receives(self) -> bool:
-        return not self._closed and time.monotonic() - self._seen_at < self._stuck_s
+        seen_at = max(self._seen_at, self._waited_until())
+        return not self._closed and time.monotonic() - seen_at < self._stuck_s

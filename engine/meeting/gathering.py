@@ -1,11 +1,11 @@
 """One attempt of a rank to come by a roll: from a lower rank, or by calling it."""
 
-import math
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
+from engine.meeting.absences import Absences
 from engine.meeting.doorman import Doorman
 from engine.meeting.roll_call import Quorum, call, expected
 from engine.meeting.tickets import Follow, Roll, Ticket
@@ -18,7 +18,6 @@ _LEAD_S = 0.5  # then lower ranks are looked for again
 _PROBES = 16
 _LAST_WORDS_S = 1.0  # of the deadline are kept for telling why all must end
 _MOST_REASONS = 4
-_AGAIN_S = 2.0  # then a rank that was gone is looked for again; it costs a second if it is frozen
 
 
 class Gathering:
@@ -47,7 +46,7 @@ class Gathering:
         self._key = key
         self._late_s = late_s
         self._waiting = waiting
-        self._gone: dict[int, float] = {}  # rank -> when it was last found gone
+        self._gone = Absences()
 
     def roll(self, open_store: Callable[[], str]) -> Roll:
         """Called, or heard, and then this rank is on it. ``open_store`` is called by who leads.
@@ -87,7 +86,11 @@ class Gathering:
         return None
 
     def _visit(self, rank: int) -> Roll | Follow | None:
+        heard_at = time.monotonic()
+
         def wait() -> None:
+            nonlocal heard_at
+            heard_at = time.monotonic()
             self._doorman.seen()
             self._doorman.send_on(rank, self._addresses[rank])
             self._waiting.check()
@@ -103,14 +106,15 @@ class Gathering:
             )
         except WorkerLost as error:
             self._waiting.last_failure = f"rank {rank}: {error}"
-            self._gone[rank] = time.monotonic()
+            now = time.monotonic()
+            self._gone.missed(rank, now=now, took_s=now - heard_at)
             self._doorman.keep()
             return None
-        self._gone.pop(rank, None)
+        self._gone.found(rank)
         return answer
 
     def _lately_gone(self, rank: int) -> bool:
-        return time.monotonic() - self._gone.get(rank, -math.inf) < _AGAIN_S
+        return self._gone.lately(rank, now=time.monotonic())
 
     def _lead(self) -> tuple[int, ...] | None:
         """The members of the next group; None when it is time to look for lower ranks again."""
@@ -163,16 +167,21 @@ class Gathering:
         if not known:
             return
         with ThreadPoolExecutor(min(_PROBES, len(known))) as threads:
-            living = list(
-                threads.map(lambda rank: answers(self._addresses[rank], self._group), known)
-            )
+            looks = list(threads.map(self._look, known))
         late = self._waiting.waited_s() > self._late_s
-        for rank, lives in zip(known, living, strict=True):
+        now = time.monotonic()
+        for rank, (lives, took_s) in zip(known, looks, strict=True):
             # A lower rank that lives is visited, and does not have to come.
             if not lives or (late and rank > self._ticket.rank):
-                self._gone[rank] = time.monotonic()
+                self._gone.missed(rank, now=now, took_s=took_s)
             else:
-                self._gone.pop(rank, None)
+                self._gone.found(rank)
+
+    def _look(self, rank: int) -> tuple[bool, float]:
+        """Whether it receives visitors, and how long it took to find out."""
+        began = time.monotonic()
+        lives = answers(self._addresses[rank], self._group)
+        return lives, time.monotonic() - began
 
     def _call(self, members: tuple[int, ...], open_store: Callable[[], str]) -> Roll:
         present = {**self._doorman.visitors, self._ticket.rank: self._ticket}
