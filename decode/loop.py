@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from decode.intake import Arrived, Intake, Lost
+from decode.interruption import Interruption
 from decode.load import LoadAccount
 from decode.lockstep import RankState, StepPlan, StepRow, decide
 from decode.rebalance import ExpertMoves
@@ -113,6 +114,7 @@ class DecodeLoop:
         self._running: dict[AttemptRef, _Running] = {}
         self._stopped = threading.Event()
         self._sweep = Beat(SWEEP_S)
+        self._interruption = Interruption(meter)
         self._step = 0
         self.account = LoadAccount(scheduler, intake, meter)
         self.epoch: int | None = None  # of the group; None while this rank cannot serve
@@ -163,7 +165,7 @@ class DecodeLoop:
                 plan = self._step_together(group)
             except WorkerLost as error:
                 leaving = ()
-                log.warning("the group has broken", reason=str(error), epoch=group.epoch)
+                self._interruption.broken(group, error)
                 if len(group.members) <= self._least_ranks:
                     self._leave(error)
                 continue
@@ -172,6 +174,7 @@ class DecodeLoop:
             if plan is None or plan.kind == "stop" or self._seat in plan.leaving:
                 break
             leaving = plan.leaving
+            self._interruption.parted(group)
         self._forget_group()
 
     def _step_together(self, group: StepGroup) -> StepPlan | None:
@@ -180,13 +183,13 @@ class DecodeLoop:
             plan = self._turn(group)
             if plan.kind in ("stop", "regroup"):
                 return plan
+            self._interruption.passed(group, plan.kind)
         return None
 
     def _enter(self, group: StepGroup) -> None:
         self.epoch, self.members = group.epoch, group.members
-        self._meter.add_group()
+        self._interruption.met(group)
         self._two_batches.reset()
-        log.info("ranks serve together", epoch=group.epoch, members=group.members, rows=group.rows)
         self._on_membership()
 
     def _leave(self, error: ServingError) -> None:
@@ -364,8 +367,7 @@ class DecodeLoop:
         peer = self._clients.owner(ref)
         if peer is not None:
             report = report_of(error, stage="decode")
-            failed = RequestFailed(ref=ref, worker=self._worker, error=report)
-            self._outbox.put([(peer, failed)])
+            self._outbox.put([(peer, RequestFailed(ref=ref, worker=self._worker, error=report))])
         self._clients.disown(ref)
 
     def _let_go(self, now: float) -> None:

@@ -34,6 +34,7 @@ _RANK_COLUMNS = (
     "waits",
     "sent a layer",
     "groups",
+    "stood still",
     "transport",
     "buffers",
 )
@@ -61,6 +62,7 @@ class Rank:
     layer_calls: float = 0
     row_exchanges: float = 0
     groups_formed: float = 0
+    interrupted_s: float = 0
     buffer_bytes: float = 0
     transport: str = ""
 
@@ -109,6 +111,8 @@ def _note(rank: Rank, name: str, labels: Mapping[str, str], value: float) -> Non
         rank.steps[labels["batches"]] = value
     elif name == "buffer_bytes":
         rank.buffer_bytes, rank.transport = value, labels["transport"]
+    elif name == "interrupted_seconds":
+        rank.interrupted_s = value
     elif name in ("layer_calls", "row_exchanges", "groups_formed"):
         setattr(rank, name, value)
 
@@ -166,6 +170,7 @@ def _rank_row(number: int, rank: Rank) -> list[str]:
         _ms(rank.seconds.get("rows", 0.0) / turns),
         _size(sum(rank.sent_bytes.values()) / layers),
         f"{rank.groups_formed:.0f}",
+        f"{rank.interrupted_s:.1f} s",
         rank.transport,
         _size(rank.buffer_bytes),
     ]

@@ -12,11 +12,12 @@ headrace_expert_exchange_bytes_total{group,rank,part}    to other ranks: dispatc
 headrace_expert_layer_calls_total{group,rank}      MoE layers that the rank has passed
 headrace_expert_row_exchanges_total{group,rank}    turns that the rank has agreed on with the others
 headrace_expert_groups_formed_total{group,rank}    how often the ranks have met
+headrace_expert_interrupted_seconds_total{group,rank}    without a turn, while the ranks met again
 headrace_expert_steps_total{group,rank,batches}    steps of decoding that passed as one or as two
 headrace_expert_group_epoch{group}                 of the group that is in place
 headrace_expert_buffer_bytes{group,rank,transport} of the exchange, at most
 
-The last eight are by each rank's own account, as of its last heartbeat. Of the others a group is
+The last nine are by each rank's own account, as of its last heartbeat. Of the others a group is
 shown when all its ranks have reported a window. Ranks report windows of the same steps,
 so the sums are of one window but for the moment in which the reports arrive.
 """
@@ -116,7 +117,7 @@ def expert_metrics(
 
 
 def traffic_metrics(members: Iterable[WorkerState]) -> Iterable[Metric]:
-    """What the ranks' exchanges cost: the last eight families above."""
+    """What the ranks' exchanges cost: the last nine families above."""
     of_rank = ("group", "rank")
     seconds = CounterMetricFamily(
         "headrace_expert_exchange_seconds",
@@ -139,6 +140,11 @@ def traffic_metrics(members: Iterable[WorkerState]) -> Iterable[Metric]:
     )
     formed = CounterMetricFamily(
         "headrace_expert_groups_formed", "How often the ranks have met", labels=of_rank
+    )
+    interrupted = CounterMetricFamily(
+        "headrace_expert_interrupted_seconds",
+        "Time without a turn, while the ranks met again",
+        labels=of_rank,
     )
     epoch = GaugeMetricFamily(
         "headrace_expert_group_epoch", "Epoch of the group of ranks", labels=("group",)
@@ -164,10 +170,11 @@ def traffic_metrics(members: Iterable[WorkerState]) -> Iterable[Metric]:
         steps.add_metric([*labels, "1"], traffic.steps - traffic.steps_in_two)
         steps.add_metric([*labels, "2"], traffic.steps_in_two)
         formed.add_metric(labels, traffic.groups_formed)
+        interrupted.add_metric(labels, traffic.interrupted_s)
         buffers.add_metric([*labels, traffic.transport], traffic.buffer_bytes)
     for group, number in epochs.items():
         epoch.add_metric([group], number)
-    return seconds, sent, calls, rows, steps, formed, epoch, buffers
+    return seconds, sent, calls, rows, steps, formed, interrupted, epoch, buffers
 
 
 def _seconds_of(traffic: ExpertTraffic) -> dict[str, float]:

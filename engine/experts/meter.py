@@ -51,6 +51,7 @@ class ExchangeMeter:
         self._row_exchange_s = 0.0
         self._skew_s = 0.0
         self._groups_formed = 0
+        self._interrupted_s = 0.0
         self._steps = 0
         self._steps_in_two = 0
 
@@ -88,6 +89,10 @@ class ExchangeMeter:
         """The group of ranks has formed, for the first time or again."""
         self._groups_formed += 1
 
+    def add_interruption(self, seconds: float) -> None:
+        """No turn has passed for so long, because the ranks had to meet again."""
+        self._interrupted_s += seconds
+
     def traffic(self) -> ExpertTraffic:
         """All of it so far."""
         return ExpertTraffic(
@@ -105,6 +110,7 @@ class ExchangeMeter:
             steps=self._steps,
             steps_in_two=self._steps_in_two,
             groups_formed=self._groups_formed,
+            interrupted_s=self._interrupted_s,
         )
 
     def _read(self) -> None:

@@ -40,6 +40,8 @@ def test_time_before_resuming_is_nobodys() -> None:
 def test_bytes_and_row_exchanges_add_up() -> None:
     meter = ExchangeMeter(CPU, transport="padded", buffer_bytes=7)
     meter.add_group()
+    meter.add_interruption(1.25)
+    meter.add_interruption(0.5)
     meter.add_step(0.5, in_two=True)
     meter.add_step(0.25, in_two=False)
     for _ in range(2):
@@ -48,6 +50,7 @@ def test_bytes_and_row_exchanges_add_up() -> None:
         meter.add_row_exchange(0.5, 250_000)
     traffic = meter.traffic()
     assert (traffic.transport, traffic.buffer_bytes, traffic.groups_formed) == ("padded", 7, 1)
+    assert traffic.interrupted_s == 1.75
     assert (traffic.steps, traffic.steps_in_two) == (2, 1)
     assert (meter.waited_us, meter.computed_us) == (500_000, 250_000)  # the last ones
     assert (traffic.dispatch_bytes, traffic.combine_bytes) == (20, 6)

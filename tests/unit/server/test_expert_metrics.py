@@ -35,6 +35,7 @@ TRAFFIC = ExpertTraffic(
     steps_in_two=4,
     skew_s=0.01,
     groups_formed=2,
+    interrupted_s=1.2,
 )
 RANKS = [
     WorkerState(
@@ -102,7 +103,7 @@ def test_the_command_shows_what_each_ranks_exchanges_cost() -> None:
     shown = lines[-1].split()
     assert shown[0] == "1"
     assert shown[1:9:2] == ["50.000", "25.000", "75.000", "6.000"]
-    assert shown[9:] == ["5.0", "kB", "2", "all_to_all", "3.5", "MB"]
+    assert shown[9:] == ["5.0", "kB", "2", "1.2", "s", "all_to_all", "3.5", "MB"]
 
 
 def test_the_command_shows_ranks_before_the_first_window_is_over() -> None:
