@@ -9,7 +9,7 @@ same bits in every batch, and for any number of threads.
 # Shape suffixes: N rows   I input features   O output features   T tiles of outputs
 # P pairs of inputs   J outputs of a tile
 
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from engine.cpu import vectors
 from engine.cpu.threads import Kernel, end_item, first_item
-from engine.cpu.values import BFLOAT16, ELEMENT_BYTES
+from engine.cpu.values import BFLOAT16, ELEMENT_BYTES, FLOAT32
 from engine.cpu.vectors import LANES
 
 TILE_VECTORS = 2
@@ -134,32 +134,55 @@ def multiply_block(
     """1 to ``MOST_ROWS`` rows times one tile of ``pairs`` (even). Strides are in bytes, and the
     format of the results is a constant.
     """
-    chosen = out_format.literal_value
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        left, left_stride, rows, weight, pairs, out, out_stride, _ = arguments
-        after = builder.append_basic_block("multiply.end")
-        choice = builder.switch(rows, after)
-        for count in range(1, MOST_ROWS + 1):
-            case = builder.append_basic_block(f"multiply.{count}")
-            choice.add_case(vectors.index(count), case)
-            builder.position_at_end(case)
-            places = [vectors.place(builder, left, left_stride, i) for i in range(count)]
-            sums = _sums(builder, places, weight, pairs)
-            for number, total in enumerate(sums):
-                row, part = divmod(number, TILE_VECTORS)
-                at = vectors.place(builder, out, out_stride, row)
-                at = builder.add(at, vectors.index(ELEMENT_BYTES[chosen] * LANES * part))
-                vectors.store(builder, at, total, chosen)
-            builder.branch(after)
-        builder.position_at_end(after)
-        return context.get_dummy_value()
-
+    generate = partial(_generate_block, out_format.literal_value, False)
     return types.void(*[types.int64] * 7, out_format), generate
 
 
-def _sums(builder: Any, rows: list[Any], weight: Any, pairs: Any) -> list[Any]:
-    """Of each row in turn the vectors of the tile's outputs."""
+@intrinsic
+def add_block(
+    typing_context: Any,
+    left: Any,
+    left_stride: Any,
+    rows: Any,
+    weight: Any,
+    pairs: Any,
+    out: Any,
+    out_stride: Any,
+) -> Any:
+    """As ``multiply_block`` to float32, added to what is in ``out``."""
+    return types.void(*[types.int64] * 7), partial(_generate_block, FLOAT32, True)
+
+
+def _generate_block(
+    out_format: int, adds: bool, context: Any, builder: Any, signature: Any, arguments: Any
+) -> Any:
+    left, left_stride, rows, weight, pairs, out, out_stride = arguments[:7]
+    after = builder.append_basic_block("multiply.end")
+    choice = builder.switch(rows, after)
+    for count in range(1, MOST_ROWS + 1):
+        case = builder.append_basic_block(f"multiply.{count}")
+        choice.add_case(vectors.index(count), case)
+        builder.position_at_end(case)
+        places = [vectors.place(builder, left, left_stride, i) for i in range(count)]
+        targets = []
+        for row in range(count):
+            at = vectors.place(builder, out, out_stride, row)
+            for part in range(TILE_VECTORS):
+                offset = vectors.index(ELEMENT_BYTES[out_format] * LANES * part)
+                targets.append(builder.add(at, offset))
+        before = [
+            vectors.load(builder, at, out_format) if adds else vectors.constant(0.0)
+            for at in targets
+        ]
+        for at, total in zip(targets, _sums(builder, places, weight, pairs, before), strict=True):
+            vectors.store(builder, at, total, out_format)
+        builder.branch(after)
+    builder.position_at_end(after)
+    return context.get_dummy_value()
+
+
+def _sums(builder: Any, rows: list[Any], weight: Any, pairs: Any, before: list[Any]) -> list[Any]:
+    """Of each row in turn the vectors of the tile's outputs, added to ``before``."""
 
     def add_pair(k: Any, sums: list[Any]) -> list[Any]:
         at = builder.add(weight, builder.mul(k, vectors.index(TILE_PAIR_BYTES)))
@@ -178,8 +201,7 @@ def _sums(builder: Any, rows: list[Any], weight: Any, pairs: Any) -> list[Any]:
     def body(k: Any, sums: Any) -> list[Any]:
         return add_pair(builder.add(k, vectors.index(1)), add_pair(k, sums))
 
-    zeros = [vectors.constant(0.0)] * (len(rows) * TILE_VECTORS)
-    return vectors.loop(builder, pairs, INPUT_STEP // 2, zeros, body)
+    return vectors.loop(builder, pairs, INPUT_STEP // 2, before, body)
 
 
 def _spread_pair(builder: Any, address: Any) -> Any:

@@ -3,7 +3,14 @@
 import torch
 
 from engine.config import MlaConfig, ModelConfig
-from engine.cpu import experts, grouped_attention, latent_attention, packed_weights, rows
+from engine.cpu import (
+    experts,
+    grouped_attention,
+    grouped_prefill,
+    latent_attention,
+    packed_weights,
+    rows,
+)
 from engine.cpu.values import FORMATS
 
 
@@ -22,6 +29,7 @@ def compile_kernels(config: ModelConfig, dtype: torch.dtype, block_tokens: int) 
         latent_attention.prepare(attention, block_tokens, dtype)
     else:
         grouped_attention.prepare(attention, block_tokens, dtype)
+        grouped_prefill.prepare(attention, dtype)
     if routed is not None:
         experts.prepare(config.hidden_width, routed.intermediate_width, dtype)
         gates += [routed.shared_width] if routed.shared_width else []

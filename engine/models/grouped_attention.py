@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.attention.gqa import gqa_attention
 from engine.batch import ForwardBatch
 from engine.config import GqaConfig
+from engine.cpu import grouped_prefill
 from engine.cpu.grouped_attention import HeadNorms, grouped_decode
 from engine.cpu.paged_attention import serves
 from engine.kvcache.storage import LayerCache
@@ -49,6 +50,11 @@ class GroupedQueryAttention:
         qkv_NSW = self._project(x_ND).view(-1, rotated + self._kv_heads, self._width)
         if batch.num_tokens and batch.decode_only and serves(cache):
             out_NHW = grouped_decode(
+                qkv_NSW, rotation, cache, batch, scale=self._scale, norms=self._norms
+            )
+            return self._sum(self._output(out_NHW.flatten(1)))
+        if batch.num_tokens and not batch.decode_only and grouped_prefill.serves(cache):
+            out_NHW = grouped_prefill.grouped_prefill(
                 qkv_NSW, rotation, cache, batch, scale=self._scale, norms=self._norms
             )
             return self._sum(self._output(out_NHW.flatten(1)))
