@@ -17,6 +17,8 @@ from protocol.errors import EngineError, InvalidRequest
 from protocol.requests import GenerateRequest
 from runtime.grammars import Grammars, Matcher
 
+_NEVER = torch.tensor(float("-inf"))  # a number of the CPU's goes with tensors of any device
+
 
 @dataclass(slots=True, kw_only=True)
 class ConstrainedText:
@@ -86,11 +88,12 @@ class ConstrainedRows:
     def mask_(self, logits_RV: Tensor) -> None:
         """Forbid in place what the grammars do not allow as the next token."""
         vocab_size = logits_RV.shape[1]
-        masks_GY = torch.from_numpy(np.stack([text.mask(vocab_size) for text in self.texts]))
-        masks_GY = masks_GY.to(logits_RV.device)
-        bits = torch.arange(8, dtype=torch.uint8, device=logits_RV.device)
-        allowed_GV = ((masks_GY[:, :, None] >> bits) & 1).flatten(1)[:, :vocab_size].bool()
-        logits_RV[self.rows_G] = logits_RV[self.rows_G].masked_fill(~allowed_GV, float("-inf"))
+        masks_GY = np.stack([text.mask(vocab_size) for text in self.texts])
+        forbidden_GV = _forbidden(masks_GY, vocab_size, logits_RV.device)
+        if len(self.rows) == len(logits_RV):
+            torch.where(forbidden_GV, _NEVER, logits_RV, out=logits_RV)
+        else:
+            logits_RV[self.rows_G] = torch.where(forbidden_GV, _NEVER, logits_RV[self.rows_G])
 
     def accept(self, token_ids: Sequence[int]) -> None:
         """The tokens that were sampled, row by row; negative ones are no tokens."""
@@ -103,3 +106,15 @@ class ConstrainedRows:
         if row in self.rows and self.texts[self.rows.index(row)].failed:
             return EngineError("the grammar has become too complex", stage="sample")
         return None
+
+
+def _forbidden(
+    masks_GY: np.ndarray[tuple[int, ...], np.dtype[np.uint8]], vocab_size: int, device: torch.device
+) -> Tensor:
+    """(G, V) bool: the bits that are not set. To a GPU they go packed: an eighth of the bytes."""
+    if device.type == "cpu":
+        bits_GV = np.unpackbits(~masks_GY, axis=1, count=vocab_size, bitorder="little")
+        return torch.from_numpy(bits_GV.view(np.bool_))
+    bits = torch.arange(8, dtype=torch.uint8, device=device)
+    bits_GY8 = (torch.from_numpy(masks_GY).to(device)[:, :, None] >> bits) & 1
+    return bits_GY8.flatten(1)[:, :vocab_size] == 0
