@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from protocol.ids import new_request_id
 from server.access import ApiKeys
 from server.error_bodies import error_body
+from server.messages.errors import is_message_path
 from server.openai.errors import HttpError, describe
 from server.page.files import PAGE_PATHS
 from server.tracing import TraceContext, trace_of
@@ -59,6 +60,8 @@ class Admission:
             if message["type"] == "http.response.start":
                 spent_ms = b"%d" % ((monotonic() - arrived) * 1000)
                 ours = [(b"x-request-id", request_id), (b"openai-processing-ms", spent_ms)]
+                if is_message_path(scope["path"]):
+                    ours.append((b"request-id", request_id))  # where that API's clients look
                 if trace is not None:
                     ours.append((b"traceparent", trace.traceparent))
                 if (quota := state.get("quota")) is not None:

@@ -11,14 +11,20 @@ with what else is written to the connection in that turn of the event loop.
 
 from asyncio import BaseTransport, TimerHandle
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from typing import Any, Protocol
 
 from starlette.types import Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from server.openai.errors import HttpError, describe
 from server.turn_transport import TurnTransport
 
 _EXTENSION = "headrace.exchange"
+_NO_HTTP = (
+    b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
+    b"connection: close\r\n\r\n%b"
+)
 HEAD_WITHIN_S = 10.0  # of a connection or of a request's first byte; uvicorn would wait for ever
 
 
@@ -179,6 +185,13 @@ class ExchangeProtocol(HttpToolsProtocol):
             self._exchanges = [e for e in self._exchanges if not e.over] + [exchange]
             extensions: dict[str, Any] = self.scope.setdefault("extensions", {})
             extensions[_EXTENSION] = exchange
+
+    def send_400_response(self, msg: str) -> None:
+        """For bytes that are no HTTP. It looks as every error does, and cuts into no answer."""
+        if self.cycle is None or self.cycle.response_complete:
+            body = describe(HttpError(HTTPStatus.BAD_REQUEST, msg)).body()
+            self.transport.write(_NO_HTTP % (len(body), body))
+        self.transport.close()
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -13,11 +13,14 @@ from server.messages.schema import (
     MessagesRequest,
     MessageTool,
     MessageToolChoice,
+    OutputFormat,
     Thinking,
 )
 from server.text.model_text import ModelText
 
 _SWITCH = "enable_thinking"  # what most templates call it
+_EFFORT = "reasoning_effort"
+_ROLES = ("user", "assistant", "system")
 _CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _THOUGHTS = ("thinking", "redacted_thinking")  # models are not shown what they thought before
 
@@ -40,6 +43,9 @@ def chat_fields(asked: CountRequest, text: ModelText) -> dict[str, Any]:
         "tools": [_tool(tool, i) for i, tool in enumerate(asked.tools or ())] or None,
         "tool_choice": None if choice is None else _tool_choice(choice),
         "parallel_tool_calls": not (choice and choice.disable_parallel_tool_use),
+        "continue_final_message": _continues(messages) or None,
+        "response_format": _response_format(asked),
+        _EFFORT: _effort(asked) if takes_effort(text) else None,
         **_thinking(asked.thinking, text),
     }
     if isinstance(asked, MessagesRequest):
@@ -54,11 +60,36 @@ def chat_fields(asked: CountRequest, text: ModelText) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
 
 
+def takes_effort(text: ModelText) -> bool:
+    """Whether ``output_config.effort`` changes anything."""
+    return text.template is not None and _EFFORT in text.template.options
+
+
+def _effort(asked: CountRequest) -> str | None:
+    return None if asked.output_config is None else asked.output_config.effort
+
+
+def _continues(messages: Sequence[dict[str, Any]]) -> bool:
+    """An answer that the caller has begun goes on from there."""
+    final = messages[-1]
+    return final["role"] == "assistant" and bool(final["content"]) and "tool_calls" not in final
+
+
+def _response_format(asked: CountRequest) -> dict[str, Any] | None:
+    given = None if asked.output_config is None else asked.output_config.format
+    if given is not None and asked.output_format is not None:
+        raise invalid_field("output_format", "excludes output_config.format")
+    form: OutputFormat | None = given or asked.output_format
+    if form is None:
+        return None
+    return {"type": "json_schema", "json_schema": {"name": "output", "schema": form.schema}}
+
+
 def _thinking(asked: Thinking | None, text: ModelText) -> dict[str, Any]:
     """Clients ask every model to think: one that does not reason answers as it always does."""
     if asked is None or text.reasoning is None:
         return {}
-    fields: dict[str, Any] = {}
+    fields: dict[str, Any] = {"include_reasoning": asked.display != "omitted"}
     if text.template is not None and _SWITCH in text.template.options:
         fields["chat_template_kwargs"] = {_SWITCH: asked.type != "disabled"}
     if asked.type != "disabled":
@@ -68,8 +99,8 @@ def _thinking(asked: Thinking | None, text: ModelText) -> dict[str, Any]:
 
 def _messages(message: InputMessage, path: str) -> list[dict[str, Any]]:
     """Results of tools are messages of their own in a chat; they come before what is said."""
-    if message.role not in ("user", "assistant"):
-        raise invalid_field(f"{path}.role", "must be user or assistant")
+    if message.role not in _ROLES:
+        raise invalid_field(f"{path}.role", f"must be one of {', '.join(_ROLES)}")
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
     results: list[dict[str, Any]] = []

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from server.openai.schema import Count, Fraction
+from server.openai.schema import Count, Effort, Fraction
 
 Id = Annotated[str, Meta(max_length=256)]
 
@@ -41,8 +41,21 @@ class MessageToolChoice(msgspec.Struct, kw_only=True):
 
 
 class Thinking(msgspec.Struct, kw_only=True):
-    type: Literal["enabled", "adaptive", "disabled"]
+    """``display`` omitted leaves the thinking out of the answer."""
+
+    type: Literal["enabled", "adaptive", "between_tools", "disabled"]
     budget_tokens: Count | None = None
+    display: Literal["summarized", "omitted"] | None = None
+
+
+class OutputFormat(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    type: Literal["json_schema"]
+    schema: dict[str, Any]
+
+
+class OutputConfig(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
+    format: OutputFormat | None = None
+    effort: Effort | None = None
 
 
 class CountRequest(msgspec.Struct, kw_only=True):
@@ -54,6 +67,8 @@ class CountRequest(msgspec.Struct, kw_only=True):
     tools: list[MessageTool] | None = None
     tool_choice: MessageToolChoice | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None  # where clients wrote the format before
 
 
 class MessagesRequest(CountRequest, kw_only=True):

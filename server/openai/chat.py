@@ -3,7 +3,7 @@
 from datetime import UTC, datetime
 from typing import Any
 
-from protocol.errors import InvalidRequest
+from protocol.errors import InvalidRequest, invalid_field
 from server.callers import Caller
 from server.generation import ServedModel
 from server.openai.answer import Answer, Form, Services
@@ -26,6 +26,9 @@ from server.text.chat_template import ChatMessage, TemplateOption
 from server.text.families.parts import PartReader
 from server.text.long_text_process import ChatJob
 from server.text.model_text import ChatPrompt, ModelText
+
+_EFFORT = "reasoning_effort"
+_SWITCH = "enable_thinking"  # what templates call it that know no degrees of effort
 
 
 async def plan_chat(body: bytes, services: Services, *, answer_id: str, caller: Caller) -> Answer:
@@ -101,7 +104,7 @@ async def plan_parsed_chat(
         choices_per_prompt=len(choices),
         logprobs=None if logprobs is None else logprob_shapes(asked, text, len(choices)),
         read=_read_answer(readers, asked),
-        ignored=ignored,
+        ignored=(*ignored, *_without_effect(asked, services)),
     )
 
 
@@ -186,9 +189,26 @@ def _template_options(asked: ChatRequest, text: ModelText) -> dict[str, Template
             )
         if value is not None:
             options[name] = value
-    if asked.reasoning_effort is not None and "reasoning_effort" in known:
-        options["reasoning_effort"] = asked.reasoning_effort
+    effort = asked.reasoning_effort
+    if effort is not None and _EFFORT in known:
+        options[_EFFORT] = effort
+    elif effort is not None and _SWITCH in known:
+        options.setdefault(_SWITCH, effort != "none")
     return options
+
+
+def _without_effect(asked: ChatRequest, services: Services) -> tuple[str, ...]:
+    """Fields that this model's template cannot honour.
+
+    Raises:
+        InvalidRequest: the operator wants them refused.
+    """
+    known = services.text.template.options if services.text.template is not None else frozenset()
+    if asked.reasoning_effort is None or not known.isdisjoint((_EFFORT, _SWITCH)):
+        return ()
+    if services.limits.strict_params:
+        raise invalid_field(_EFFORT, "this model's template does not know it")
+    return (_EFFORT,)
 
 
 def _or(value: bool | None, default: bool) -> bool:

@@ -17,6 +17,7 @@ from server.openai.schema import (
     ContentPart,
     GenerationRequest,
     Message,
+    StreamOptions,
 )
 from server.openai.treatment import PRINTABLE, ignored_params
 from server.settings import LimitSettings
@@ -115,6 +116,11 @@ def convert(raw: dict[str, Any], kind: type[R], limits: LimitSettings) -> tuple[
         InvalidRequest: a field is missing, of the wrong type, out of range or not to be ignored.
     """
     ignored = ignored_params(raw, frozenset(kind.__struct_fields__))
+    options = raw.get("stream_options")
+    if isinstance(options, dict) and issubclass(kind, GenerationRequest):
+        known = frozenset(StreamOptions.__struct_fields__)
+        unknown = [name for name, value in options.items() if value and name not in known]
+        ignored += tuple(f"stream_options.{name}" for name in unknown if PRINTABLE.match(name))
     if ignored and limits.strict_params:
         raise invalid_field(ignored[0], "this server does not know it, or would ignore it")
     try:
@@ -124,7 +130,7 @@ def convert(raw: dict[str, Any], kind: type[R], limits: LimitSettings) -> tuple[
 
 
 def _wrong_type(message: str) -> InvalidRequest:
-    """Msgspec's errors name types, bounds and the path, never the value."""
+    """Msgspec's errors name types, bounds and the path; the value only where it is a choice."""
     what, _, path = message.partition(" - at `$")
     path = path.removesuffix("`").lstrip(".")
     what = what.replace("`", "").replace(" | null", "")
@@ -137,6 +143,8 @@ def _wrong_type(message: str) -> InvalidRequest:
         return invalid_field(f"{path}.{field}" if known else path, "this server does not know it")
     if path.startswith("[...]") or not path:
         return InvalidRequest(what)
+    if what.startswith("Invalid enum value"):  # and the value
+        return invalid_field(path, "is none of the values that it may have")
     return invalid_field(path, what[0].lower() + what[1:])
 
 

@@ -18,6 +18,7 @@ Penalty = Annotated[float, Meta(ge=-2, le=2)]
 Fraction = Annotated[float, Meta(gt=0, le=1)]
 Word = Annotated[str, Meta(min_length=1, max_length=256)]
 TokenIds = list[Annotated[int, Meta(ge=0)]]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 OptionValue = str | int | float | bool | None
 
 
@@ -142,7 +143,7 @@ class ChatRequest(GenerationRequest, kw_only=True):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0)] | None = None
-    reasoning_effort: Annotated[str, Meta(max_length=32)] | None = None
+    reasoning_effort: Effort | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, OptionValue] | None = None

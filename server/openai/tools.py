@@ -28,7 +28,7 @@ from server.text.families.reasoning import PlainReader, ReasoningReader
 from server.text.model_text import ModelText
 
 MAX_TOOLS = 128
-_NAME = re.compile(r"[A-Za-z0-9_-]{1,64}\Z")
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,128}\Z")  # 64 in OpenAI's API, 128 in Anthropic's
 _CHOICES = ("none", "auto", "required")
 
 
@@ -188,7 +188,7 @@ def _tool(tool: ToolDefinition, path: str) -> Tool:
         raise invalid_field(f"{path}.type", "must be function, with a function beside it")
     function = tool.function
     if not _NAME.match(function.name):
-        raise invalid_field(f"{path}.function.name", "must be 1 to 64 letters, digits, _ or -")
+        raise invalid_field(f"{path}.function.name", "must be 1 to 128 letters, digits, _ or -")
     definition: Mapping[str, Any] = msgspec.to_builtins(function)
     return Tool(
         name=function.name,

@@ -57,12 +57,14 @@ _HARMLESS: dict[str, tuple[object, ...]] = {
     "modalities": (["text"],),
     "store": (False,),
     "best_of": (1,),
+    "mcp_servers": ([],),
 }
 _WHEN_HARMFUL: dict[str, str] = {
     "function_call": "it is deprecated: use tool_choice",
     "modalities": "this server answers with text only",
     "store": "this server stores nothing",
     "best_of": "this server returns every choice that it makes: use n",
+    "mcp_servers": "this server calls no other servers: give their tools as tools",
 }
 _REFUSED_PREFIX = "guided_"
 PRINTABLE = re.compile(r"[A-Za-z0-9_.-]{1,64}\Z")

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from server.openai.schema import Count, Fraction
+from server.openai.schema import Count, Effort, Fraction
 
 ItemId = Annotated[str, Meta(max_length=256)]
 
@@ -58,7 +58,7 @@ class TextOptions(msgspec.Struct, kw_only=True):
 
 
 class ReasoningOptions(msgspec.Struct, kw_only=True):
-    effort: Annotated[str, Meta(max_length=32)] | None = None
+    effort: Effort | None = None
     summary: str | None = None
 
 

@@ -61,7 +61,8 @@ class GrammarCompiler:
             verdict = await anyio.to_thread.run_sync(
                 partial(self._try, constraint), limiter=self._turn
             )
-            self._keep(constraint, verdict)
+            if verdict.reason != _TOO_SLOW:  # it may have been the machine that was
+                self._keep(constraint, verdict)
         if verdict.grammar is None:
             raise InvalidRequest(f"{constraint.param}: {verdict.reason}", param=constraint.param)
         return verdict.grammar

@@ -24,6 +24,8 @@ TemplateOption = str | int | float | bool
 _OURS = frozenset(("messages", "tools", "documents", "tokenize", "chat_template"))
 _OURS |= {"add_generation_prompt", "continue_final_message", "raise_exception", "strftime_now"}
 
+_OPEN_END = "\ufdd0"  # no character: its last occurrence is ours
+
 
 class ChatTemplate:
     """
@@ -64,6 +66,8 @@ class ChatTemplate:
         Raises:
             InvalidRequest: the template refuses the conversation.
         """
+        if continue_final_message:
+            messages = _open_at_end(messages)
         try:
             text = self._template.render(
                 {
@@ -84,14 +88,21 @@ class ChatTemplate:
             ) from error
         if not continue_final_message:
             return text
-        final = messages[-1]["content"].strip()
-        end = text.rfind(final)
+        end = text.rfind(_OPEN_END)
         if end < 0:
             raise InvalidRequest(
                 "continue_final_message: the model's chat template changes the final message",
                 param="continue_final_message",
             )
-        return text[: end + len(final)]
+        return text[:end]
+
+
+def _open_at_end(messages: Sequence[ChatMessage]) -> Sequence[ChatMessage]:
+    """With a mark where the final message ends. To look for the message itself would find a short
+    one in what the template writes behind it.
+    """
+    *before, final = messages
+    return [*before, {**final, "content": final["content"].rstrip() + _OPEN_END}]
 
 
 def _raise_exception(message: str) -> NoReturn:

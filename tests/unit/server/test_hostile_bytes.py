@@ -1,5 +1,6 @@
 """Bytes that are no decent HTTP, on a real socket: refused or cut off, and nobody else notices."""
 
+import json
 import socket
 from collections.abc import Iterator
 
@@ -83,6 +84,16 @@ def test_hostile_bytes_get_an_error_or_nothing_and_others_are_served(url: str, n
     allowed = ALLOWED | ({200} if name == "an upgrade" else set())
     assert not line or int(line.split()[1]) in allowed, line
     assert answers(url)
+
+
+def test_what_is_no_http_gets_the_usual_error(url: str) -> None:
+    address = httpx.URL(url)
+    with socket.create_connection((address.host, address.port or 0), TIMEOUT_S) as connection:
+        connection.sendall(HOSTILE["a method of its own"])
+        received = b"".join(iter(lambda: connection.recv(65536), b""))
+    head, body = received.split(b"\r\n\r\n", 1)
+    assert b"content-type: application/json" in head
+    assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
 
 
 def test_who_does_not_send_its_body_is_not_waited_for(url: str) -> None:

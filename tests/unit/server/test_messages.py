@@ -119,6 +119,56 @@ def test_a_tool_can_be_forced(grammars: GrammarCompiler) -> None:
     assert "weather" in (generator.requests[0].sampling.grammar or "")
 
 
+def test_an_answer_that_the_caller_has_begun_goes_on(grammars: GrammarCompiler) -> None:
+    begun: Any = [*USER, {"role": "assistant", "content": "I am "}]
+    with saying("fine.", grammars) as (client, generator):
+        client.messages.create(model="tiny", messages=begun, max_tokens=5)
+    prompt = b"".join(map(TEXT.tokenizer.piece, generator.requests[0].prompt_token_ids))
+    assert prompt.endswith(b"I am")
+
+
+@pytest.mark.parametrize("where", ["output_config", "output_format"])
+def test_a_format_constrains_the_output(grammars: GrammarCompiler, where: str) -> None:
+    form = {"type": "json_schema", "schema": {"type": "object", "properties": {"a": {}}}}
+    body = {where: {"format": form} if where == "output_config" else form}
+    with saying("{}", grammars) as (client, generator):
+        client.messages.create(model="tiny", messages=USER, max_tokens=5, extra_body=body)
+        assert generator.requests[0].sampling.grammar
+        form["schema"] = {"type": "nothing"}
+        with pytest.raises(anthropic.BadRequestError, match=r"output_config.format.schema: "):
+            client.messages.create(model="tiny", messages=USER, max_tokens=5, extra_body=body)
+
+
+def test_thinking_can_be_left_out_of_the_answer(grammars: GrammarCompiler) -> None:
+    thinking: Any = {"type": "adaptive", "display": "omitted"}
+    with saying("<think>Hm.</think>Yes.", grammars, text=THINKING) as (client, _):
+        message = client.messages.create(
+            model="tiny", messages=USER, max_tokens=50, thinking=thinking
+        )
+    assert [block.type for block in message.content] == ["text"]
+
+
+def test_a_failure_after_the_first_token_is_an_error_of_the_client(
+    grammars: GrammarCompiler,
+) -> None:
+    lost = NoWorkerAvailable("none")
+    with (
+        saying("one two three", grammars, fail_at=3, error=lost) as (client, _),
+        pytest.raises(anthropic.APIStatusError, match="overloaded_error"),
+        client.messages.stream(model="tiny", messages=USER, max_tokens=50) as stream,
+    ):
+        stream.until_done()
+
+
+def test_effort_without_effect_is_named(grammars: GrammarCompiler) -> None:
+    with saying("x", grammars) as (client, _):
+        answer = client.messages.with_raw_response.create(
+            model="tiny", messages=USER, max_tokens=5, output_config={"effort": "low"}
+        )
+    assert answer.headers["x-ignored-params"] == "output_config.effort"
+    assert answer.headers["request-id"] == answer.headers["x-request-id"]
+
+
 def test_errors_have_the_shape_that_the_client_knows(grammars: GrammarCompiler) -> None:
     with saying("x", grammars) as (client, _):
         with pytest.raises(anthropic.BadRequestError, match="max_tokens"):

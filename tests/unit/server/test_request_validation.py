@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -11,6 +12,8 @@ import pytest
 
 from server.app import create_app
 from server.settings import GatewaySettings, LimitSettings
+from server.text.chat_template import ChatTemplate
+from server.text.model_text import ModelText
 from tests.support.generator import ScriptedGenerator
 from tests.support.model_text import byte_model_text
 
@@ -27,10 +30,11 @@ def request(
     *,
     generator: ScriptedGenerator | None = None,
     settings: GatewaySettings | None = None,
+    text: ModelText = TEXT,
     **arguments: Any,
 ) -> httpx.Response:
-    generator = generator or ScriptedGenerator(text=TEXT)
-    app = create_app(generator, TEXT, settings or GatewaySettings())
+    generator = generator or ScriptedGenerator(text=text)
+    app = create_app(generator, text, settings or GatewaySettings())
 
     async def exchange() -> httpx.Response:
         transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
@@ -361,6 +365,36 @@ def test_ignored_fields_are_listed_and_harmless_values_accepted() -> None:
     assert response.status_code == 200
     ignored = response.headers["x-ignored-params"].split(",")
     assert ignored == ["user", "metadata", "store", "typo", "max_tokens", "tools"]
+
+
+def test_an_ignored_member_of_stream_options_is_listed() -> None:
+    options = {"include_usage": True, "include_obfuscation": True, "chunk": None}
+    response = post(CHAT, chat(stream=True, stream_options=options))
+    assert response.headers["x-ignored-params"] == "stream_options.include_obfuscation"
+
+
+def test_effort_turns_reasoning_on_or_off_where_the_template_can_do_no_more() -> None:
+    generator = ScriptedGenerator(text=TEXT)
+    for effort in ("none", "high"):
+        response = post(CHAT, chat(reasoning_effort=effort), generator=generator)
+        assert "x-ignored-params" not in response.headers
+    off, on = (
+        b"".join(map(TEXT.tokenizer.piece, asked.prompt_token_ids)) for asked in generator.requests
+    )
+    assert on.endswith(b"<think>")
+    assert not off.endswith(b"<think>")
+
+
+def test_effort_that_no_template_knows_is_listed_or_refused() -> None:
+    plain = replace(TEXT, template=ChatTemplate("{{ messages }}", special_tokens={}))
+    response = post(CHAT, chat(reasoning_effort="low"), text=plain)
+    assert response.headers["x-ignored-params"] == "reasoning_effort"
+    strict = GatewaySettings(limits=LimitSettings(strict_params=True))
+    refused = post(CHAT, chat(reasoning_effort="low"), text=plain, settings=strict)
+    assert error_of(refused, 400)["param"] == "reasoning_effort"
+    unknown = error_of(post(CHAT, chat(reasoning_effort="my secret")), 400)
+    assert unknown["param"] == "reasoning_effort"
+    assert "secret" not in unknown["message"]
 
 
 def test_hostile_field_names_do_not_reach_the_headers() -> None:

@@ -117,6 +117,14 @@ def test_a_final_message_can_be_continued(demo: ModelText) -> None:
     assert b"".join(map(demo.tokenizer.piece, ids)).decode().endswith("assistant\nIt is a")
 
 
+def test_a_final_message_is_not_looked_for_in_what_the_template_writes_behind_it() -> None:
+    source = "{% for m in messages %}<|im_start|>{{ m.content | trim }}<|im_end|>\n{% endfor %}"
+    template = ChatTemplate(source, special_tokens={})
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "im "}]
+    text = template.render(messages, add_generation_prompt=False, continue_final_message=True)
+    assert text == "<|im_start|>?<|im_end|>\n<|im_start|>im"
+
+
 def test_templates_run_in_a_sandbox() -> None:
     escape = "{{ messages.__class__.__mro__[1].__subclasses__() }}"
     with pytest.raises(InvalidRequest):
