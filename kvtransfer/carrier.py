@@ -11,12 +11,13 @@ from typing import Literal, Protocol
 
 from kvtransfer.checksum import Checksum
 from kvtransfer.handshake import Admitted, Connected, Payload
-from kvtransfer.heads import WHOLE, Share
 from kvtransfer.inlet import Inlet, Reader
 from kvtransfer.interface import Fence, KVMemory
 from kvtransfer.limits import TransferLimits
 from kvtransfer.outlet import Outlet
+from kvtransfer.shares import WHOLE, Share
 from protocol.ids import WorkerRef
+from protocol.kv import KVLayout
 
 Transport = Literal["shm", "tcp", "nixl", "cuda_ipc", "nccl"]
 TransportChoice = Literal["auto", "shm", "tcp", "nixl", "cuda_ipc", "nccl"]
@@ -31,7 +32,8 @@ class Sending:
     worker: WorkerRef
     connected: Connected
     limits: TransferLimits
-    share: Share = WHOLE  # what ``memory`` is of the decode rank's
+    whole: KVLayout  # of the decode rank
+    share: Share = WHOLE  # what ``memory`` has of it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from kvtransfer.checksum import Checksum
 from kvtransfer.gather import gather, scatter
-from kvtransfer.heads import WHOLE, Share, places_of
 from kvtransfer.interface import KVMemory
 from kvtransfer.plan import Chunk, Geometry
+from kvtransfer.shares import WHOLE, Share, places_of
 from protocol.errors import ConfigError, TransferError
 from protocol.ids import BlockId
 
@@ -116,7 +116,9 @@ class DevicePages:
         assert memory.device is not None
         self.memory = memory
         places = places_of(share, memory.layout)
-        self.geometry = Geometry(memory.layout, memory.num_blocks, places)
+        self.geometry = Geometry(
+            memory.layout, memory.num_blocks, places, first_layer=memory.first_layer
+        )
         self.device = torch.device("cuda", memory.device)
         self.stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         flat = tensor_at(memory.address, memory.num_bytes, memory.device, memory.owner)
@@ -136,11 +138,15 @@ class DevicePages:
 
     def gather(self, chunk: Chunk, blocks: Sequence[BlockId], row: Tensor) -> None:
         with torch.cuda.stream(self.stream):
-            gather(self._pages, chunk, blocks, row)
+            gather(self._pages, self._here(chunk), blocks, row)
 
     def scatter(self, chunk: Chunk, blocks: Sequence[BlockId], row: Tensor) -> None:
         with torch.cuda.stream(self.stream):
-            scatter(row, self._pages, chunk, blocks, self.geometry.places)
+            scatter(row, self._pages, self._here(chunk), blocks, self.geometry.places)
+
+    def _here(self, chunk: Chunk) -> Chunk:
+        """With layers counted from the first one here."""
+        return chunk._replace(first_layer=chunk.first_layer - self.memory.first_layer)
 
     def event(self, *, timed: bool = False) -> torch.cuda.Event:
         return torch.cuda.Event(enable_timing=timed)  # type: ignore[no-untyped-call]

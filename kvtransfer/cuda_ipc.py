@@ -23,10 +23,10 @@ from kvtransfer.carrier import Receiving, Sending, Transport
 from kvtransfer.completion import wait_until
 from kvtransfer.cuda import DevicePages
 from kvtransfer.frames import Frame, Kind, encode
-from kvtransfer.heads import places_of, whole_of
 from kvtransfer.interface import Fence, KVMemory
 from kvtransfer.outlet import send_all
 from kvtransfer.plan import Chunk, Run, check_blocks, runs
+from kvtransfer.shares import places_of
 from protocol.errors import TransferError, TransferTimeout
 from protocol.ids import BlockId, Generation, WorkerRef
 
@@ -127,8 +127,10 @@ class CudaIpcOutlet:
             self._opened = self._runtime.ipcOpenMemHandle(window.handle, _LAZY_PEER_ACCESS)
         self._target = self._opened + window.offset
         self._target_blocks = connected.num_blocks
-        self._source = sending.memory.address
-        whole = whole_of(sending.share, sending.memory.layout)
+        # Where the model's first layer would lie, whether it is held here or not.
+        skipped = sending.memory.first_layer * self._pages.geometry.layer_bytes
+        self._source = sending.memory.address - skipped
+        whole = sending.whole
         self._target_unit = whole.layer_block_bytes
         self._places = places_of(sending.share, whole)
         self._sock = sending.sock

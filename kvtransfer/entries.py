@@ -1,10 +1,11 @@
-"""One grant in the ledger, and the connections that fill it: one for each share of the heads."""
+"""One grant in the ledger, and the connections that fill it: one for each share."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvtransfer.interface import Fence, TransferFailed
 from kvtransfer.plan import Chunk
+from kvtransfer.shares import Share
 from kvtransfer.steps import ConnectionId
 from protocol.errors import TransferError
 from protocol.kv import Grant
@@ -12,8 +13,9 @@ from protocol.kv import Grant
 
 @dataclass(slots=True, kw_only=True)
 class Writer:
-    """The connection that brings one part of a grant."""
+    """The connection that brings one share of a grant, which is of these layers."""
 
+    layers: range
     connection: ConnectionId
     fence: Fence
     arrived: bytearray  # (layers x blocks), 1 where the piece has arrived and matched
@@ -26,8 +28,7 @@ class Writer:
 @dataclass(slots=True, kw_only=True)
 class Entry:
     grant: Grant
-    writers: dict[int, Writer] = field(default_factory=dict[int, Writer])  # by part
-    parts: int = 0  # 0: nobody has opened it yet
+    writers: dict[Share, Writer] = field(default_factory=dict[Share, Writer])
     on_device: bool = False
     quarantined: bool = False
     payload: bytes = b""
@@ -37,21 +38,38 @@ class Entry:
         found = (w for w in self.writers.values() if w.connection == connection)
         return next(found, None)
 
-    def outside(self, chunk: Chunk, num_layers: int) -> str | None:
-        """What is wrong with a chunk that names what the grant has not, or None."""
+    @property
+    def parts(self) -> int:
+        """How many shares of the heads there are; 0: nobody has opened it yet."""
+        return next((share.parts for share in self.writers), 0)
+
+    def is_divided_otherwise(self, share: Share) -> bool:
+        """Others fill it in shares that do not make a whole with this one."""
+        return any((of.parts, of.stages) != (share.parts, share.stages) for of in self.writers)
+
+    @property
+    def finished(self) -> bool:
+        """Every share has come, and been said to be all."""
+        ended = [share for share, writer in self.writers.items() if writer.finished]
+        return bool(ended) and len(ended) == ended[0].senders
+
+    def outside(self, chunk: Chunk, layers: range) -> str | None:
+        """What is wrong with a chunk that names what the grant has not, or another than these
+        layers; or None.
+        """
         blocks = len(self.grant.block_ids)
-        if not chunk.num_layers or chunk.first_layer + chunk.num_layers > num_layers:
-            return f"a chunk's layers are not within the model's {num_layers}"
+        end = chunk.first_layer + chunk.num_layers
+        if not (chunk.num_layers and layers.start <= chunk.first_layer and end <= layers.stop):
+            return f"a chunk's layers are not within {layers.start} ... {layers.stop - 1}"
         if not chunk.num_blocks or chunk.first_block + chunk.num_blocks > blocks:
             return f"a chunk's blocks are not within the grant's {blocks}"
         return None
 
-    def rows(self, chunk: Chunk) -> Sequence[tuple[int, int]]:
-        """Where the chunk's pieces are in ``arrived``, layer by layer."""
-        width = len(self.grant.block_ids)
+    def rows(self, writer: Writer, chunk: Chunk) -> Sequence[tuple[int, int]]:
+        """Where the chunk's pieces are in what has arrived, layer by layer."""
+        width, first = len(self.grant.block_ids), chunk.first_layer - writer.layers.start
         starts = (
-            layer * width + chunk.first_block
-            for layer in range(chunk.first_layer, chunk.first_layer + chunk.num_layers)
+            layer * width + chunk.first_block for layer in range(first, first + chunk.num_layers)
         )
         return [(start, start + chunk.num_blocks) for start in starts]
 

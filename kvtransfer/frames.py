@@ -21,7 +21,7 @@ from protocol.errors import ProtocolError
 from protocol.ids import Generation
 
 MAGIC = b"HRKV"
-VERSION = 3
+VERSION = 4
 _FIELDS = struct.Struct("<4sBBxxQHHIIII")  # magic ... crc
 _SEQUENCE = struct.Struct("<Q")
 _TAG_BYTES = 16

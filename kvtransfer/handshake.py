@@ -26,7 +26,7 @@ import msgspec
 
 from kvtransfer.checksum import Checksum
 from kvtransfer.frames import MAGIC, VERSION, Seal
-from kvtransfer.heads import WHOLE, Share, layout_of
+from kvtransfer.shares import WHOLE, Share, layout_of
 from protocol.errors import BY_CODE, LayoutMismatch, ProtocolError, TransferError
 from protocol.ids import WorkerRef
 from protocol.kv import KVLayout
@@ -45,9 +45,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     nonce: bytes
     source: WorkerRef
     decode: WorkerRef
-    layout_digest: str  # of all heads
-    part: int = 0  # of every block this connection brings one of so many equal parts
-    parts: int = 1
+    layout_digest: str  # of all heads and layers
+    share: Share = WHOLE  # what this connection brings of them
 
 
 class Challenge(msgspec.Struct, frozen=True, kw_only=True, tag=True):
@@ -122,8 +121,7 @@ def connect(
         source=source,
         decode=decode,
         layout_digest=layout_digest,
-        part=share.part,
-        parts=share.parts,
+        share=share,
     )
     greeting = _encode(hello)
     try:
@@ -190,7 +188,7 @@ def admit(
     _send(sock, _encode(accepted), deadline)
     return Admitted(
         source=hello.source,
-        share=Share(hello.part, hello.parts),
+        share=hello.share,
         incoming=_seal(cluster_key, b"from prefill", transcript),
         outgoing=_seal(cluster_key, b"from decode", transcript),
     )
@@ -236,7 +234,7 @@ def _mismatch(hello: Hello, decode: WorkerRef, layout: KVLayout) -> TransferErro
     if hello.layout_digest != layout.digest():
         return LayoutMismatch(f"KV layout {hello.layout_digest}, here {layout.digest()}")
     try:
-        layout_of(Share(hello.part, hello.parts), layout)
+        layout_of(hello.share, layout)
     except LayoutMismatch as problem:
         return problem
     return None

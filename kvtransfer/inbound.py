@@ -16,13 +16,13 @@ from kvtransfer.carrier import Carrier, Receiving
 from kvtransfer.checksum import Checksum, ChecksumChoice
 from kvtransfer.frames import FROM_SOURCE, Frame, Kind, Seal, check_tag, control, decode
 from kvtransfer.handshake import Admitted, Payload, admit, is_one_machine
-from kvtransfer.heads import WHOLE
 from kvtransfer.inlet import Inlet, Reader
 from kvtransfer.interface import KVMemory
 from kvtransfer.ledger import GrantLedger
 from kvtransfer.limits import TransferLimits
 from kvtransfer.plan import Chunk
 from kvtransfer.reports import decode_attempt, decode_error, encode_error
+from kvtransfer.shares import WHOLE
 from kvtransfer.steps import ConnectionId, Notice, NoticeKind, Step
 from protocol.errors import ProtocolError, ServingError, TransferError
 from protocol.ids import BlockId, Generation, WorkerRef

@@ -23,9 +23,10 @@ Fence = Literal["receiver_checked", "one_sided"]
 class KVMemory:
     """One rank's KV blocks as plain memory, layer-major (``protocol.kv``).
 
-    ``address`` is valid while ``owner`` lives. ``share`` is a file descriptor that another process
-    on this host can map to reach the same bytes, or None where there is none. ``device`` is the
-    number of the GPU that the memory is on, or None.
+    ``layout`` is of what it holds: the model's layers from ``first_layer`` on. ``address`` is valid
+    while ``owner`` lives. ``share`` is a file descriptor that another process on this host can map
+    to reach the same bytes, or None where there is none. ``device`` is the number of the GPU that
+    the memory is on, or None.
     """
 
     layout: KVLayout
@@ -34,6 +35,12 @@ class KVMemory:
     owner: object
     share: int | None = None
     device: int | None = None
+    first_layer: int = 0
+
+    @property
+    def layers(self) -> range:
+        """Those that it holds, numbered as in the model."""
+        return range(self.first_layer, self.first_layer + self.layout.num_layers)
 
     @property
     def num_bytes(self) -> int:

@@ -9,7 +9,8 @@ the prefill workers (``notices``). A grant ends exactly once; afterwards its gen
 tombstone, and whatever still arrives for it is counted and never acts. A quarantined grant
 becomes quiet by proof only: a receiver that has stopped copying, a source that has drained, or
 a connection whose other end is gone. Where several ranks of a prefill worker have a share of the
-heads each, a grant is filled by as many connections: all must finish, and all must be proven.
+heads or layers each, a grant is filled by as many connections: all must finish, and all must be
+proven.
 """
 
 from collections import OrderedDict
@@ -17,9 +18,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from kvtransfer.entries import Entry, Writer
-from kvtransfer.heads import WHOLE, Share
 from kvtransfer.interface import Committed, Fence, Quiet
 from kvtransfer.plan import Chunk, check_blocks
+from kvtransfer.shares import WHOLE, Share, layers_of
 from kvtransfer.steps import NO_GRANT, NOTHING, ConnectionId, Notice, Step, one_after_another
 from protocol.errors import TransferCorrupt, TransferError
 from protocol.ids import AttemptRef, BlockId, Generation, WorkerRef
@@ -132,17 +133,22 @@ class GrantLedger:
         elif entry.grant.ref != ref:
             self.counts.refused += 1
             problem = "the grant is another request's"
-        elif share.part in entry.writers or entry.writer(connection) is not None:
+        elif share in entry.writers or entry.writer(connection) is not None:
             self.counts.refused += 1
             problem = "the grant is being filled already"
-        elif entry.writers and (entry.parts, entry.on_device) != (share.parts, on_device):
+        elif entry.is_divided_otherwise(share) or (entry.writers and entry.on_device != on_device):
             self.counts.refused += 1
-            problem = "the grant is being filled in other parts, or in other memory"
+            problem = "the grant is being filled in other shares, or in other memory"
         else:
-            pieces = self._layout.num_layers * len(entry.grant.block_ids)
-            entry.parts, entry.on_device = share.parts, on_device
-            entry.writers[share.part] = Writer(
-                connection=connection, fence=fence, arrived=bytearray(pieces), missing=pieces
+            layers = layers_of(share, self._layout)
+            pieces = len(layers) * len(entry.grant.block_ids)
+            entry.on_device = on_device
+            entry.writers[share] = Writer(
+                layers=layers,
+                connection=connection,
+                fence=fence,
+                arrived=bytearray(pieces),
+                missing=pieces,
             )
             return Step(
                 notices=(Notice(connection=connection, kind="opened", generation=generation),)
@@ -167,9 +173,9 @@ class GrantLedger:
         if entry is None or writer is None or entry.quarantined:
             self._count_late(generation)
             return None, NOTHING
-        problem = entry.outside(chunk, self._layout.num_layers)
+        problem = entry.outside(chunk, writer.layers)
         if problem is None:
-            held = [writer.arrived.count(1, *row) for row in entry.rows(chunk)]
+            held = [writer.arrived.count(1, *row) for row in entry.rows(writer, chunk)]
             if not any(held):
                 writer.copying = True
                 end = chunk.first_block + chunk.num_blocks
@@ -199,7 +205,7 @@ class GrantLedger:
         if not intact:
             self.counts.corrupt += 1
             return self._fail(entry, TransferCorrupt("KV bytes do not match their checksum"))
-        for start, stop in entry.rows(chunk):
+        for start, stop in entry.rows(writer, chunk):
             writer.arrived[start:stop] = b"\1" * (stop - start)
         pieces = chunk.num_layers * chunk.num_blocks
         self.counts.chunks += 1
@@ -220,7 +226,7 @@ class GrantLedger:
             return self._fail(entry, TransferError(problem))
         writer.finished = True
         entry.payload = entry.payload or payload
-        if sum(other.finished for other in entry.writers.values()) < entry.parts:
+        if not entry.finished:
             return NOTHING
         self._end(entry, "committed")
         self.counts.committed += 1

@@ -13,9 +13,9 @@ from kvtransfer import tcp
 from kvtransfer.carrier import Receiving, Sending
 from kvtransfer.fp8 import pack, packed_bytes, unpack
 from kvtransfer.frames import NO_GRANT, Frame, Kind
-from kvtransfer.heads import layout_of
 from kvtransfer.pages import HostPages
 from kvtransfer.plan import Chunk
+from kvtransfer.shares import layout_of
 from protocol.ids import BlockId, Generation
 
 

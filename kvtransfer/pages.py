@@ -7,10 +7,10 @@ that come here are in range.
 from collections.abc import Sequence
 
 from kvtransfer.checksum import Checksum, chunk_crc
-from kvtransfer.heads import WHOLE, Share, places_of
 from kvtransfer.interface import KVMemory
 from kvtransfer.memory import buffer
 from kvtransfer.plan import Chunk, Geometry
+from kvtransfer.shares import WHOLE, Share, places_of
 from protocol.ids import BlockId
 
 
@@ -18,7 +18,9 @@ class HostPages:
     def __init__(self, memory: KVMemory, share: Share = WHOLE) -> None:
         """``share`` is what chunks carry of these blocks."""
         places = places_of(share, memory.layout)
-        self.geometry = Geometry(memory.layout, memory.num_blocks, places)
+        self.geometry = Geometry(
+            memory.layout, memory.num_blocks, places, first_layer=memory.first_layer
+        )
         self.view = buffer(memory)
 
     def num_bytes(self, chunk: Chunk) -> int:

@@ -106,13 +106,13 @@ def check_blocks(blocks: Sequence[BlockId], num_blocks: int, *, side: str) -> No
         raise ValueError(f"{side} block {outside} is outside 0 ... {num_blocks - 1}")
 
 
-def check_layers(layers: range, layout: KVLayout) -> None:
+def check_layers(layers: range, held: range) -> None:
     """
     Raises:
-        ValueError: the layers are not a rising range within the model.
+        ValueError: the layers are not a rising range within those that are held.
     """
-    if layers.step != 1 or layers.start < 0 or layers.stop > layout.num_layers:
-        raise ValueError(f"layers {layers} are not within 0 ... {layout.num_layers - 1}")
+    if layers.step != 1 or layers.start < held.start or layers.stop > held.stop:
+        raise ValueError(f"layers {layers} are not within {held.start} ... {held.stop - 1}")
 
 
 def slices(places: Sequence[memoryview], max_bytes: int) -> Iterator[list[memoryview]]:
@@ -137,17 +137,32 @@ class Geometry:
     """Where one rank keeps its blocks. Layers and blocks that come here are in range already.
 
     ``places`` are the parts of each block of each layer that chunks carry, in their order: all of
-    it, unless the other end has only some of the heads.
+    it, unless the other end has only some of the heads. ``first_layer`` is the model's layer that
+    is the first one here.
     """
 
-    __slots__ = ("layer_bytes", "num_blocks", "num_layers", "places", "sample_bytes", "unit")
+    __slots__ = (
+        "first_layer",
+        "layer_bytes",
+        "num_blocks",
+        "num_layers",
+        "places",
+        "sample_bytes",
+        "unit",
+    )
 
     def __init__(
-        self, layout: KVLayout, num_blocks: int, places: Sequence[Extent] | None = None
+        self,
+        layout: KVLayout,
+        num_blocks: int,
+        places: Sequence[Extent] | None = None,
+        *,
+        first_layer: int = 0,
     ) -> None:
         self.unit = layout.layer_block_bytes  # bytes of one block of one layer
         self.places: Sequence[Extent] = places or ((0, self.unit),)
         self.num_layers = layout.num_layers
+        self.first_layer = first_layer
         self.num_blocks = num_blocks
         self.layer_bytes = num_blocks * self.unit
         self.sample_bytes = min(self.places[0][1], layout.head_block_bytes, SAMPLE_BYTES)
@@ -173,7 +188,7 @@ class Geometry:
         if _is_contiguous(blocks):
             at, size = blocks[0] * self.unit, len(blocks) * self.unit
             if size == self.layer_bytes:
-                return [(chunk.first_layer * size, chunk.num_layers * size)]
+                return [(self._layers(chunk).start, chunk.num_layers * size)]
             return [(start + at, size) for start in self._layers(chunk)]
         pieces = [(run.source * self.unit, run.length * self.unit) for run in runs(blocks, blocks)]
         return [(start + at, size) for start in self._layers(chunk) for at, size in pieces]
@@ -188,7 +203,7 @@ class Geometry:
         ]
 
     def _layers(self, chunk: Chunk) -> range:
-        first = chunk.first_layer * self.layer_bytes
+        first = (chunk.first_layer - self.first_layer) * self.layer_bytes
         return range(first, first + chunk.num_layers * self.layer_bytes, self.layer_bytes)
 
 

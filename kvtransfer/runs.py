@@ -62,16 +62,23 @@ class RunCopier:
 
     def _copy_plainly(self, chunk: Chunk, run: Run, strip: tuple[int, int, int]) -> None:
         here, there, length = strip
-        layers = slice(chunk.first_layer, chunk.first_layer + chunk.num_layers)
+        targets, sources = _layers(self._target, chunk), _layers(self._source, chunk)
+        target, source = (slice(block, block + run.length) for block in (run.target, run.source))
         np.copyto(
-            self._target_rows[layers, run.target : run.target + run.length, there : there + length],
-            self._source_rows[layers, run.source : run.source + run.length, here : here + length],
+            self._target_rows[targets, target, there : there + length],
+            self._source_rows[sources, source, here : here + length],
         )
 
     @staticmethod
     def _at(memory: KVMemory, layer: int, block: int) -> int:
-        block_number = layer * memory.num_blocks + block
+        block_number = (layer - memory.first_layer) * memory.num_blocks + block
         return memory.address + block_number * memory.layout.layer_block_bytes
+
+
+def _layers(memory: KVMemory, chunk: Chunk) -> slice:
+    """Where the chunk's layers are among those that this memory holds."""
+    first = chunk.first_layer - memory.first_layer
+    return slice(first, first + chunk.num_layers)
 
 
 def _rows(memory: KVMemory) -> npt.NDArray[np.uint8]:

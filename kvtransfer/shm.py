@@ -18,13 +18,13 @@ from typing import ClassVar, Literal
 from kvtransfer.carrier import Receiving, Sending, Transport
 from kvtransfer.checksum import chunk_crc
 from kvtransfer.frames import Frame, Kind, encode
-from kvtransfer.heads import places_of, whole_of
 from kvtransfer.interface import Fence, KVMemory
 from kvtransfer.memory import buffer, map_shared
 from kvtransfer.outlet import send_all
 from kvtransfer.pages import HostPages
 from kvtransfer.plan import Chunk, Geometry, check_blocks, runs
 from kvtransfer.runs import RunCopier
+from kvtransfer.shares import places_of
 from protocol.errors import TransferError
 from protocol.ids import BlockId, Generation, WorkerRef
 
@@ -127,14 +127,14 @@ class ShmOutlet:
     def __init__(self, sending: Sending) -> None:
         sock, memory, connected = sending.sock, sending.memory, sending.connected
         limits = sending.limits
-        whole = whole_of(sending.share, memory.layout)
+        whole = sending.whole
         target = map_shared(whole, connected.num_blocks, _receive_fd(sock))
         self._sock = sock
         self._seal = connected.outgoing
         self._checksum = connected.checksum
         self.frame_bytes = limits.shm_frame_bytes
         self._view = buffer(memory)
-        self._geometry = Geometry(memory.layout, memory.num_blocks)
+        self._geometry = Geometry(memory.layout, memory.num_blocks, first_layer=memory.first_layer)
         self._target = target
         self._copier = RunCopier(memory, target, places_of(sending.share, whole))
         self._notices: list[bytes] = []

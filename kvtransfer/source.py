@@ -17,15 +17,15 @@ from kvtransfer.carriers import make_carriers
 from kvtransfer.channel import Channel, Line
 from kvtransfer.choice import Here, Route, routes
 from kvtransfer.handshake import connect
-from kvtransfer.heads import WHOLE, Share, whole_of
 from kvtransfer.interface import KVMemory
 from kvtransfer.limits import MAX_CONTROL_BYTES, TransferLimits
 from kvtransfer.links import Link
 from kvtransfer.plan import Chunk, check_blocks, check_layers
 from kvtransfer.pushing import Abort, Finish, Pushing, Send
+from kvtransfer.shares import WHOLE, Share, layers_of, layout_of
 from protocol.errors import ConfigError, LayoutMismatch, ServingError, TransferError
 from protocol.ids import BlockId, WorkerId, WorkerRef
-from protocol.kv import Grant
+from protocol.kv import Grant, KVLayout
 from protocol.workers import LinkReport
 from runtime.log import get_log
 
@@ -42,14 +42,17 @@ def make_source(
     lift: Lift | None = None,
     transport: TransportChoice = "auto",
     share: Share = WHOLE,
+    whole: KVLayout | None = None,
     cluster_key: bytes | None = None,
     limits: TransferLimits | None = None,
 ) -> "Source":
     """``worker`` is this prefill worker, or a rank of it, and ``share`` what ``memory`` has of the
-    heads; ``transport`` other than ``auto`` allows only that one. Where the blocks lie on a GPU, in
-    ``device_memory``, ``lift`` brings them to ``memory`` for the transports that need them there.
+    decode rank's layout, which is ``whole``; None: it has all. ``transport`` other than ``auto``
+    allows only that one. Where the blocks lie on a GPU, in ``device_memory``, ``lift`` brings them
+    to ``memory`` for the transports that need them there.
 
     Raises:
+        LayoutMismatch: ``memory`` is no such share.
         ConfigError: this process cannot do ``transport``.
     """
     return Source(
@@ -59,6 +62,7 @@ def make_source(
         worker=worker,
         transport=transport,
         share=share,
+        whole=whole or memory.layout,
         cluster_key=cluster_key,
         limits=limits or TransferLimits(),
     )
@@ -76,6 +80,7 @@ class Source:
         worker: WorkerRef,
         transport: TransportChoice,
         share: Share,
+        whole: KVLayout,
         cluster_key: bytes | None,
         limits: TransferLimits,
     ) -> None:
@@ -87,7 +92,10 @@ class Source:
         self._cluster_key = cluster_key
         self._limits = limits
         self._share = share
-        self._digest = whole_of(share, memory.layout).digest()
+        self._whole = whole
+        self._digest = whole.digest()
+        if (memory.layout, memory.layers) != (layout_of(share, whole), layers_of(share, whole)):
+            raise LayoutMismatch(f"these KV blocks are not {share} of the decode rank's")
         self._here = _here(device_memory)
         self._carriers = make_carriers(gpu=device_memory is not None)
         self._problems: dict[Transport, str | None] = {}
@@ -230,6 +238,7 @@ class Source:
                         worker=self._worker,
                         connected=connected,
                         limits=limits,
+                        whole=self._whole,
                         share=self._share,
                     )
                 )
@@ -273,7 +282,7 @@ class GrantPush:
                 f"blocks {first_block} ... {first_block + len(source_blocks) - 1} are not within "
                 f"the grant's {granted}"
             )
-        check_layers(layers, self._memory.layout)
+        check_layers(layers, self._memory.layers)
         check_blocks(source_blocks, self._memory.num_blocks, side="source")
         if self._pushing.error is not None:
             raise self._pushing.error

@@ -24,9 +24,9 @@ from engine.model_runner import ModelRunner
 from engine.rendezvous import Rendezvous
 from engine.sampling.sampler import Sampler
 from engine.vocabulary import read_grammars
-from kvtransfer.heads import share_of_rank
 from kvtransfer.interface import KVMemory, KVSource
 from kvtransfer.memory import allocate_shared, buffer, wrap
+from kvtransfer.shares import share_of_rank
 from kvtransfer.source import Lift, Source, make_source
 from prefill.follower import FollowerLoop
 from prefill.forward import Forward

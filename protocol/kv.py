@@ -2,8 +2,8 @@
 
 Memory of a rank is layer-major: all blocks of layer 0, then all of layer 1, and so on. A block of
 one layer is ``layer_block_bytes`` contiguous bytes, whatever the attention kind puts inside. Two
-ranks can exchange blocks when their layouts are equal, or differ in the number of heads only, where
-one rank of several has a share of them; their number of blocks may differ.
+ranks can exchange blocks when their layouts are equal, or differ in the number of heads and layers
+only, where one rank of several has a share of them; their number of blocks may differ.
 """
 
 import hashlib
@@ -66,6 +66,21 @@ def heads_of_rank(rank: int, num_ranks: int, num_heads: int) -> range:
         f"{num_heads} KV heads cannot be split over {num_ranks} ranks; use a number of ranks that "
         "divides them or that they divide"
     )
+
+
+def layers_of_stage(stage: int, num_stages: int, num_layers: int) -> range:
+    """The layers of one of the stages that follow one another in a model: neighbours, as many as
+    any other stage has or one more.
+
+    Raises:
+        LayoutMismatch: there is no such stage, or there would be one without layers.
+    """
+    if not 0 <= stage < num_stages <= num_layers:
+        raise LayoutMismatch(
+            f"stage {stage} of {num_stages} is no share of {num_layers} layers; use at most as "
+            "many stages as the model has layers"
+        )
+    return range(stage * num_layers // num_stages, (stage + 1) * num_layers // num_stages)
 
 
 class KVEndpoint(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,20 +1,23 @@
-"""Prefill ranks that have a share of the heads each fill one grant of a rank that has all."""
+"""Prefill ranks that have a share of the heads or layers each fill one grant of a rank that has
+all.
+"""
 
 import contextlib
 from collections.abc import Generator
+from dataclasses import replace
 from multiprocessing.connection import Connection
 
 import pytest
 
 from kvtransfer.carrier import Transport
-from kvtransfer.heads import Share, layout_of, places_of, share_of_rank
 from kvtransfer.interface import KVMemory
 from kvtransfer.memory import allocate_shared, buffer
+from kvtransfer.shares import Share, layers_of, layout_of, places_of, share_of_rank
 from kvtransfer.sink import Sink, make_sink
 from kvtransfer.source import Source, make_source
 from protocol.errors import LayoutMismatch, TransferError
 from protocol.ids import BlockId, WorkerRef
-from protocol.kv import Grant, KVLayout
+from protocol.kv import Grant, KVLayout, layers_of_stage
 from tests.support.transfer_peers import Done, another_process, answer
 from tests.support.transfers import (
     WAIT_S,
@@ -50,14 +53,16 @@ LATENT = KVLayout(
 def held_by(model: KVMemory, share: Share) -> KVMemory:
     """What a rank with this share has of the model's blocks."""
     whole, held = model.layout, layout_of(share, model.layout)
+    layers = layers_of(share, whole)
     memory = allocate_shared(held, model.num_blocks)
     at = 0
-    for block_of_layer in range(whole.num_layers * model.num_blocks):
-        for place, length in places_of(share, whole):
-            start = block_of_layer * whole.layer_block_bytes + place
-            buffer(memory)[at : at + length] = buffer(model)[start : start + length]
-            at += length
-    return memory
+    for layer in layers:
+        for block in range(model.num_blocks):
+            for place, length in places_of(share, whole):
+                start = (layer * model.num_blocks + block) * whole.layer_block_bytes + place
+                buffer(memory)[at : at + length] = buffer(model)[start : start + length]
+                at += length
+    return replace(memory, first_layer=layers.start)
 
 
 class DecodeRank:
@@ -89,14 +94,22 @@ def decode_rank(transport: Transport, layout: KVLayout) -> Generator[DecodeRank]
         rank.sink.close()
 
 
+def source_of(transport: Transport, share: Share, model: KVMemory, worker: WorkerRef) -> Source:
+    memory = held_by(model, share)
+    return make_source(memory, worker, transport=transport, share=share, whole=model.layout)
+
+
 @contextlib.contextmanager
-def prefill_ranks(transport: Transport, num_ranks: int, model: KVMemory) -> Generator[list[Source]]:
+def prefill_ranks(
+    transport: Transport, num_ranks: int, model: KVMemory, num_stages: int = 1
+) -> Generator[list[Source]]:
     """The sources of those ranks that send."""
-    shares = [share_of_rank(rank, num_ranks, model.layout) for rank in range(num_ranks)]
+    shares = [
+        share_of_rank(rank, num_ranks, model.layout, num_stages=num_stages)
+        for rank in range(num_ranks)
+    ]
     sources = [
-        make_source(
-            held_by(model, share), a_worker(f"prefill-0/{rank}"), transport=transport, share=share
-        )
+        source_of(transport, share, model, a_worker(f"prefill-0/{rank}"))
         for rank, share in enumerate(shares)
         if share is not None
     ]
@@ -135,6 +148,41 @@ def test_any_number_of_prefill_ranks_fills_a_decode_rank_with_all_heads(
             assert block_bytes(rank.memory, target) == block_bytes(model, source)
         for block in set(range(NUM_BLOCKS)) - set(there):
             assert block_bytes(rank.memory, block) == before[block]
+
+
+@pytest.mark.parametrize(("num_ranks", "num_stages"), [(2, 2), (3, 3), (4, 2)])
+@pytest.mark.parametrize("layout", [WHOLE, LATENT], ids=["heads", "latents"])
+def test_stages_that_hold_some_layers_each_fill_a_decode_rank_that_holds_all(
+    transport: Transport, num_ranks: int, num_stages: int, layout: KVLayout
+) -> None:
+    model, here, there = patterned(layout, NUM_BLOCKS, 2), [3, 4, 5, 9], [7, 8, 1, 0]
+    width = num_ranks // num_stages
+    with (
+        decode_rank(transport, layout) as rank,
+        prefill_ranks(transport, num_ranks, model, num_stages) as sources,
+    ):
+        assert len(sources) == num_stages * (1 if layout.kind == "mla" else width)
+        grant = rank.grant(there)
+        done: list[Done] = []
+        for number, source in enumerate(sources):
+            stage = number * num_stages // len(sources)
+            layers = layers_of_stage(stage, num_stages, layout.num_layers)
+            assert rank.events.is_empty()
+            done.append(send_share(source, grant, here, layers))
+        assert rank.events.committed().bytes_received == 4 * layout.block_bytes
+        assert [callback.wait() for callback in done] == [None] * len(sources)
+        for source_block, target in zip(here, there, strict=True):
+            assert block_bytes(rank.memory, target) == block_bytes(model, source_block)
+
+
+def test_layers_of_another_stage_are_not_sent(transport: Transport) -> None:
+    model = patterned(WHOLE, NUM_BLOCKS, 2)
+    with decode_rank(transport, WHOLE) as rank, prefill_ranks(transport, 3, model, 3) as sources:
+        push, done = sources[1].open(rank.grant([1])), Done()
+        for layers in (range(1), range(3), range(2, 3)):
+            with pytest.raises(ValueError, match=r"not within 1 \.\.\. 1"):
+                push.send(layers, 0, [BlockId(1)])
+        push.abort("a wrong layer", done)
 
 
 def test_nothing_is_committed_before_every_rank_has_finished(transport: Transport) -> None:
@@ -177,11 +225,14 @@ def test_a_share_that_does_not_make_up_the_decode_ranks_layout_is_refused(
 ) -> None:
     thirds = Share(0, 3)
     memory = allocate_shared(layout_of(Share(0, 4), WHOLE), NUM_BLOCKS)
-    with decode_rank(transport, WHOLE) as rank:
-        source = make_source(memory, a_worker("prefill-0/0"), transport=transport, share=thirds)
+    worker = a_worker("prefill-0/0")
+    for whole in (None, WHOLE):
         with pytest.raises(LayoutMismatch):
-            source.open(rank.grant([1]))
-        source.close()
+            make_source(memory, worker, transport=transport, share=thirds, whole=whole)
+    source = make_source(memory, worker, transport=transport)
+    with decode_rank(transport, WHOLE) as rank, pytest.raises(LayoutMismatch):
+        source.open(rank.grant([1]))
+    source.close()
 
 
 def share_process(
@@ -189,7 +240,7 @@ def share_process(
 ) -> None:
     """One prefill rank: half of the layers, then when it is told to the others."""
     model = patterned(WHOLE, NUM_BLOCKS, 2)
-    source = make_source(held_by(model, share), worker, transport=transport, share=share)
+    source = source_of(transport, share, model, worker)
     push, blocks = source.open(grant), [BlockId(block) for block in range(8)]
     push.send(range(1), 0, blocks)
     pipe.send("half sent")

@@ -4,10 +4,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from kvtransfer.heads import WHOLE, Share
 from kvtransfer.interface import Committed, Fence, Quiet, TransferFailed
 from kvtransfer.ledger import GrantLedger
 from kvtransfer.plan import Chunk
+from kvtransfer.shares import WHOLE, Share
 from kvtransfer.steps import ConnectionId, Step
 from protocol.errors import TransferError
 from protocol.ids import Generation
@@ -25,8 +25,9 @@ FENCES: dict[ConnectionId, Fence] = {
 
 
 def share(generation: Generation, connection: ConnectionId) -> Share:
-    """Every other grant is filled by two connections, half of the heads each."""
-    return WHOLE if generation % 2 else Share(connection - 1, 2)
+    """Two of three grants are filled by two connections, half of the heads or layers each."""
+    half = connection - 1
+    return (WHOLE, Share(half, 2), Share(stage=half, stages=2))[generation % 3]
 
 
 class LedgerMachine(RuleBasedStateMachine):

@@ -105,6 +105,7 @@ class HandMadeSource:
                 memory=self._memory,
                 worker=worker,
                 connected=replace(self.connected, checksum="off") if damaged else self.connected,
+                whole=LAYOUT,
                 limits=TransferLimits(),
             )
         )

@@ -1,9 +1,9 @@
 import pytest
 
-from kvtransfer.heads import Share
 from kvtransfer.interface import Committed, Fence, Quiet, TransferFailed
 from kvtransfer.ledger import GrantLedger
 from kvtransfer.plan import Chunk
+from kvtransfer.shares import Share
 from kvtransfer.steps import NOTHING, ConnectionId, Step
 from protocol.errors import TransferCorrupt, TransferError
 from protocol.ids import AttemptRef, Generation, RequestId
@@ -281,6 +281,21 @@ def test_a_grant_in_halves_commits_when_both_have_finished() -> None:
     ]
 
 
+def test_a_grant_in_stages_takes_from_each_its_own_layers() -> None:
+    ledger, grant = a_ledger(), a_grant(DECODE, [5, 2])
+    ledger.expect(grant)
+    for stage, connection in enumerate((ONE, TWO)):
+        share = Share(stage=stage, stages=2)
+        ledger.bind(GENERATION, grant.ref, connection=connection, fence="one_sided", share=share)
+    half = LAYOUT.num_layers // 2
+    later = Chunk(half, LAYOUT.num_layers - half, 0, 2)
+    assert ledger.begin_chunk(GENERATION, later, connection=TWO)[0] == grant.block_ids
+    ledger.end_chunk(GENERATION, later, intact=True, connection=TWO)
+    assert ledger.finish(GENERATION, b"", connection=TWO) == NOTHING
+    blocks, step = ledger.begin_chunk(GENERATION, later, connection=ONE)
+    assert (blocks, kinds(step)) == (None, [TransferFailed])
+
+
 def test_the_loss_of_one_half_fails_the_grant_and_is_no_proof_for_the_other() -> None:
     ledger, _ = a_grant_in_halves("one_sided")
     step = ledger.connection_lost(TWO, LOST)
@@ -306,7 +321,7 @@ def test_a_half_that_comes_after_the_abort_is_refused() -> None:
     assert kinds(ledger.source_stopped(GENERATION, LOST, connection=ONE)) == [Quiet]
 
 
-@pytest.mark.parametrize("share", [Share(0, 2), Share(1, 4), Share(0, 1)])
+@pytest.mark.parametrize("share", [Share(0, 2), Share(1, 4), Share(0, 1), Share(1, 2, 0, 2)])
 def test_a_part_twice_or_of_another_division_is_refused(share: Share) -> None:
     ledger, grant = a_ledger(), a_grant(DECODE, [5, 2])
     ledger.expect(grant)

@@ -2,10 +2,10 @@
 
 import pytest
 
-from kvtransfer.heads import WHOLE, Share, layout_of, places_of
 from kvtransfer.memory import allocate_shared, buffer
 from kvtransfer.plan import Chunk, Run
 from kvtransfer.runs import RunCopier
+from kvtransfer.shares import WHOLE, Share, layout_of, places_of
 from protocol.kv import KVLayout
 from tests.support.transfers import block_bytes, patterned
 

@@ -1,4 +1,4 @@
-"""Heads that prefill ranks split arrive once each, in the right place."""
+"""What prefill ranks split arrives once each, in the right place."""
 
 import random
 
@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import structs
 
 from kvtransfer.gather import gather, scatter
-from kvtransfer.heads import WHOLE, Share, layout_of, places_of, share_of_rank, whole_of
 from kvtransfer.plan import Chunk
+from kvtransfer.shares import WHOLE, Share, layers_of, layout_of, places_of, share_of_rank
 from protocol.errors import LayoutMismatch
 from protocol.ids import BlockId
 from protocol.kv import KVLayout, heads_of_rank
@@ -54,7 +55,6 @@ def test_a_decode_rank_gets_every_head_once_from_prefill_ranks_of_any_number(
         pages = pages_of(kv, heads_of_rank(rank, num_ranks, total))
         held = layout_of(share, whole)
         assert pages.shape[2] == held.layer_block_bytes
-        assert whole_of(share, held) == whole
         row = torch.empty(pages.numel(), dtype=torch.uint8)
         chunk = Chunk(0, LAYERS, 0, 3)
         gather(pages, chunk, [BlockId(0), BlockId(1), BlockId(2)], row)
@@ -81,6 +81,32 @@ def test_the_places_of_all_shares_are_the_whole_block(
     assert end == whole.layer_block_bytes
 
 
+@given(
+    width=st.sampled_from([1, 2, 4, 8]),
+    stages=st.integers(1, 5),
+    more=st.integers(0, 9),
+    kind=st.sampled_from(["gqa", "mla"]),
+)
+def test_stages_send_every_layer_of_every_head_once(
+    width: int, stages: int, more: int, kind: str
+) -> None:
+    whole = structs.replace(a_layout(4 if kind == "gqa" else 1, kind), num_layers=stages + more)
+    found = [
+        share_of_rank(rank, width * stages, whole, num_stages=stages)
+        for rank in range(width * stages)
+    ]
+    shares = [share for share in found if share is not None]
+    assert all(share.senders == len(shares) for share in shares)
+    sent = [(share.part, layer) for share in shares for layer in layers_of(share, whole)]
+    assert sorted(sent) == [
+        (part, layer) for part in range(shares[0].parts) for layer in range(stages + more)
+    ]
+    for share in shares:
+        held = layout_of(share, whole)
+        assert held.num_layers in {whole.num_layers // stages, -(-whole.num_layers // stages)}
+        assert held.kv_heads * share.parts == whole.kv_heads
+
+
 def test_latents_are_sent_once_and_whole() -> None:
     latent = a_layout(1, "mla")
     assert [share_of_rank(rank, 4, latent) for rank in range(4)] == [WHOLE, None, None, None]
@@ -95,6 +121,10 @@ def test_latents_are_sent_once_and_whole() -> None:
         (Share(2, 2), a_layout(4), "part 2 of 2 is no share"),
         (Share(-1, 2), a_layout(4), "part -1 of 2 is no share"),
         (Share(0, 0), a_layout(4), "part 0 of 0 is no share"),
+        (Share(stage=2, stages=2), a_layout(4), "stage 2 of 2 is no share of 2 layers"),
+        (Share(stage=-1, stages=2), a_layout(4), "stage -1 of 2 is no share"),
+        (Share(stage=0, stages=3), a_layout(4), "use at most as many stages as the model has"),
+        (Share(stage=0, stages=0), a_layout(4), "stage 0 of 0 is no share"),
     ],
 )
 def test_what_is_no_share_of_the_layout_is_refused(
