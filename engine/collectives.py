@@ -275,7 +275,7 @@ class ExpertGroup:
 
 
 class StepGroup:
-    """One connected life of the seats of a decode worker, or of those that are taken.
+    """One connected life of the seats of a worker, or of those that are taken.
 
     ``epoch`` is larger than that of every earlier life any of the members has seen. Calls come
     from one thread, the engine thread.
@@ -294,6 +294,7 @@ class StepGroup:
         self.members = tuple(members)
         self.rows = connection.rows
         self._connection: RankConnection | None = connection
+        self._inner: StepGroup | None = None
         expert_group.connect(self.members, connection.experts)
 
     @property
@@ -303,6 +304,12 @@ class StepGroup:
     @property
     def world_size(self) -> int:
         return len(self.members)
+
+    def enclose(self, inner: "StepGroup") -> None:
+        """``inner`` is the life that some of the members have among themselves; it ends with this
+        one.
+        """
+        self._inner = inner
 
     def exchange(self, row: Sequence[int]) -> list[tuple[int, ...]]:
         """Every member's row, by rank. Blocks until all of them have called it.
@@ -376,6 +383,8 @@ class StepGroup:
             if self._connection.control is not self._connection.experts:
                 self._connection.control.abort()
             self._connection = None
+        if self._inner is not None:
+            self._inner.close()
 
 
 @contextmanager

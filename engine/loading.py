@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from msgspec import structs
 
 from engine.collectives import ExpertGroup
 from engine.config import ModelConfig, split_dense
@@ -28,6 +29,7 @@ from engine.layers.linear import Numerics
 from engine.models.decoder import Decoder, describe_decoder
 from engine.models.parts import Setting
 from engine.models.registry import DESCRIBE_LAYER
+from engine.pipeline import ALL_LAYERS, Stage
 from engine.tensor_parallel import (
     TensorGroup,
     Undivided,
@@ -40,7 +42,7 @@ from engine.weights.gguf import GgufFile
 from engine.weights.reader import Progress, WeightReader
 from engine.weights.source import TensorSource
 from protocol.codec import WIRE_VERSION
-from protocol.errors import ConfigError
+from protocol.errors import ConfigError, LayoutMismatch
 from protocol.kv import KVLayout
 
 DtypeChoice = Literal["auto", "float32", "bfloat16"]
@@ -53,8 +55,9 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 class LoadedModel:
     model: Decoder
     config: ModelConfig
-    layout: KVLayout  # of a rank that has all heads
+    layout: KVLayout  # of a rank that has all heads of all layers
     held: KVLayout  # what this rank's cache holds of it
+    layers: range  # those that this rank has
     dtype: torch.dtype
     fingerprint: Mapping[str, str]  # as ``protocol.workers.WorkerInfo`` describes it
     placements: tuple[ExpertPlacement, ...]  # by layer; empty without experts
@@ -80,6 +83,7 @@ def load(
     numerics: Numerics,
     group: ExpertGroup,
     tensor_parallel: bool = False,
+    stage: Stage = ALL_LAYERS,
     split_dense_experts: int = 0,
     spread: ExpertSpread = EVENLY,
     exchange: ExchangeChoice = ANY_EXCHANGE,
@@ -89,12 +93,13 @@ def load(
     """The model at ``path`` with this rank's experts, as ``spread`` places them over ``group``.
 
     ``tensor_parallel``: all ranks of ``group`` have the same tokens, and each computes its heads,
-    its hidden units and its experts of them.
+    its hidden units and its experts of them. ``stage``: only these layers are loaded, and
+    ``group`` are the ranks that have the same ones.
 
     Raises:
         ConfigError: a file is missing or corrupt, a tensor is missing or misshapen, the model is
-            not supported, its heads do not divide, or ``exchange`` cannot serve it; no weights
-            were read.
+            not supported, its heads or layers do not divide, or ``exchange`` cannot serve it; no
+            weights were read.
     """
     opened = _open(path)
     movable = False
@@ -109,8 +114,9 @@ def load(
         )
         least = max(map(least_ranks, placements), default=1)
         divided = tensor_parallel and group.num_seats > 1
+        layers = _layers_of(stage, config)
         if divided:
-            check_width(config, group.num_seats)
+            check_width(config, group.num_seats, num_stages=stage.count)
         movable = not divided and (spread.movable or least < group.num_seats)
         setting = Setting(
             config=config,
@@ -125,6 +131,7 @@ def load(
             ),
             exchange=None,
             tensor=TensorGroup(group, exact=numerics == "exact") if divided else Undivided(),
+            stage=stage,
         )
         chosen = resolve_dtype(dtype, device)
         if experts and divided:
@@ -154,7 +161,8 @@ def load(
         model=model,
         config=config,
         layout=layout,
-        held=layout_of_rank(layout, setting.tensor),
+        held=layout_of_rank(structs.replace(layout, num_layers=len(layers)), setting.tensor),
+        layers=layers,
         dtype=DTYPES[chosen],
         fingerprint=fingerprint,
         placements=placements,
@@ -181,6 +189,16 @@ def _exchange_shape(setting: Setting, choice: ExchangeChoice, dtype: torch.dtype
         on_gpu=group.device.type == "cuda",
         queue_pair_depth=choice.queue_pair_depth,
     )
+
+
+def _layers_of(stage: Stage, config: ModelConfig) -> range:
+    try:
+        return stage.layers(config.num_layers)
+    except LayoutMismatch:
+        raise ConfigError(
+            f"prefill.group.stages is {stage.count}: the model has {config.num_layers} layers, "
+            "and each stage needs one; use fewer stages"
+        ) from None
 
 
 def read_config(path: Path) -> ModelConfig:

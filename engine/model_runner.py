@@ -112,11 +112,17 @@ class ModelRunner:
         return self.model.forward(batch, self.storage, after_layer)
 
     @torch.inference_mode()
-    def run_hidden(self, batch: ForwardBatch, after_layer: AfterLayer | None = None) -> Tensor:
+    def run_hidden(
+        self,
+        batch: ForwardBatch,
+        after_layer: AfterLayer | None = None,
+        x_ND: Tensor | None = None,
+    ) -> Tensor:
         """``run`` without the last product: (R, D), for callers who want many rows' logits and
-        take them a part at a time with ``logits``.
+        take them a part at a time with ``logits``. ``x_ND`` and the answer of stages as
+        ``Decoder.hidden``.
         """
-        return self.model.hidden(batch, self.storage, after_layer)
+        return self.model.hidden(batch, self.storage, after_layer, x_ND)
 
     @torch.inference_mode()
     def logits(self, x_RD: Tensor) -> Tensor:

@@ -15,12 +15,13 @@ again when it finds one. Who starts the processes is unknown here.
 
 import errno
 import socket
-from collections.abc import Callable, Collection, Generator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from secrets import randbits
 
-from torch._C._distributed_c10d import Store, TCPStore
+from torch._C._distributed_c10d import PrefixStore, Store, TCPStore
 
 from engine.backends import Backends, RowsChoice, alone, terms_of
 from engine.collectives import ExpertGroup, StepGroup
@@ -34,6 +35,16 @@ from protocol.errors import ConfigError, DeadlineExceeded, WorkerLost
 
 _RETRY_S = 0.1
 _PORT_GRACE_S = 2.0  # the previous rank 0 may still be on its way out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Circle:
+    """Some neighbouring ranks of a group that needs all of its ranks; ``group`` is this rank's seat
+    among them.
+    """
+
+    group: ExpertGroup
+    seats: range
 
 
 class Rendezvous:
@@ -57,13 +68,14 @@ class Rendezvous:
         rows: RowsChoice = "auto",
         terms: Mapping[str, str] | None = None,
         key: bytes = b"",
+        circle: Circle | None = None,
     ) -> None:
         """``address`` is "host:port" of rank 0, and ``name`` tells groups apart. ``places`` are
         those of further ranks, which receive visitors there and else at any port. ``first`` ranks
         are enough for the first meeting and ``least`` ever after; None: all. A rank that keeps the
         others waiting for longer than ``collective_timeout_s`` counts as lost. ``attempt_s``
         bounds the making of connections. ``rows``: what carries rows on a CPU. ``terms`` must be
-        equal on all ranks, by name.
+        equal on all ranks, by name. The ranks of ``circle`` are connected among themselves too.
 
         Raises:
             ConfigError: ``address`` is not an address, or this host cannot share memory and must.
@@ -90,6 +102,7 @@ class Rendezvous:
         self._terms = {f"{role}.group.ranks": str(ranks), **terms_of(role, rows), **(terms or {})}
         self._failure = ""
         self._key = key
+        self._circle = circle
         self._doorman: Doorman | None = None
         self._own_host = ""
         self._own_address = ""
@@ -202,20 +215,32 @@ class Rendezvous:
         if len(roll.members) == 1:
             return _alone(self._group, roll.epoch)
         with _failing("connecting"):
-            connection = self._backends.connect(
-                store or _reach(roll.store, self._attempt_s),
-                epoch=roll.epoch,
-                number=roll.number,
-                members=roll.members,
-                rank=roll.members.index(self._rank),
-                host=self._own_host,
-            )
-        group = StepGroup(
-            self._group, epoch=roll.epoch, members=roll.members, connection=connection
-        )
+            store = store or _reach(roll.store, self._attempt_s)
+            group = self._life(self._group, roll, store, roll.members)
+            try:
+                if self._circle is not None:
+                    own = PrefixStore(f"circle of {self._circle.seats.start}", store)
+                    seats = range(len(self._circle.seats))
+                    group.enclose(self._life(self._circle.group, roll, own, seats))
+            except BaseException:
+                group.close()
+                raise
         rows = group.exchange([roll.epoch])
         assert rows == [(roll.epoch,)] * len(roll.members)
         return group
+
+    def _life(
+        self, group: ExpertGroup, roll: Roll, store: Store, members: Sequence[int]
+    ) -> StepGroup:
+        connection = self._backends.connect(
+            store,
+            epoch=roll.epoch,
+            number=roll.number,
+            members=members,
+            rank=members.index(group.seat),
+            host=self._own_host,
+        )
+        return StepGroup(group, epoch=roll.epoch, members=members, connection=connection)
 
     def _enter(self, roll: Roll, doorman: Doorman) -> None:
         self._last_epoch, self._last_members = roll.epoch, roll.members

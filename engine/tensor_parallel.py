@@ -110,12 +110,14 @@ def heads_here(num_heads: int, ranks: TensorRanks) -> range:
     return range(ranks.rank * count, (ranks.rank + 1) * count)
 
 
-def check_width(config: ModelConfig, num_ranks: int) -> None:
+def check_width(config: ModelConfig, num_ranks: int, *, num_stages: int = 1) -> None:
     """
     Raises:
-        ConfigError: the model's heads cannot be split over so many ranks.
+        ConfigError: the model's heads cannot be split over so many ranks of a stage.
     """
-    attention, setting = config.attention, f"prefill.group.ranks is {num_ranks}"
+    attention, setting = config.attention, f"prefill.group.ranks is {num_ranks * num_stages}"
+    if num_stages > 1:
+        setting += f", {num_ranks} in each of {num_stages} stages"
     if attention.num_heads % num_ranks:
         raise ConfigError(
             f"{setting}: the model's {attention.num_heads} attention heads cannot be split over "
@@ -155,7 +157,7 @@ def attention_of_rank(
 
 
 def layout_of_rank(whole: KVLayout, ranks: TensorRanks) -> KVLayout:
-    """What the rank's cache holds of a model whose every head takes ``whole``."""
+    """What the rank's cache holds of the layers of ``whole``, which is of all heads."""
     if whole.kind == "mla" or ranks.size == 1:
         return whole
     held = heads_of_rank(ranks.rank, ranks.size, whole.kv_heads)

@@ -101,6 +101,7 @@ class FollowerLoop:
         finally:
             group.close()
             shares.close()
+            self._forward.forget()
 
     def _follow(self, group: StepGroup, shares: "Shares") -> bool:
         while not self._stopped.is_set():
@@ -109,9 +110,11 @@ class FollowerLoop:
             lead = Row.from_ints(group.exchange(row.to_ints())[0])
             if lead.say == Say.LEAVING:
                 return True
+            orders = Orders()
             if lead.order_words:
                 (words,) = group.begin_broadcast([0] * lead.order_words, root=0).wait()
-                self._obey(Orders.from_words(words), shares)
+                orders = Orders.from_words(words)
+            self._obey(orders, shares)
         return True
 
     def _obey(self, orders: Orders, shares: "Shares") -> None:
@@ -119,10 +122,10 @@ class FollowerLoop:
             shares.open(grant)
         for end in orders.ended:
             shares.end(end)
-        if not orders.parts:
+        if not (orders.parts or self._forward.busy):
             return
         try:
-            self._forward.hidden(orders.parts, shares.send)
+            self._forward.advance(orders.parts, shares.send)
         except WorkerLost:
             raise
         except Exception as error:
@@ -159,7 +162,7 @@ class Shares:
         number = self._numbers.get(part.ref)
         push = None if number is None else self._pushes.get(number)
         if number is None or push is None or number in self._failed or not part.final_blocks:
-            return
+            return  # it may have been aborted while the part was on its way through the stages
         try:
             push.send(layers, part.first_block, part.final_blocks)
         except TransferError as error:
@@ -170,7 +173,7 @@ class Shares:
         if self._source is None:
             return
         ended = partial(self._report, end.push, PushOutcome.ENDED)
-        push = self._pushes.get(end.push)
+        push = self._pushes.pop(end.push, None)
         if push is None:
             ended()
         elif end.abort is not None or end.push in self._failed:
@@ -205,7 +208,6 @@ class Shares:
         self._reports.append(PushReport(number, outcome))
 
     def _forget(self, number: int) -> None:
-        self._pushes.pop(number, None)
         self._failed.discard(number)
         for ref, known in list(self._numbers.items()):
             if known == number:

@@ -108,9 +108,14 @@ class Part(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     def final_blocks(self) -> tuple[BlockId, ...]:
         return self.blocks[self.first_block :]
 
+    @property
+    def num_rows(self) -> int:
+        """Tokens whose logits are wanted."""
+        return len(self.token_ids) if self.scored else int(self.final)
+
 
 class Orders(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
-    """In this order: open, end, compute while pushing."""
+    """In this order: open, end, compute while pushing. ``parts`` enter at the first stage."""
 
     opened: tuple[Grant, ...] = ()
     ended: tuple[EndPush, ...] = ()

@@ -17,13 +17,15 @@ from engine.kvcache.prefix_index import PrefixIndex
 from engine.sampling.sampler import Sampled, Sampler
 from engine.sampling.stopping import finish_reason
 from kvtransfer.interface import KVSource, Push
+from prefill.flow import Flow
 from prefill.forward import Forward, part_of
 from prefill.lockstep import Part
+from prefill.pace import Pace
 from prefill.prefix_feed import PrefixFeed
 from prefill.push_times import TimedSource
 from prefill.ranks import Ranks
-from prefill.scheduler import PrefillScheduler, PrefillStep
-from prefill.scoring import score_step
+from prefill.scheduler import Chunk, PrefillScheduler, PrefillStep
+from prefill.scoring import rows_of, score_step
 from protocol.codec import encode
 from protocol.errors import (
     Cancelled,
@@ -58,8 +60,8 @@ from runtime.worker_process import Beat, ToPeer
 log = get_log(__name__)
 
 SWEEP_S = 1.0
-STEP_SMOOTHING = 0.2
 MAX_TOMBSTONES = 4096
+NO_STEP = PrefillStep(chunks=())
 
 
 @dataclass(slots=True, kw_only=True)
@@ -73,10 +75,6 @@ class _Held:
     failed: TransferError | None = None
     ending: bool = False  # its push has been told to
     scores: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])  # of its own tokens
-
-    @property
-    def scored(self) -> int | None:
-        return self.request.sampling.prompt_logprobs
 
 
 class PrefillLoop:
@@ -94,7 +92,9 @@ class PrefillLoop:
         prefix_index: PrefixIndex,
         prefix_feed: PrefixFeed,
         vocab_size: int,
+        num_stages: int = 1,
     ) -> None:
+        """``num_stages``: so many calls of ``forward`` bring a step to its end."""
         self._worker = worker
         self._scheduler = scheduler
         self._forward = forward
@@ -113,8 +113,8 @@ class PrefillLoop:
         self._stopped = threading.Event()
         self._draining = False
         self._sweep = Beat(SWEEP_S)
-        self._step_seconds = 0.0
-        self._tokens_per_second = 0.0
+        self._flow: Flow[PrefillStep] = Flow(num_stages)
+        self._pace = Pace()
         self.load = WorkerLoad()
 
     # From any thread -----------------------------------------------------------------------------
@@ -160,21 +160,24 @@ class PrefillLoop:
     def _turn(self) -> None:
         self._listen(time.monotonic())
         now = time.monotonic()  # what was heard has arrived before it is begun
-        step = self._scheduler.schedule()
+        step, left = self._scheduler.schedule(), NO_STEP
+        advancing = bool(step) or self._flow.busy
+        if advancing:
+            self._flow.enter(step)
+            left = self._flow.leave() or NO_STEP
         try:
-            parts = [
-                part_of(chunk, scored=self._held[chunk.ref].scored is not None)
-                for chunk in step.chunks
-            ]
+            parts = [part_of(chunk) for chunk in step.chunks]
             self._ranks.begin_step(parts)
-            if step.chunks:
-                self._compute(step, parts, now)
+            if advancing:
+                self._advance(step, parts, left, now)
         except WorkerLost as error:
-            self._lose_ranks(step, error)
+            self._lose_ranks([left, *self._flow.take_all()], error)
             return
         self._draining = self._draining or self._ranks.drain_asked
-        self._account()
-        if not step.chunks:
+        self.load = self._pace.load(
+            self._scheduler.books(), self._pool, self._source.totals(), draining=self._draining
+        )
+        if not advancing:
             self._inbox.wait(self._ranks.pace_s)
 
     def _hear(self, peer: bytes, message: ToPrefill) -> None:
@@ -226,39 +229,47 @@ class PrefillLoop:
 
     # One step ------------------------------------------------------------------------------------
 
-    def _compute(self, step: PrefillStep, parts: Sequence[Part], now: float) -> None:
+    def _advance(
+        self, step: PrefillStep, parts: Sequence[Part], left: PrefillStep, now: float
+    ) -> None:
+        """Compute ``step`` at the first stage; ``left`` passes the last one, and is the same where
+        there is only one.
+        """
         for chunk in step.chunks:
             held = self._held[chunk.ref]
             held.started_at = held.started_at or now
         try:
             with self._ranks.computing():
-                x_RD = self._forward.hidden(parts, self._push)
-            sampled = self._sample(step, x_RD)
+                x_RD = self._forward.advance(parts, self._push)
+            chunks = [chunk for chunk in left.chunks if self._is_wanted(chunk.ref)]
+            sampled = self._sample(chunks, rows_of(chunks, left.chunks, x_RD))
         except WorkerLost:
             raise
         except ServingError as error:
-            self._fail_step(step, error)
+            self._fail_step(left, error)
             return
         except Exception as error:
-            log.exception("prefill step failed", requests=len(step.chunks))
-            self._fail_step(step, EngineError(f"computing failed: {type(error).__name__}"))
+            log.exception("prefill step failed", requests=len(left))
+            self._fail_step(left, EngineError(f"computing failed: {type(error).__name__}"))
             return
-        self._scheduler.complete(step)
-        self._hand_off(step, sampled)
-        seconds = time.monotonic() - now
-        self._step_seconds += STEP_SMOOTHING * (seconds - self._step_seconds)
-        rate = step.num_tokens / seconds
-        self._tokens_per_second += STEP_SMOOTHING * (rate - self._tokens_per_second)
+        self._scheduler.complete(left)
+        self._hand_off(chunks, sampled)
+        if step:
+            self._pace.stepped(step.num_tokens, time.monotonic() - now)
 
-    def _sample(self, step: PrefillStep, x_RD: Tensor) -> Sampled:
-        counts = [self._held[chunk.ref].scored for chunk in step.chunks]
-        if any(count is not None for count in counts):
-            logits, scores = score_step(x_RD, step.chunks, counts, self._forward.logits)
-            for chunk, more in zip(step.chunks, scores, strict=True):
+    def _is_wanted(self, ref: AttemptRef) -> bool:
+        """A request may end while its chunks are on their way through the stages."""
+        return ref in self._held and not self._held[ref].ending
+
+    def _sample(self, chunks: Sequence[Chunk], x_RD: Tensor) -> Sampled:
+        if any(chunk.scored for chunk in chunks):
+            counts = [self._held[chunk.ref].request.sampling.prompt_logprobs for chunk in chunks]
+            logits, scores = score_step(x_RD, chunks, counts, self._forward.logits)
+            for chunk, more in zip(chunks, scores, strict=True):
                 self._held[chunk.ref].scores += more
         else:
             logits = self._forward.logits(x_RD)
-        return self._sampler.sample(logits, [chunk.ref for chunk in step.chunks if chunk.final])
+        return self._sampler.sample(logits, [chunk.ref for chunk in chunks if chunk.final])
 
     def _push(self, part: Part, layers: range) -> None:
         held = self._held[part.ref]
@@ -268,10 +279,10 @@ class PrefillLoop:
             except TransferError as error:
                 held.failed = error
 
-    def _hand_off(self, step: PrefillStep, sampled: Sampled) -> None:
+    def _hand_off(self, chunks: Sequence[Chunk], sampled: Sampled) -> None:
         row = 0
         now = time.monotonic()
-        for chunk in step.chunks:
+        for chunk in chunks:
             held = self._held[chunk.ref]
             if held.failed is not None:
                 self._fail(chunk.ref, held.failed, stage="transfer")
@@ -301,7 +312,9 @@ class PrefillLoop:
                 finish_reason=reason,
                 cached_tokens=self._scheduler.cached_tokens(ref),
                 times=PrefillTimes(queue_s=started - held.arrived_at, compute_s=now - started),
-                prompt_logprobs=None if held.scored is None else tuple(held.scores),
+                prompt_logprobs=(
+                    None if held.request.sampling.prompt_logprobs is None else tuple(held.scores)
+                ),
             ),
         )
 
@@ -314,16 +327,21 @@ class PrefillLoop:
 
     def _fail_step(self, step: PrefillStep, error: ServingError) -> None:
         for chunk in step.chunks:
-            self._fail(chunk.ref, error, stage="prefill", trusted=False)
+            if self._is_wanted(chunk.ref):
+                self._fail(chunk.ref, error, stage="prefill", trusted=False)
         self._scheduler.complete(step)
 
-    def _lose_ranks(self, step: PrefillStep, error: WorkerLost) -> None:
-        """Another rank's cache may be gone: what is held ends, and nothing cached is a hit."""
+    def _lose_ranks(self, steps: Sequence[PrefillStep], error: WorkerLost) -> None:
+        """Another rank's cache may be gone: what is held ends, and nothing cached is a hit.
+        ``steps`` are not computed to their end.
+        """
         log.warning("the prefill ranks have parted", reason=str(error))
         self._ranks.lose()
+        self._forward.forget()
         for ref in [ref for ref, held in self._held.items() if not held.ending]:
             self._fail(ref, error, stage="prefill", trusted=False)
-        self._scheduler.complete(step)
+        for step in steps:
+            self._scheduler.complete(step)
         self._prefix_index.forget_all()
 
     def _fail(
@@ -376,24 +394,3 @@ class PrefillLoop:
 
     def _answer(self, peer: bytes, message: msgspec.Struct) -> None:
         self._outbox.put([(peer, message)])
-
-    def _account(self) -> None:
-        books = self._scheduler.books()
-        pushed = self._source.totals()
-        self.load = WorkerLoad(
-            draining=self._draining,
-            queued_requests=books.waiting,
-            running_requests=books.computing,
-            queued_tokens=books.queued_tokens,
-            free_blocks=self._pool.num_available,
-            total_blocks=self._pool.num_blocks,
-            cached_blocks=self._pool.num_cached,
-            active_blocks=self._pool.num_held,
-            step_seconds=self._step_seconds,
-            tokens_per_second=self._tokens_per_second,
-            prefix_hit_tokens=books.prefix_hit_tokens,
-            prompt_tokens=books.prompt_tokens,
-            pushes=pushed.pushes,
-            push_hidden_s=pushed.hidden_s,
-            push_exposed_s=pushed.exposed_s,
-        )

@@ -7,6 +7,7 @@ blocks stay pinned until ``release``, and every chunk starts at a block boundary
 does not know models, transfers or clocks. All calls come from one thread.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -48,17 +49,26 @@ class Chunk:
     first_block: int
     source_blocks: tuple[BlockId, ...]
     hit_blocks: int
+    scored: bool  # the logits of all its tokens are wanted
 
     @property
     def context_len(self) -> int:
         return self.stop
 
+    @property
+    def num_rows(self) -> int:
+        """Tokens whose logits are wanted."""
+        return self.stop - self.start if self.scored else int(self.final)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillStep:
-    """One batch. No chunks: nothing can be computed until a call changes something."""
+    """One batch. No chunks: nothing more can be computed until a call changes something."""
 
     chunks: tuple[Chunk, ...]
+
+    def __len__(self) -> int:
+        return len(self.chunks)
 
     @property
     def num_tokens(self) -> int:
@@ -88,11 +98,12 @@ class _Prompt:
     table: BlockTable
     phase: Phase = "waiting"
     computed: int = 0  # tokens whose KV is in the blocks, prefix hits included
+    given: int = 0  # and those of steps that are not complete
     hits: int = 0  # blocks
     pushed: int = 0  # blocks that some chunk has named final
     blocked_on: bytes | None = None  # a block that another prompt is computing
-    in_step: bool = False
-    release_after_step: bool = False
+    in_steps: int = 0  # that are not complete
+    release_after_steps: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -103,7 +114,8 @@ class PrefillScheduler:
     """Chunks for one prefill worker.
 
     ``fingerprint`` is the model's; with a request's namespace it makes the prefix cache's keys.
-    A step is ``schedule``, compute, ``complete``; other calls may come in between.
+    A step is ``schedule``, compute, ``complete``; other calls may come in between, and also the
+    ``schedule`` of later steps, which the caller completes in the same order.
     """
 
     def __init__(
@@ -129,7 +141,7 @@ class PrefillScheduler:
         self._computing: dict[AttemptRef, _Prompt] = {}  # in order of arrival
         self._pinned: dict[AttemptRef, _Prompt] = {}
         self._in_flight: dict[bytes, AttemptRef] = {}  # blocks being computed, by whom
-        self._step: PrefillStep | None = None
+        self._steps: deque[PrefillStep] = deque()  # not complete, the oldest first
         self._prompt_tokens = 0
         self._hit_tokens = 0
 
@@ -215,7 +227,6 @@ class PrefillScheduler:
 
     def schedule(self) -> PrefillStep:
         """The next batch, within ``max_batch_tokens`` and ``max_batch_sequences``."""
-        assert self._step is None, "the previous step is not complete"
         budget = self._limits.max_batch_tokens
         chunks: list[Chunk] = []
         # a bound on how far past deferred prompts a step looks
@@ -229,14 +240,14 @@ class PrefillScheduler:
                     break
                 if started == "not now":
                     continue
-            stop = self._chunk_end(prompt.computed, prompt.num_tokens, budget)
-            if stop == prompt.computed:
+            start, stop = prompt.given, self._chunk_end(prompt.given, prompt.num_tokens, budget)
+            if stop == start:
                 continue
-            chunks.append(self._chunk(prompt, stop))
-            budget -= stop - prompt.computed
+            chunks.append(self._chunk(prompt, start, stop))
+            budget -= stop - start
         step = PrefillStep(chunks=tuple(chunks))
         if chunks:
-            self._step = step
+            self._steps.append(step)
         return step
 
     def complete(self, step: PrefillStep) -> None:
@@ -247,28 +258,28 @@ class PrefillScheduler:
         """
         if not step.chunks:
             return
-        assert step is self._step, "complete the step that was scheduled"
-        self._step = None
+        assert step is self._steps[0], "complete the oldest step"
+        self._steps.popleft()
         for chunk in step.chunks:
             prompt = self._computing.get(chunk.ref) or self._pinned[chunk.ref]
-            prompt.in_step = False
+            prompt.in_steps -= 1
             if prompt.phase == "computing":
                 self._advance(prompt, chunk)
-            elif prompt.release_after_step:
+            elif prompt.release_after_steps:
                 self.release(chunk.ref)
 
     def release(self, ref: AttemptRef) -> None:
         """Unpin a computed or cancelled prompt's blocks: nothing reads them any more.
 
-        Full blocks stay in the prefix cache. Harmless for what is not held, or twice. During a
-        step that still writes into the blocks it takes effect when the step is complete.
+        Full blocks stay in the prefix cache. Harmless for what is not held, or twice. During steps
+        that still write into the blocks it takes effect when they are complete.
         """
         prompt = self._pinned.get(ref)
         if prompt is None:
             assert ref not in self._computing, f"{ref} is still being computed"
             return
-        if prompt.in_step:
-            prompt.release_after_step = True
+        if prompt.in_steps:
+            prompt.release_after_steps = True
             return
         del self._pinned[ref]
         self._pool.release(prompt.table.take_all())
@@ -318,7 +329,8 @@ class PrefillScheduler:
             self._pool.release(hits)
             return "no blocks"
         prompt.table = BlockTable(self._block_tokens, hits + self._pool.allocate(needed))
-        prompt.hits, prompt.computed, prompt.phase = len(hits), computed, "computing"
+        prompt.hits, prompt.phase = len(hits), "computing"
+        prompt.computed = prompt.given = computed
         self._prompt_tokens += prompt.num_tokens
         self._hit_tokens += computed
         for name in prompt.hashes[len(hits) :]:
@@ -332,22 +344,24 @@ class PrefillScheduler:
             return num_tokens
         return start + budget // self._block_tokens * self._block_tokens
 
-    def _chunk(self, prompt: _Prompt, stop: int) -> Chunk:
+    def _chunk(self, prompt: _Prompt, start: int, stop: int) -> Chunk:
         final = stop == prompt.num_tokens
         final_blocks = blocks_for(stop, self._block_tokens)
         first_block, prompt.pushed = prompt.pushed, final_blocks
-        prompt.in_step = True
+        prompt.in_steps += 1
+        prompt.given = stop
         return Chunk(
             ref=prompt.request.ref,
-            start=prompt.computed,
+            start=start,
             stop=stop,
-            token_ids=prompt.tokens[prompt.computed : stop],
-            next_token_ids=prompt.tokens[prompt.computed + 1 : stop + 1],
+            token_ids=prompt.tokens[start:stop],
+            next_token_ids=prompt.tokens[start + 1 : stop + 1],
             table=prompt.table,
             final=final,
             first_block=first_block,
             source_blocks=tuple(prompt.table.blocks[first_block:final_blocks]),
             hit_blocks=prompt.hits if first_block == 0 else 0,
+            scored=prompt.request.sampling.prompt_logprobs is not None,
         )
 
     def _advance(self, prompt: _Prompt, chunk: Chunk) -> None:

@@ -20,6 +20,16 @@ ROWS_AT_ONCE = 64
 Logits = Callable[[Tensor], Tensor]  # (R, D) to (R, V)
 
 
+def rows_of(wanted: Sequence[Chunk], chunks: Sequence[Chunk], x_RD: Tensor) -> Tensor:
+    """Those of ``x_RD``, the rows of ``chunks``, that belong to the ``wanted`` ones of them."""
+    if len(wanted) == len(chunks):
+        return x_RD
+    refs = {chunk.ref for chunk in wanted}
+    pieces = torch.split(x_RD, [chunk.num_rows for chunk in chunks])
+    kept = [piece for piece, chunk in zip(pieces, chunks, strict=True) if chunk.ref in refs]
+    return torch.cat(kept) if kept else x_RD[:0]
+
+
 @torch.inference_mode()
 def score_step(
     x_RD: Tensor, chunks: Sequence[Chunk], counts: Sequence[int | None], logits: Logits
@@ -33,7 +43,7 @@ def score_step(
     scores: list[list[TokenLogprobs]] = []
     row = 0
     for chunk, count in zip(chunks, counts, strict=True):
-        first, row = row, row + (int(chunk.final) if count is None else len(chunk.token_ids))
+        first, row = row, row + chunk.num_rows
         if chunk.final:
             last_rows.append(row - 1)
         scores.append([] if count is None else _score(x_RD[first:row], chunk, count, logits))

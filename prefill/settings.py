@@ -17,11 +17,17 @@ from runtime.settings import (
 
 
 class PrefillGroupSettings(Settings):
-    """The ranks that share each layer of the model: its heads, hidden units and experts."""
+    """The ranks that share the model: the heads, hidden units and experts of each layer, or in
+    stages also the layers.
+    """
 
     ranks: PositiveInt = 1
-    """Ranks of one prefill worker, each a process with a part of every layer. The model's heads
-    must divide."""
+    """Ranks of one prefill worker, each a process with a part of every layer of its stage. The
+    model's heads must divide by the ranks of a stage."""
+
+    stages: PositiveInt = 1
+    """Groups of as many ranks each, which have the model's layers one group after another, and
+    compute one chunk of a prompt each at a time. ranks must be a multiple."""
 
     rank: NonNegativeInt | None = None
     """This process's rank; 0 leads. Empty: start all ranks as children of this process."""
@@ -40,6 +46,11 @@ class PrefillGroupSettings(Settings):
 
     @model_validator(mode="after")
     def _rank_is_in_the_group(self) -> "PrefillGroupSettings":
+        if self.ranks % self.stages:
+            raise ValueError(
+                f"{self.ranks} ranks cannot form {self.stages} stages of as many each: make ranks "
+                "a multiple of stages"
+            )
         if self.rank is not None and self.rank >= self.ranks:
             raise ValueError(f"rank {self.rank} is not one of 0..{self.ranks - 1}: raise ranks")
         return self

@@ -13,7 +13,6 @@ import anyio
 import torch
 from msgspec import structs
 
-from engine.collectives import ExpertGroup
 from engine.kvcache.block_pool import BlockPool
 from engine.kvcache.mirror import HostMirror
 from engine.kvcache.prefix_index import PrefixIndex
@@ -26,13 +25,14 @@ from engine.sampling.sampler import Sampler
 from engine.vocabulary import read_grammars
 from kvtransfer.interface import KVMemory, KVSource
 from kvtransfer.memory import allocate_shared, buffer, wrap
-from kvtransfer.shares import share_of_rank
+from kvtransfer.shares import Share, share_of_rank
 from kvtransfer.source import Lift, Source, make_source
 from prefill.follower import FollowerLoop
 from prefill.forward import Forward
 from prefill.joint_push import JointSource
 from prefill.lockstep import ROW_VERSION
 from prefill.loop import PrefillLoop
+from prefill.place import Place
 from prefill.prefix_feed import PrefixFeed
 from prefill.ranks import LeadRank, OneRank, Ranks
 from prefill.scheduler import PrefillLimits, PrefillScheduler
@@ -58,9 +58,7 @@ def run(settings: PrefillSettings) -> int:
     """
     key = load_key(settings.bus.cluster_key_file)
     device = torch.device(settings.device)
-    group = ExpertGroup(
-        seat=settings.group.rank or 0, num_seats=settings.group.ranks, device=device
-    )
+    place = Place.of(settings.group, device)
     if settings.process.threads is not None:
         torch.set_num_threads(settings.process.threads)
     try:
@@ -69,23 +67,24 @@ def run(settings: PrefillSettings) -> int:
             device=device,
             dtype=settings.model.dtype,
             numerics=resolve_numerics(settings.model.numerics, device),
-            group=group,
+            group=place.sharing,
             tensor_parallel=True,
+            stage=place.stage,
             split_dense_experts=settings.model.split_dense_experts,
             block_tokens=settings.kv.block_tokens,
             progress=weights_progress(),
         )
     except ConfigError as error:
-        if group.num_seats > 1:
+        if place.ranks.num_seats > 1:
             report("failed", message=str(error))  # a launcher that ends all ranks need not wait
             tell_others(
                 str(error),
-                lambda: make_rendezvous(settings, group, key, None),
+                lambda: make_rendezvous(settings, place, key, None),
                 deadline_s=settings.group.rendezvous_timeout_s,
             )
         raise
-    rank = PrefillRank(settings, loaded, group, key)
-    if group.seat:
+    rank = PrefillRank(settings, loaded, place, key)
+    if place.ranks.seat:
         anyio.run(serve_until_told, rank.follower(), settings.process.drain_s)
         return 0
     process = WorkerProcess(
@@ -106,36 +105,42 @@ class PrefillRank:
         self,
         settings: PrefillSettings,
         loaded: LoadedModel,
-        group: ExpertGroup,
+        place: Place,
         key: ClusterKey | None,
     ) -> None:
         self._settings = settings
         self._loaded = loaded
-        self._group = group
+        self._place = place
         self._key = key
-        self._share = share_of_rank(group.seat, group.num_seats, loaded.layout)
-        held = loaded.held
+        device, held = place.ranks.device, loaded.held
+        self._share = self._share_of(place.ranks.seat)
+        # A stage may have a layer more than another; block numbers mean the same in all of them.
+        most = structs.replace(held, num_layers=-(-loaded.layout.num_layers // place.stage.count))
         self._num_blocks = settings.num_blocks or max(
-            1, settings.kv_cache_bytes // held.block_bytes
+            1, settings.kv_cache_bytes // most.block_bytes
         )
-        self._storage = KVStorage(held, self._num_blocks, device=group.device)
-        self._memory = wrap(
+        first = loaded.layers.start
+        self._storage = KVStorage(held, self._num_blocks, device=device, first_layer=first)
+        memory = wrap(
             held, self._num_blocks, address=self._storage.memory_address, owner=self._storage
         )
+        self._memory = replace(memory, first_layer=first)
         self._device_memory: KVMemory | None = None
         self._lift: Lift | None = None  # a CPU's are read in place
-        if group.device.type != "cpu":
-            self._device_memory = replace(self._memory, device=group.device.index or 0)
-            self._memory = allocate_shared(held, self._num_blocks)
+        if device.type != "cpu":
+            self._device_memory = replace(self._memory, device=device.index or 0)
+            mirror = allocate_shared(held, self._num_blocks)
+            self._memory = replace(mirror, first_layer=first)
             self._lift = HostMirror(self._storage, buffer(self._memory)).store
         self._forward = Forward(
             ModelRunner(loaded.model, self._storage),
             layers_per_push=settings.layers_per_push,
-            device=group.device,
+            device=device,
+            relay=place.relay(hidden=loaded.config.hidden_width, dtype=loaded.dtype),
         )
 
     def follower(self) -> FollowerLoop:
-        name = WorkerId(f"{self._settings.worker_id}/{self._group.seat}")
+        name = WorkerId(f"{self._settings.worker_id}/{self._place.ranks.seat}")
         return FollowerLoop(
             self._forward,
             self._meeting(),
@@ -153,7 +158,7 @@ class PrefillRank:
         own_source = self._source(worker)
         source: KVSource = own_source
         ranks: Ranks = OneRank()
-        if self._group.num_seats > 1:
+        if self._place.ranks.num_seats > 1:
             events = asyncio.get_running_loop()
             joint = JointSource(own_source, senders=self._senders())
             source, ranks = (
@@ -184,7 +189,7 @@ class PrefillRank:
             ranks=ranks,
             sampler=Sampler(
                 loaded.config.vocab_size,
-                self._group.device,
+                self._place.ranks.device,
                 read_grammars(Path(settings.model.path)),
             ),
             source=source,
@@ -193,6 +198,7 @@ class PrefillRank:
             prefix_index=prefix_index,
             prefix_feed=feed,
             vocab_size=loaded.config.vocab_size,
+            num_stages=self._place.stage.count,
         )
         info = self._info(worker, address)
         registration = Registration(
@@ -211,7 +217,7 @@ class PrefillRank:
             role="prefill",
             group_id=settings.worker_id,
             rank=0,
-            world_size=self._group.num_seats,
+            world_size=self._place.ranks.num_seats,
             epoch=0,
             address=address,
             model=settings.model.name,
@@ -236,26 +242,32 @@ class PrefillRank:
             lift=self._lift,
             transport=self._settings.kv.transport,
             share=self._share,
+            whole=self._loaded.layout,
             cluster_key=None if self._key is None else self._key.derive("kv"),
         )
 
     def _senders(self) -> list[int]:
         """The other ranks that have a share of their own."""
-        ranks, whole = self._group.num_seats, self._loaded.layout
-        return [rank for rank in range(1, ranks) if share_of_rank(rank, ranks, whole) is not None]
+        others = range(1, self._place.ranks.num_seats)
+        return [rank for rank in others if self._share_of(rank) is not None]
+
+    def _share_of(self, rank: int) -> Share | None:
+        ranks, stages = self._place.ranks.num_seats, self._place.stage.count
+        return share_of_rank(rank, ranks, self._loaded.layout, num_stages=stages)
 
     def _meeting(self) -> RankMeeting:
-        settings, device = self._settings, self._group.device
+        settings, device = self._settings, self._place.ranks.device
         terms = {
             **self._loaded.fingerprint,
             "rows": str(ROW_VERSION),
             "num_blocks": str(self._num_blocks),
+            "prefill.group.stages": str(settings.group.stages),
             "prefill.layers_per_push": str(settings.layers_per_push),
             # Ranks choose experts by numbers that must be the same bits on all of them.
             "processor": processor(device),
             "process.threads": str(torch.get_num_threads()),
         }
-        rendezvous = make_rendezvous(settings, self._group, self._key, terms)
+        rendezvous = make_rendezvous(settings, self._place, self._key, terms)
         return RankMeeting(rendezvous, patience_s=settings.group.rendezvous_timeout_s)
 
 
@@ -268,12 +280,12 @@ def processor(device: torch.device) -> str:
 
 def make_rendezvous(
     settings: PrefillSettings,
-    group: ExpertGroup,
+    place: Place,
     key: ClusterKey | None,
     terms: Mapping[str, str] | None,
 ) -> Rendezvous:
     return Rendezvous(
-        group,
+        place.ranks,
         settings.group.rendezvous.removeprefix("tcp://"),
         name=settings.worker_id,
         role="prefill",
@@ -281,4 +293,5 @@ def make_rendezvous(
         rows=settings.group.rows,
         terms=terms,
         key=b"" if key is None else key.derive("ranks"),
+        circle=place.circle,
     )

@@ -26,7 +26,7 @@ class HostMirror:
     def store(self, layers: range, block_ids: Sequence[int]) -> None:
         """Device to host. On return the host copy is complete; it waits for the device."""
         contents_LBX = self._storage.read_blocks(block_ids, layers)
-        self._host_LBX[layers.start : layers.stop, torch.tensor(block_ids)] = contents_LBX
+        self._host_LBX[self._storage.rows_of(layers), torch.tensor(block_ids)] = contents_LBX
 
     def load(self, block_ids: Sequence[int]) -> None:
         """Host to device, all layers; queued on the current stream, before what comes next."""

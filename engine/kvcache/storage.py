@@ -87,6 +87,7 @@ class LayerCache:
 class KVStorage:
     """All layers' blocks of one rank, in memory of its own or in a caller's buffer.
 
+    Layers are numbered as in the model, of which the storage has those from ``first_layer`` on.
     ``buffer`` (CPU only) is a writable buffer such as a mapped file; it must hold
     ``num_blocks * layout.block_bytes`` finite numbers, such as zeros, and stay mapped while the
     storage lives.
@@ -96,7 +97,13 @@ class KVStorage:
     """
 
     def __init__(
-        self, layout: KVLayout, num_blocks: int, *, device: torch.device, buffer: Any = None
+        self,
+        layout: KVLayout,
+        num_blocks: int,
+        *,
+        device: torch.device,
+        buffer: Any = None,
+        first_layer: int = 0,
     ) -> None:
         if layout.kind == "gqa" and layout.key_width != layout.value_width:
             raise ValueError(
@@ -105,6 +112,7 @@ class KVStorage:
             )
         self.layout = layout
         self.num_blocks = num_blocks
+        self.first_layer = first_layer
         num_bytes = num_blocks * layout.block_bytes
         # Zeros, because masked keys still take part with weight zero, and 0 * NaN is NaN.
         if buffer is None:
@@ -125,7 +133,11 @@ class KVStorage:
         )
 
     def layer(self, index: int) -> LayerCache:
-        return self._layers[index]
+        return self._layers[index - self.first_layer]
+
+    def rows_of(self, layers: range) -> slice:
+        """Where consecutive layers lie among those that are held."""
+        return slice(layers.start - self.first_layer, layers.stop - self.first_layer)
 
     @property
     def memory_address(self) -> int:
@@ -137,7 +149,7 @@ class KVStorage:
         a range of consecutive ones. It waits for the device.
         """
         index_B = torch.tensor(block_ids, dtype=torch.int64, device=self._blocks_LBX.device)
-        chosen = slice(None) if layers is None else slice(layers.start, layers.stop)
+        chosen = slice(None) if layers is None else self.rows_of(layers)
         return self._blocks_LBX[chosen].index_select(1, index_B).cpu()
 
     def write_blocks(self, block_ids: Sequence[int], contents_LBX: Tensor) -> None:

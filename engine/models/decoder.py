@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.batch import ForwardBatch, tokens_of_halves
-from engine.config import GqaConfig
+from engine.config import GqaConfig, ModelConfig
 from engine.experts.replicas import token_keys
 from engine.experts.slot_exchange import SlotExchange
 from engine.kvcache.storage import KVStorage
@@ -47,11 +47,8 @@ class Decoder:
 
     def __init__(self, weights: "DecoderWeights", reader: WeightReader, setting: Setting) -> None:
         config = setting.config
-        embedding_VD = weights.embedding_VD.read()
-        head_VD = weights.head_VD.read() if weights.head_VD else embedding_VD
-        self.embedding = Embedding(embedding_VD)
-        self._norm_D = weights.norm_D.read()
-        self._head = Linear(head_VD, numerics=setting.numerics)
+        self._ends = None if weights.ends is None else Ends(weights.ends, setting)
+        self._norm_D = None if weights.norm_D is None else weights.norm_D.read()
         self.epsilon = config.norm_epsilon
         kind = config.attention
         self.rope = Rope(
@@ -66,14 +63,15 @@ class Decoder:
         self._group = setting.group
         self._exchange = setting.exchange
         self._chooses_replicas = setting.chooses_replicas
-        self._layers = tuple(
-            _build(layer, setting.of_layer(index)) for index, layer in enumerate(weights.layers)
-        )
+        self._layers = {
+            index: _build(layer, setting.of_layer(index)) for index, layer in weights.layers.items()
+        }
+        self._last_layer = config.num_layers - 1
 
     @property
     def slot_exchanges(self) -> Mapping[int, SlotExchange]:
         """By layer, where experts may move."""
-        slots = {index: layer.feed_forward.slots for index, layer in enumerate(self._layers)}
+        slots = {index: layer.feed_forward.slots for index, layer in self._layers.items()}
         return {index: exchange for index, exchange in slots.items() if exchange is not None}
 
     def connect(self) -> None:
@@ -95,20 +93,35 @@ class Decoder:
         return self.logits(self.hidden(batch, cache, after_layer))
 
     def logits(self, x_RD: Tensor) -> Tensor:
-        """(R, V) float32 of what ``hidden`` gave, or of some of its rows."""
-        return self._head(x_RD).float()
+        """(R, V) float32 of what ``hidden`` gave, or of some of its rows; of the first stage only,
+        wherever these rows come from.
+        """
+        assert self._ends is not None, "later stages have no output head"
+        return self._ends.head(x_RD).float()
+
+    def embed(self, batch: ForwardBatch) -> Tensor:
+        assert self._ends is not None, "later stages have no embedding"
+        return self._ends.embedding(batch.token_ids)
 
     def hidden(
-        self, batch: ForwardBatch, cache: KVStorage, after_layer: AfterLayer | None = None
+        self,
+        batch: ForwardBatch,
+        cache: KVStorage,
+        after_layer: AfterLayer | None = None,
+        x_ND: Tensor | None = None,
     ) -> Tensor:
-        """As ``forward``, up to the last norm: (R, D), a small part of what the logits need."""
+        """As ``forward``, up to the last norm: (R, D), a small part of what the logits need.
+
+        A stage that is not the last one gives (N, D), with which the next one goes on, as its
+        ``x_ND``.
+        """
         rotation = self.rope.at(batch.positions)
         rows_R = batch.logits_rows
         all_rows = rows_R.shape[0] == batch.num_tokens
-        residual_ND = self.embedding(batch.token_ids)
+        residual_ND = self.embed(batch) if x_ND is None else x_ND
         keys_N = self.keys_of(batch)
         out_ND: Tensor | None = None
-        for index, layer in enumerate(self._layers):
+        for index, layer in self._layers.items():
             if out_ND is None:
                 x_ND = rms_norm(residual_ND, layer.attention_norm_D, self.epsilon)
             else:
@@ -118,13 +131,15 @@ class Decoder:
             out_ND = layer.attention(x_ND, rotation, cache.layer(index), batch)
             if after_layer is not None:
                 after_layer(index)
-            if self._may_drop_rows and not all_rows and layer is self._layers[-1]:
+            if self._may_drop_rows and not all_rows and index == self._last_layer:
                 out_ND, residual_ND, all_rows = out_ND[rows_R], residual_ND[rows_R], True
             x_ND, residual_ND = add_rms_norm(
                 out_ND, residual_ND, layer.feed_forward_norm_D, self.epsilon
             )
             out_ND = layer.feed_forward(x_ND, keys_N)
         assert out_ND is not None
+        if self._norm_D is None:
+            return out_ND + residual_ND
         if not all_rows:
             out_ND, residual_ND = out_ND[rows_R], residual_ND[rows_R]
         x_RD, _ = add_rms_norm(out_ND, residual_ND, self._norm_D, self.epsilon)
@@ -137,13 +152,14 @@ class Decoder:
         group, whole = self._group, self._group.tokens_of_rank
         halves = [_HalfStep(self, half, cache) for half in batch.halves()]
         shares = tokens_of_halves(whole)
-        for index, layer in enumerate(self._layers):
+        for index, layer in self._layers.items():
             for half, tokens_of_rank in zip(halves, shares, strict=True):
                 group.begin_step(tokens_of_rank)
                 half.begin(index, layer)
             for half in halves:
                 half.compute()
         group.begin_step(whole)
+        assert self._norm_D is not None, "what passes in two batches passes all layers"
         return torch.cat([half.end(self._norm_D) for half in halves])
 
     def keys_of(self, batch: ForwardBatch) -> Tensor | None:
@@ -159,7 +175,7 @@ class _HalfStep:
         self._cache = cache
         self._epsilon = decoder.epsilon
         self._rotation = decoder.rope.at(batch.positions)
-        self._residual_ND = decoder.embedding(batch.token_ids)
+        self._residual_ND = decoder.embed(batch)
         self._keys_N = decoder.keys_of(batch)
         self._pending: PendingFeedForward | None = None
 
@@ -190,34 +206,56 @@ class _HalfStep:
         return x_ND
 
 
+class Ends:
+    """Where token ids come in and logits go out."""
+
+    def __init__(self, weights: "EndWeights", setting: Setting) -> None:
+        embedding_VD = weights.embedding_VD.read()
+        head_VD = weights.head_VD.read() if weights.head_VD else embedding_VD
+        self.embedding = Embedding(embedding_VD)
+        self.head = Linear(head_VD, numerics=setting.numerics)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndWeights:
+    embedding_VD: Wanted
+    head_VD: Wanted | None  # None: the embedding serves
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderWeights:
-    embedding_VD: Wanted
-    norm_D: Wanted
-    head_VD: Wanted | None  # None: the embedding serves
-    layers: tuple[LayerWeights, ...]
+    """``ends`` are the first stage's, ``norm_D`` is the last one's, which may be the same."""
+
+    ends: EndWeights | None
+    norm_D: Wanted | None
+    layers: Mapping[int, LayerWeights]
 
 
 def describe_decoder(
     reader: WeightReader, setting: Setting, describe_layer: DescribeLayer
 ) -> DecoderWeights:
-    """All tensors of the model, known to be in the checkpoint; none is read.
+    """All tensors of the rank's stage, known to be in the checkpoint; none is read.
 
     Raises:
         ConfigError: one is missing or has the wrong shape.
     """
-    config = setting.config
-    vocabulary, hidden = config.vocab_size, config.hidden_width
+    config, stage = setting.config, setting.stage
+    hidden = config.hidden_width
     return DecoderWeights(
-        embedding_VD=reader.want("model.embed_tokens.weight", vocabulary, hidden),
-        norm_D=reader.want("model.norm.weight", hidden),
-        head_VD=(
-            None if config.tied_embeddings else reader.want("lm_head.weight", vocabulary, hidden)
-        ),
-        layers=tuple(
-            describe_layer(reader, setting.of_layer(layer), layer)
-            for layer in range(config.num_layers)
-        ),
+        ends=_describe_ends(reader, config) if stage.is_first else None,
+        norm_D=reader.want("model.norm.weight", hidden) if stage.is_last else None,
+        layers={
+            layer: describe_layer(reader, setting.of_layer(layer), layer)
+            for layer in stage.layers(config.num_layers)
+        },
+    )
+
+
+def _describe_ends(reader: WeightReader, config: ModelConfig) -> EndWeights:
+    shape = config.vocab_size, config.hidden_width
+    return EndWeights(
+        embedding_VD=reader.want("model.embed_tokens.weight", *shape),
+        head_VD=None if config.tied_embeddings else reader.want("lm_head.weight", *shape),
     )
 
 

@@ -20,6 +20,7 @@ from engine.experts.transports import RowExchange
 from engine.kvcache.storage import LayerCache
 from engine.layers.linear import Numerics
 from engine.layers.rope import Rotation
+from engine.pipeline import ALL_LAYERS, Stage
 from engine.tensor_parallel import TensorRanks, Undivided
 from engine.weights.reader import Wanted, WeightReader
 
@@ -33,7 +34,7 @@ class Setting:
     """What a model is built for: its sizes, and this rank's place among the experts' ranks.
 
     ``tensor`` are the ranks that share each layer, which is then built as the part of this one.
-    ``layer`` is the one that is being described or built.
+    Only the layers of ``stage`` are. ``layer`` is the one that is being described or built.
     """
 
     config: ModelConfig
@@ -45,6 +46,7 @@ class Setting:
     counts: ExpertCounts | None = None  # None: choices are not counted
     layer: int = 0
     tensor: TensorRanks = _UNDIVIDED
+    stage: Stage = ALL_LAYERS
 
     @property
     def placement(self) -> ExpertPlacement:

@@ -36,13 +36,18 @@ class ScriptedForward:
     steps: list[tuple[Part, ...]] = field(default_factory=list)
     failure: Exception | None = None
 
-    def hidden(self, parts: Sequence[Part], send: SendLayers) -> None:
+    busy = False
+
+    def advance(self, parts: Sequence[Part], send: SendLayers) -> None:
         self.steps.append(tuple(parts))
         if self.failure is not None:
             failure, self.failure = self.failure, None
             raise failure
         for part in parts:
             send(part, range(2))
+
+    def forget(self) -> None:
+        """Nothing is on its way."""
 
 
 class Follower:
