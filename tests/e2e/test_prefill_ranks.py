@@ -77,13 +77,44 @@ def test_real_weights_on_three_prefill_ranks(start: Start) -> None:
         assert token_ids(completion(system.url, "smollm2", prompt)) == greedy(model, prompt)
 
 
-@pytest.fixture
-def pair(start: Start, tiny_checkpoint: Checkpoints) -> LocalSystem:
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("llama", 2, 2, "shm"),
+        *(
+            pytest.param(case, marks=pytest.mark.slow)
+            for case in (
+                ("deepseek_v3", 2, 2, "tcp"),
+                ("deepseek_v3", 3, 3, "tcp"),
+                ("deepseek_v3", 4, 2, "shm"),
+                ("qwen3_moe", 4, 2, "tcp"),
+                ("llama", 8, 2, "tcp"),
+            )
+        ),
+    ],
+    ids=lambda case: "{}, {} ranks in {} stages, {}".format(*case),
+)
+def test_stages_feed_two_decode_ranks(
+    start: Start, tiny_checkpoint: Checkpoints, case: tuple[str, int, int, str]
+) -> None:
+    kind, ranks, stages, transport = case
+    folder = tiny_checkpoint(kind)
+    widths = ("--prefill-ranks", str(ranks), "--prefill-stages", str(stages))
+    system = start(
+        folder, *FLAGS, *widths, "--decode-ranks", "2", "--name", kind, "--transport", transport
+    )
+    expect_greedy_tokens(system, kind, folder)
+    eventually(lambda: busy_blocks(system) == 0, "all blocks are back")
+
+
+@pytest.fixture(params=[1, pytest.param(2, marks=pytest.mark.slow)], ids="{} stages".format)
+def pair(start: Start, tiny_checkpoint: Checkpoints, request: pytest.FixtureRequest) -> LocalSystem:
     """Two prefill ranks, two decode ranks; a rank that is frozen counts as lost after 2 s."""
     return start(
         tiny_checkpoint("llama"),
         *FLAGS,
         *("--name", "llama", "--prefill-ranks", "2", "--decode-ranks", "2"),
+        *("--prefill-stages", str(request.param)),
         *("--set", "prefill.group.step_timeout_s=2"),
     )
 

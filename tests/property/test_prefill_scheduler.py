@@ -1,3 +1,5 @@
+from collections import deque
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -11,6 +13,7 @@ from tests.support.generation import a_request
 
 BLOCK_TOKENS = 2
 NUM_BLOCKS = 10
+NUM_STAGES = 3
 LIMITS = PrefillLimits(max_batch_tokens=5, max_batch_sequences=3, max_queued_requests=50)
 
 
@@ -33,7 +36,7 @@ class PrefillMachine(RuleBasedStateMachine):
         self.pushed: dict[AttemptRef, list[BlockId]] = {}
         self.pinned: list[AttemptRef] = []
         self.contents: dict[BlockId, tuple[int, ...]] = {}
-        self.step: PrefillStep | None = None
+        self.steps: deque[PrefillStep] = deque()  # in the stages, the oldest first
         self.count = 0
 
     @rule(tail=st.lists(st.integers(0, 1), min_size=1, max_size=17), now=st.integers(0, 9))
@@ -43,16 +46,17 @@ class PrefillMachine(RuleBasedStateMachine):
         self.scheduler.add(request, float(now), float(now))
         self.requests[request.ref] = request
 
-    @precondition(lambda self: self.step is None)
+    @precondition(lambda self: len(self.steps) < NUM_STAGES)
     @rule()
     def schedule(self) -> None:
         step = self.scheduler.schedule()
         assert step.num_tokens <= LIMITS.max_batch_tokens
         assert len(step.chunks) <= LIMITS.max_batch_sequences
         if not step.chunks:
-            assert not self.requests or self.pinned, "work waits and nothing is in the way"
+            in_the_way = self.pinned or self.steps
+            assert not self.requests or in_the_way, "work waits and nothing is in the way"
             return
-        self.step = step
+        self.steps.append(step)
         for chunk in step.chunks:
             prompt = self.requests[chunk.ref].prompt_token_ids
             start = self.computed.setdefault(chunk.ref, chunk.start)
@@ -73,16 +77,15 @@ class PrefillMachine(RuleBasedStateMachine):
             whole = -(-chunk.stop // BLOCK_TOKENS) if chunk.final else chunk.stop // BLOCK_TOKENS
             assert pushed == chunk.table.blocks[:whole]
 
-    @precondition(lambda self: self.step is not None)
+    @precondition(lambda self: self.steps)
     @rule()
     def complete(self) -> None:
-        assert self.step is not None
-        self.scheduler.complete(self.step)
-        for chunk in self.step.chunks:
+        step = self.steps.popleft()
+        self.scheduler.complete(step)
+        for chunk in step.chunks:
             if chunk.final and chunk.ref in self.requests:
                 del self.requests[chunk.ref]
                 self.pinned.append(chunk.ref)
-        self.step = None
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), rejected=st.booleans())
@@ -115,7 +118,7 @@ class PrefillMachine(RuleBasedStateMachine):
 
     @invariant()
     def blocks_that_are_being_pushed_are_unchanged(self) -> None:
-        writing = set() if self.step is None else {chunk.ref for chunk in self.step.chunks}
+        writing = {chunk.ref for step in self.steps for chunk in step.chunks}
         for ref in self.pinned:
             if ref not in writing:
                 assert all(self.pool.owners(block) > 0 for block in self.pushed[ref])
@@ -123,8 +126,8 @@ class PrefillMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """After anything at all, finishing the rest in order empties everything within bounds."""
         turns = 0
-        while self.requests or self.pinned or self.step is not None:
-            if self.step is not None:
+        while self.requests or self.pinned or self.steps:
+            if self.steps:
                 self.complete()
             for ref in self.pinned:
                 self.scheduler.release(ref)

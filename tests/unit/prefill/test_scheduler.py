@@ -215,6 +215,46 @@ def test_blocks_cancelled_and_released_within_a_step_are_free_only_after_it() ->
     assert run(scheduler) == [("b", 0, 16)]
 
 
+def test_chunks_of_a_prompt_follow_one_another_before_the_first_is_complete() -> None:
+    scheduler = a_scheduler(max_batch_tokens=8)
+    ref = add(scheduler, "a", 20)
+    steps = [scheduler.schedule() for _ in range(4)]
+    assert [ranges(step) for step in steps] == [[("a", 0, 8)], [("a", 8, 16)], [("a", 16, 20)], []]
+    assert scheduler.books().queued_tokens == 20
+    for step, queued in zip(steps[:3], (12, 4, 0), strict=True):
+        assert scheduler.books().computing == 1
+        scheduler.complete(step)
+        assert scheduler.books().queued_tokens == queued
+    assert scheduler.books().pinned == 1
+    scheduler.release(ref)
+    scheduler.check()
+
+
+def test_blocks_are_free_only_after_the_last_of_the_steps_that_write_into_them() -> None:
+    scheduler = a_scheduler(num_blocks=4, max_batch_tokens=8)
+    ref = add(scheduler, "a", 16)
+    first, second = scheduler.schedule(), scheduler.schedule()
+    scheduler.cancel(ref)
+    scheduler.release(ref)
+    add(scheduler, "b", 16)
+    scheduler.complete(first)
+    assert ranges(scheduler.schedule()) == []
+    scheduler.complete(second)
+    assert run(scheduler) == [("b", 0, 8)]
+
+
+def test_a_prompt_with_the_same_beginning_waits_until_all_stages_have_it() -> None:
+    scheduler = a_scheduler(max_batch_tokens=8)
+    add(scheduler, "a", 16, first=0)
+    add(scheduler, "b", 17, first=0)
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert ranges(scheduler.schedule()) == []
+    scheduler.complete(first)
+    assert ranges(scheduler.schedule()) == []
+    scheduler.complete(second)
+    assert run(scheduler) == [("b", 16, 17)]
+
+
 def test_what_was_cancelled_within_a_step_is_not_cached() -> None:
     scheduler = a_scheduler()
     ref = add(scheduler, "a", 8, first=0)
