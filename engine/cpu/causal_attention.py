@@ -142,26 +142,45 @@ class Rows:
     token_bytes: int
     head_bytes: int
 
+    @classmethod
+    def of(cls, x_NHD: Tensor) -> "Rows":
+        """Of a tensor that the caller keeps."""
+        token, head, _ = x_NHD.stride()
+        size = x_NHD.element_size()
+        return cls(address=x_NHD.data_ptr(), token_bytes=token * size, head_bytes=head * size)
+
 
 def attend(
-    q: Rows, keys: Rows, shared: Rows, values: Rows, *, plan: CausalPlan, shape: Shape,
-    kv_heads: int, scale: float, out_NHV: Tensor,
-) -> None:  # fmt: skip
-    """Fill ``out_NHV``; tokens of ``q`` are the batch's, of the others the plan's rows."""
+    q: Rows,
+    keys: Rows,
+    shared: Rows,
+    values: Rows,
+    out: Rows,
+    *,
+    plan: CausalPlan,
+    shape: Shape,
+    kv_heads: int,
+    scale: float,
+) -> None:
+    """Fill ``out``. Tokens of it and of ``q`` are the batch's; of the others, the plan's rows.
+
+    ``kv_heads`` is at most what the plan has room for; what they do not share of the last
+    ``shared_width`` elements of keys is not read.
+    """
+    threads = plan.threads
     _lay_kernel(shape)(
         keys.address, keys.token_bytes, keys.head_bytes,
         shared.address, shared.token_bytes,
         values.address, values.token_bytes, values.head_bytes,
         plan.rows_S.data_ptr(), plan.tiles_T2.data_ptr(), plan.tiles_T2.shape[0], kv_heads,
-        plan.keys.data_ptr(), plan.values.data_ptr(), plan.nothing.data_ptr(),
-        threads=plan.threads,
+        plan.keys.data_ptr(), plan.values.data_ptr(), plan.nothing.data_ptr(), threads=threads,
     )  # fmt: skip
     _attend_kernel(shape)(
         q.address, q.token_bytes, q.head_bytes,
         plan.keys.data_ptr(), plan.values.data_ptr(),
         plan.items_I6.data_ptr(), plan.items_I6.shape[0], plan.cost, kv_heads,
-        bits_of(scale * _LOG2_E), plan.scratch.data_ptr(), out_NHV.data_ptr(),
-        threads=plan.threads,
+        bits_of(scale * _LOG2_E), plan.scratch.data_ptr(),
+        out.address, out.token_bytes, out.head_bytes, threads=threads,
     )  # fmt: skip
 
 
@@ -213,8 +232,9 @@ def _lay_kernel(shape: Shape) -> Kernel:
 @cache
 def _attend_kernel(shape: Shape) -> Kernel:
     queries, most_rows, scratch_bytes = shape.queries, shape.rows, shape.scratch_bytes
-    key_bytes, value_bytes, width = 2 * shape.key_width, 2 * shape.value_width, shape.value_width
-    key_words, parts, sums_bytes = shape.key_width // 2, width // TILE, 4 * width
+    key_bytes, value_bytes = 2 * shape.key_width, 2 * shape.value_width
+    key_words, width = shape.key_width // 2, shape.value_width
+    parts, sums_bytes = width // TILE, 4 * width
     score, mix = _score(shape), _mix(shape)
 
     def attend(arguments: Any) -> None:
@@ -266,8 +286,8 @@ def _attend_kernel(shape: Shape) -> Kernel:
 
             for row in range(rows):
                 share = np.float32(1.0) / load(states, 4 * row + 1, FLOAT32)
-                at = (token + row // queries) * heads * queries + head * queries + row % queries
-                at = arguments[11] + at * value_bytes
+                at = arguments[11] + (token + row // queries) * arguments[12]
+                at += (head * queries + row % queries) * arguments[13]
                 for d in range(width):
                     store(at, d, load(sums, row * width + d, FLOAT32) * share, BFLOAT16)
 

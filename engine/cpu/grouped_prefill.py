@@ -8,6 +8,7 @@ then holds. Where a token's key and value lie is read from the batch alone.
 # B sequences   J blocks of a sequence   C context tokens
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -76,17 +77,21 @@ def grouped_prefill(
         threads=torch.get_num_threads() if qkv_NSW.numel() > _SHARED_ELEMENTS else 1,
     )
     out_NHW = qkv_NSW.new_empty((num_tokens, heads, width))
-    q = Rows(address=qkv_NSW.data_ptr(), token_bytes=num_rows * row_bytes, head_bytes=row_bytes)
     head_bytes = cache.block_tokens * row_bytes
     address = cache.token_rows.data_ptr()
     keys = Rows(address=address, token_bytes=row_bytes, head_bytes=head_bytes)
-    values = Rows(
-        address=address + cache.heads * head_bytes, token_bytes=row_bytes, head_bytes=head_bytes
-    )
+    values = replace(keys, address=address + cache.heads * head_bytes)
     causal_attention.attend(
-        q, keys, keys, values,
-        plan=plan, shape=shape, kv_heads=cache.heads, scale=scale, out_NHV=out_NHW,
-    )  # fmt: skip
+        Rows.of(qkv_NSW),
+        keys,
+        keys,
+        values,
+        Rows.of(out_NHW),
+        plan=plan,
+        shape=shape,
+        kv_heads=cache.heads,
+        scale=scale,
+    )
     return out_NHW
 
 

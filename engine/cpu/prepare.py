@@ -8,6 +8,7 @@ from engine.cpu import (
     grouped_attention,
     grouped_prefill,
     latent_attention,
+    latent_prefill,
     packed_weights,
     rows,
 )
@@ -27,6 +28,7 @@ def compile_kernels(config: ModelConfig, dtype: torch.dtype, block_tokens: int) 
     if isinstance(attention, MlaConfig):
         norms += [attention.latent_width, *([attention.query_rank] if attention.query_rank else [])]
         latent_attention.prepare(attention, block_tokens, dtype)
+        latent_prefill.prepare(attention, dtype)
     else:
         grouped_attention.prepare(attention, block_tokens, dtype)
         grouped_prefill.prepare(attention, dtype)

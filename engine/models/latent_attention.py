@@ -18,6 +18,7 @@ from torch import Tensor
 from engine.attention.mla import mla_attention
 from engine.batch import ForwardBatch
 from engine.config import MlaConfig
+from engine.cpu import latent_prefill
 from engine.cpu.latent_attention import latent_decode, serves_heads
 from engine.cpu.paged_attention import serves
 from engine.kvcache.storage import LayerCache
@@ -54,9 +55,14 @@ class LatentAttention:
         expand_HXC = weights.expand_XC.read().view(config.num_heads, -1, config.latent_width)
         self._key_HPC = expand_HXC[:, : config.nope_width].contiguous()
         self._value_HVC = expand_HXC[:, config.nope_width :].contiguous()
-        self._key_HCP: Tensor | None = None  # for the kernels of a CPU: rows of what is added up
+        # For the kernels of a CPU: rows of what is added up, and what many rows are multiplied by.
+        self._key_HCP: Tensor | None = None
+        self._expansions: latent_prefill.Expansions | None = None
+        if latent_prefill.serves(config, expand_HXC):
+            self._expansions = latent_prefill.Expansions.of(self._key_HPC, self._value_HVC)
         if self._key_HPC.device.type == "cpu" and serves_heads(config):
             self._key_HCP = self._key_HPC.transpose(1, 2).contiguous()
+            self._key_HPC = self._key_HCP.transpose(1, 2)  # held once
         self._output = Linear(weights.output_DO.read(), numerics=setting.numerics)
         self._sum = setting.tensor.sum
 
@@ -79,6 +85,18 @@ class LatentAttention:
                 batch,
                 w_uk_HCP=self._key_HCP,
                 w_uv_HVC=self._value_HVC,
+                scale=self._scale,
+            )
+            return self._sum(self._output(out_NHV.flatten(1)))
+        if batch.num_tokens and not batch.decode_only and self._expansions is not None:
+            out_NHV = latent_prefill.latent_prefill(
+                q,
+                latent_NC,
+                k_rope_NR,
+                rotation,
+                cache,
+                batch,
+                expansions=self._expansions,
                 scale=self._scale,
             )
             return self._sum(self._output(out_NHV.flatten(1)))
