@@ -1,7 +1,8 @@
 """How long a rank stands still between two groups, and why.
 
-An interruption begins when a group ends and lasts until a turn has passed, however many groups form
-and break in between. It is written to the log and counted; nothing is decided here.
+An interruption begins with the last turn that passed before a group ended, so noticing a loss is
+part of it, and lasts until a turn has passed again, however many groups form and break in between.
+It is written to the log and counted; nothing is decided here.
 """
 
 import time
@@ -21,6 +22,7 @@ class _Since:
     reason: str
     members: frozenset[int]  # of the group that ended
     began_at: float
+    ended_at: float  # when the group had ended
     met_at: float  # when the ranks met last
     meetings: int = 0
 
@@ -34,6 +36,7 @@ class Interruption:
         self._meter = meter
         self._clock = clock
         self._since: _Since | None = None
+        self._passed_at: float | None = None  # the last turn of the group; None before its first
 
     def broken(self, group: StepGroup, error: WorkerLost) -> None:
         """``group`` has lost a rank."""
@@ -48,23 +51,27 @@ class Interruption:
         """The ranks are together again, or for the first time."""
         self._meter.add_group()
         log.info("ranks serve together", epoch=group.epoch, members=group.members, rows=group.rows)
+        self._passed_at = None
         if self._since is not None:
             self._since.met_at = self._clock()
             self._since.meetings += 1
 
     def passed(self, group: StepGroup, what: str) -> None:
         """A turn of ``group`` has passed, in which its ranks did ``what`` was planned."""
-        since = self._since
-        if since is None or what == "restore":  # then experts are read, and requests still wait
+        if what == "restore":  # then experts are read, and requests still wait
             return
-        self._since = None
         now, members = self._clock(), frozenset(group.members)
+        self._passed_at = now
+        since, self._since = self._since, None
+        if since is None:
+            return
         self._meter.add_interruption(now - since.began_at)
         log.info(
             "decoding goes on",
             epoch=group.epoch,
             stood_still_s=round(now - since.began_at, 3),
-            meeting_s=round(since.met_at - since.began_at, 3),
+            noticing_s=round(since.ended_at - since.began_at, 3),
+            meeting_s=round(since.met_at - since.ended_at, 3),
             meetings=since.meetings,
             without=sorted(since.members - members),
             newly_with=sorted(members - since.members),
@@ -75,5 +82,9 @@ class Interruption:
         if self._since is None:
             now = self._clock()
             self._since = _Since(
-                reason=reason, members=frozenset(group.members), began_at=now, met_at=now
+                reason=reason,
+                members=frozenset(group.members),
+                began_at=now if self._passed_at is None else self._passed_at,
+                ended_at=now,
+                met_at=now,
             )

@@ -84,6 +84,7 @@ class Backends:
                 PrefixStore("rows", life),
                 Life(epoch=epoch, number=number, size=len(members)),
                 rank=rank,
+                seats=members,
                 where=here(),
                 timeout_s=self.collective_timeout_s,
             )

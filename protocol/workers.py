@@ -59,7 +59,7 @@ class ExpertTraffic(msgspec.Struct, frozen=True, kw_only=True):
     steps: int = 0
     steps_in_two: int = 0  # of them those that passed as two batches
     groups_formed: int = 0  # how often the ranks have met, the first time included
-    interrupted_s: float = 0.0  # without a turn, after a group ended and until the next one's first
+    interrupted_s: float = 0.0  # from a group's last turn to the next one's first
 
 
 class LinkReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -12,7 +12,7 @@ headrace_expert_exchange_bytes_total{group,rank,part}    to other ranks: dispatc
 headrace_expert_layer_calls_total{group,rank}      MoE layers that the rank has passed
 headrace_expert_row_exchanges_total{group,rank}    turns that the rank has agreed on with the others
 headrace_expert_groups_formed_total{group,rank}    how often the ranks have met
-headrace_expert_interrupted_seconds_total{group,rank}    without a turn, while the ranks met again
+headrace_expert_interrupted_seconds_total{group,rank}    from a group's last turn to the next one's
 headrace_expert_steps_total{group,rank,batches}    steps of decoding that passed as one or as two
 headrace_expert_group_epoch{group}                 of the group that is in place
 headrace_expert_buffer_bytes{group,rank,transport} of the exchange, at most
@@ -143,7 +143,7 @@ def traffic_metrics(members: Iterable[WorkerState]) -> Iterable[Metric]:
     )
     interrupted = CounterMetricFamily(
         "headrace_expert_interrupted_seconds",
-        "Time without a turn, while the ranks met again",
+        "Time from the last turn of a group to the first of the next",
         labels=of_rank,
     )
     epoch = GaugeMetricFamily(

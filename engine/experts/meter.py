@@ -90,7 +90,7 @@ class ExchangeMeter:
         self._groups_formed += 1
 
     def add_interruption(self, seconds: float) -> None:
-        """No turn has passed for so long, because the ranks had to meet again."""
+        """So long passed between two turns because the ranks had to meet again."""
         self._interrupted_s += seconds
 
     def traffic(self) -> ExpertTraffic:

@@ -5,6 +5,7 @@ it, and each says whether it could. All read the same answers, so all come to th
 """
 
 import os
+from collections.abc import Sequence
 from typing import TypeVar
 
 import msgspec
@@ -18,12 +19,19 @@ T = TypeVar("T")
 
 
 def join(
-    store: Store, life: Life, *, rank: int, where: Whereabouts, timeout_s: float
+    store: Store,
+    life: Life,
+    *,
+    rank: int,
+    seats: Sequence[int],
+    where: Whereabouts,
+    timeout_s: float,
 ) -> SharedRows | str:
     """This rank's end of the memory of ``life``; or, on all ranks, why they share none.
 
-    ``where`` is this process. ``store`` is of this life alone. A rank that keeps the others waiting
-    for ``timeout_s`` in an operation counts as lost.
+    ``rank`` is this process' place among ``seats``, and ``where`` is where it is. ``store`` is of
+    this life alone. A rank that keeps the others waiting for ``timeout_s`` in an operation counts
+    as lost.
 
     Raises:
         RuntimeError: a rank does not answer within the store's own timeout.
@@ -32,7 +40,7 @@ def join(
     store.set(f"where/{rank}", msgspec.json.encode(where).decode())
     found = _all(store, "where", size)
     processes = [_read(where, Whereabouts) for where in found]
-    apart = _apart(processes)
+    apart = _apart(processes, seats)
     if apart:
         return apart
     offered = _offer(store, life) if rank == 0 else None
@@ -41,9 +49,11 @@ def join(
         offer = _read(store.get("memory"), Offer)
         segment = opened(offer, life, processes[0])
         others = {other: where for other, where in enumerate(processes) if other != rank}
-        rows = SharedRows(segment, rank=rank, mourner=Mourner(others), timeout_s=timeout_s)
+        rows = SharedRows(
+            segment, rank=rank, seats=seats, mourner=Mourner(others), timeout_s=timeout_s
+        )
     except OSError as error:
-        failure = f"rank {rank} cannot share memory: {error}"
+        failure = f"rank {seats[rank]} cannot share memory: {error}"
     store.set(f"mapped/{rank}", failure)
     failures = [told.decode() for told in _all(store, "mapped", size) if told]
     if offered is not None:
@@ -67,13 +77,13 @@ def _offer(store: Store, life: Life) -> int | None:
     return descriptor
 
 
-def _apart(processes: list[Whereabouts]) -> str:
+def _apart(processes: list[Whereabouts], seats: Sequence[int]) -> str:
     """Why these share no memory; empty where they may."""
-    for rank, process in enumerate(processes):
+    for seat, process in zip(seats, processes, strict=True):
         if not is_known(process):
-            return f"rank {rank} cannot share memory: {process.host}"
+            return f"rank {seat} cannot share memory: {process.host}"
         if process.host != processes[0].host:
-            return f"rank {rank} is on another host than rank 0, or in another container"
+            return f"rank {seat} is on another host than rank {seats[0]}, or in another container"
     return ""
 
 

@@ -20,8 +20,12 @@ from torch._C._distributed_c10d import AllgatherOptions
 from engine.cpu import channels
 from engine.one_host.segment import Segment
 from engine.one_host.whereabouts import Mourner
+from runtime.log import get_log
+
+log = get_log(__name__)
 
 SLICE_NS = 50_000_000  # of sleep, then deaths are looked for
+LONG_S = 2.0  # a wait that is worth a line in the log
 WATCH_NS = 1_000_000
 _MOST_UNDER_WAY = 64
 
@@ -65,12 +69,22 @@ class _Operation:
 class SharedRows:
     """One rank's end. ``abort`` makes the others' waits for this rank fail at once."""
 
-    def __init__(self, segment: Segment, *, rank: int, mourner: Mourner, timeout_s: float) -> None:
+    def __init__(
+        self,
+        segment: Segment,
+        *,
+        rank: int,
+        seats: Sequence[int],
+        mourner: Mourner,
+        timeout_s: float,
+    ) -> None:
+        """People are told ``seats``, which are in the order of ranks."""
         assert channels.FUTEX is not None
         self._segment: Segment | None = segment
         self._memory = segment.address
         self._ring_bytes = segment.life.ring_bytes
         self._rank = rank
+        self._seats = tuple(seats)
         self._size = segment.life.size
         self._mourner = mourner
         self._timeout_s = timeout_s
@@ -148,21 +162,31 @@ class SharedRows:
             return
         self._check()
         awaited = self._under_way.index(operation)
-        deadline: float | None = None
+        began: float | None = None
+        told = False
         while True:
             outcome = self._move(awaited)
             if outcome == channels.DONE:
                 break
             if outcome < 0:
-                raise RuntimeError(f"rank {-1 - outcome} has left")
+                raise RuntimeError(f"rank {self._seats[-1 - outcome]} has left")
             for rank in self._mourner.ended():
                 self._leave(self._memory, self._size, rank, self._futex)
             now = time.monotonic()
-            deadline = deadline or now + self._timeout_s
-            if now > deadline:
+            began = began or now
+            if now > began + self._timeout_s:
                 late = ", ".join(map(str, self._late(awaited)))
-                raise RuntimeError(f"nothing came from rank {late} for {self._timeout_s} s")
+                raise RuntimeError(f"nothing came from rank {late} for {self._timeout_s:g} s")
+            if not told and now > began + LONG_S:
+                told = True
+                log.warning(
+                    "other ranks keep this one waiting",
+                    ranks=self._late(awaited),
+                    lost_after_s=self._timeout_s,
+                )
         self._forget_done()
+        if told and began is not None:
+            log.info("the ranks that were waited for have come", s=time.monotonic() - began)
 
     def _begin(
         self,
@@ -208,11 +232,11 @@ class SharedRows:
         self._under_way = [operation for operation in self._under_way if not operation.is_done]
 
     def _late(self, awaited: int) -> list[int]:
-        """Ranks that the operations up to ``awaited`` wait for."""
+        """Seats that the operations up to ``awaited`` wait for."""
         size = self._size
         return [
-            rank
-            for rank in range(size)
+            seat
+            for rank, seat in enumerate(self._seats)
             if any(
                 operation.words[size + rank] or operation.words[3 * size + rank]
                 for operation in self._under_way[: awaited + 1]

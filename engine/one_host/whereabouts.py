@@ -68,7 +68,7 @@ class Mourner:
                 self._rank_of[watch] = rank
                 self._poll.register(watch, select.POLLIN)
                 if _started(process.pid) != process.started:
-                    raise ProcessLookupError(f"rank {rank} has ended")
+                    raise ProcessLookupError(f"process {process.pid} has ended")
         except OSError:
             self.close()
             raise

@@ -231,6 +231,25 @@ def test_the_others_go_on_without_a_rank_that_is_lost(
         assert [rank.receive() for rank in left] == ["exchanged"] * 2
 
 
+def test_a_lost_rank_is_named_by_its_seat_where_another_is_empty() -> None:
+    address = free_address()
+    ranks = [
+        start_rank(exchange_until_it_breaks, rank, address, "shared_memory") for rank in range(3)
+    ]
+    try:
+        for seat in (1, 2):
+            for rank in ranks:
+                rank.receive()  # who is in the group
+            ranks.pop(1).stop()  # so seat 2 is the second of two when it is lost
+            tell(ranks, "exchange")
+            assert f"rank {seat} has left" in ranks[0].receive()  # who waits for it
+            for rank in ranks[1:]:
+                rank.receive()
+    finally:
+        for rank in ranks:
+            rank.stop()
+
+
 def test_who_leaves_ends_the_others_waits_at_once(three: list[RankProcess]) -> None:
     tell([three[0], three[2]], "exchange")
     began = time.monotonic()

@@ -44,7 +44,7 @@ class Rank:
 
 
 def lines(caplog: pytest.LogCaptureFixture, event: str) -> list[dict[str, object]]:
-    found = [json.loads(JsonFormatter().format(record)) for record in caplog.records]
+    found = [json.loads(JsonFormatter("decode-0/0").format(record)) for record in caplog.records]
     return [line for line in found if line["event"] == event]
 
 
@@ -57,6 +57,7 @@ def test_a_first_meeting_interrupts_nothing(caplog: pytest.LogCaptureFixture) ->
 def test_an_interruption_lasts_until_a_turn_has_passed(caplog: pytest.LogCaptureFixture) -> None:
     rank, next_group = Rank(), group_of(2, (0, 1, 3))
     with caplog.at_level(logging.INFO):
+        rank.time.now += 3
         rank.interruption.broken(group_of(1, range(4)), LOST)
         rank.time.now += 1
         rank.interruption.met(next_group)
@@ -67,11 +68,11 @@ def test_an_interruption_lasts_until_a_turn_has_passed(caplog: pytest.LogCapture
         rank.interruption.passed(next_group, "decode")
 
     (line,) = lines(caplog, "decoding goes on")
-    assert line["stood_still_s"] == 1.25
-    assert line["meeting_s"] == 1
+    assert line["stood_still_s"] == 4.25
+    assert (line["noticing_s"], line["meeting_s"]) == (3, 1)
     assert (line["meetings"], line["without"], line["newly_with"]) == (1, [2], [])
     assert line["reason"] == str(LOST)
-    assert rank.stood_still_s == 1.25
+    assert rank.stood_still_s == 4.25
 
 
 def test_groups_that_break_before_a_turn_are_one_interruption(
