@@ -131,7 +131,10 @@ def lines_of_experts(groups: Mapping[str, Group]) -> list[str]:
         if rows:
             lines += _table(_COLUMNS, rows)
         else:
-            lines.append("no window of tokens yet: one takes decode.experts.rebalance_window steps")
+            lines.append(
+                "no window of tokens yet: one takes decode.experts.rebalance_window steps, and a "
+                "dense model has none"
+            )
         if group.ranks:
             lines += ["", _skew_of(group)]
             ranks = [_rank_row(number, of) for number, of in sorted(group.ranks.items())]

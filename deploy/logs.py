@@ -9,7 +9,7 @@ from runtime.settings import ProcessSettings
 
 
 class TextFormatter(logging.Formatter):
-    """``12:34:56 warning decode.loop: request preempted blocks=4``."""
+    """``12:34:56 decode-0/2 warning decode.loop: request preempted blocks=4``."""
 
     def __init__(self, process: str) -> None:
         super().__init__()
@@ -29,6 +29,6 @@ def configure_logging(settings: ProcessSettings, process: str) -> None:
     """Send all records of this process to stderr. Called once, by the command."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
-        JsonFormatter() if settings.log_format == "json" else TextFormatter(process)
+        (JsonFormatter if settings.log_format == "json" else TextFormatter)(process)
     )
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)

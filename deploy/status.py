@@ -130,8 +130,12 @@ def lines_of(state: State) -> list[str]:
         return [*lines, "no workers"]
     rows = [["worker", "role", *_COLUMNS.values()]]
     for name, figures in state.workers.items():
-        cells = [figures.get(column) for column in _COLUMNS]
-        rows.append([name, str(figures["role"]), *(_cell(cell) for cell in cells)])
+        cells = {column: _cell(figures.get(column)) for column in _COLUMNS}
+        group, _, rank = name.rpartition("/")
+        there = sum(other.rpartition("/")[0] == group for other in state.workers)
+        if group and rank and there < float(figures.get("ranks", there)):
+            cells["ranks"] = f"{there} of {cells['ranks']}"
+        rows.append([name, str(figures["role"]), *cells.values()])
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     table = (
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()

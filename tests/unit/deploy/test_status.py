@@ -3,7 +3,7 @@ import json
 import httpx
 import pytest
 
-from deploy.status import ask, lines_of
+from deploy.status import State, ask, lines_of
 
 METRICS = """
 # TYPE headrace_worker_up gauge
@@ -49,6 +49,16 @@ def test_the_table_has_a_row_for_each_worker() -> None:
         lines = lines_of(ask(client, "http://h"))
     assert lines[0] == "http://h  not ready: no canary yet"
     assert [line.split()[0] for line in lines[3:]] == ["worker", "decode-0/1", "prefill-0"]
+
+
+def test_the_table_says_how_many_of_a_groups_ranks_are_there() -> None:
+    figures: dict[str, str | float] = {"role": "decode", "ranks": 3.0}
+    prefill: dict[str, str | float] = {"role": "prefill", "ranks": 2.0}  # one row for all ranks
+    there = {"decode-0/0": figures, "decode-0/2": figures, "prefill-0": prefill}
+    state = State(url="", healthy=True, ready=True, reason="", models=[], workers=there)
+    header, *rows = lines_of(state)[3:]
+    at = header.index("ranks")
+    assert [row[at:].split("  ")[0] for row in rows] == ["2 of 3", "2 of 3", "2"]
 
 
 def test_another_server_is_not_taken_for_a_gateway() -> None:
