@@ -284,9 +284,14 @@ class Rendezvous:
             terms=self._terms,
             key=self._key,
             stuck_s=self._collective_timeout_s,
-            waited_until=lambda: self._group.waited_until,
+            waited_until=self._waited_until,
         )
         return self._doorman
+
+    def _waited_until(self) -> float:
+        """When the engine thread last waited for other ranks."""
+        groups = [self._group, *([] if self._circle is None else [self._circle.group])]
+        return max(group.waited_until for group in groups)
 
     def _explain(self, error: OSError, waiting: Waiting) -> None:
         """Raise what only an operator can change; what may pass by itself is tried again."""
