@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.backends import RowsChoice
 from engine.kvcache.storage import KVStorage
-from engine.loading import load
+from engine.loading import DtypeChoice, load
 from engine.model_runner import ModelRunner
 from engine.rendezvous import Rendezvous
 from prefill.forward import Forward
@@ -38,6 +39,8 @@ FIRST_BLOCK = 4  # of each sequence so many blocks after the one before
 class Width:
     ranks: int
     stages: int
+    rows: RowsChoice = "auto"
+    dtype: DtypeChoice = "float32"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +81,7 @@ def run_stage(rank: int, address: str, width: Width, folder: Path, parent: Paren
     loaded = load(
         folder,
         device=CPU,
-        dtype="float32",
+        dtype=width.dtype,
         numerics="exact",
         group=place.sharing,
         tensor_parallel=True,
@@ -93,7 +96,11 @@ def run_stage(rank: int, address: str, width: Width, folder: Path, parent: Paren
         relay=place.relay(hidden=loaded.config.hidden_width, dtype=loaded.dtype),
     )
     rendezvous = Rendezvous(
-        place.ranks, address, collective_timeout_s=TIMEOUT_S, circle=place.circle
+        place.ranks,
+        address,
+        collective_timeout_s=TIMEOUT_S,
+        rows=width.rows,
+        circle=place.circle,
     )
     life = rendezvous.form(deadline_s=TIMEOUT_S)
     sent: list[tuple[int, range]] = []
@@ -162,11 +169,14 @@ def test_stages_give_the_reference_logits_of_every_chunk(
             assert told == [*each.layers] * count, "each layer of each chunk is final once"
 
 
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [("shared_memory", "float32"), ("gloo", "bfloat16")], ids=str
+)
 def test_stages_of_one_rank_give_the_same_bits_as_one_rank_with_all_layers(
-    tiny_checkpoint: Callable[[str], Path],
+    rows: RowsChoice, dtype: DtypeChoice, tiny_checkpoint: Callable[[str], Path]
 ) -> None:
     folder = tiny_checkpoint("qwen3_moe")
-    (alone,) = run_stages(Width(ranks=1, stages=1), folder)
-    first, _ = run_stages(Width(ranks=2, stages=2), folder)
+    (alone,) = run_stages(Width(ranks=1, stages=1, dtype=dtype), folder)
+    first, _ = run_stages(Width(ranks=2, stages=2, rows=rows, dtype=dtype), folder)
     for got, wanted in zip(first.logits, alone.logits, strict=True):
         assert torch.equal(got, wanted)
