@@ -115,9 +115,7 @@ def _limited(receive: Receive, max_bytes: int) -> Receive:
 
 def _too_large(max_bytes: int) -> HttpError:
     return HttpError(
-        HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
-        f"the body is larger than {max_bytes} bytes",
-        headers=(("connection", "close"),),
+        HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"the body is larger than {max_bytes} bytes"
     )
 
 

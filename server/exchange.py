@@ -25,6 +25,7 @@ _NO_HTTP = (
     b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
     b"connection: close\r\n\r\n%b"
 )
+REST_WITHIN_S = 5.0  # of a request that has its answer: cut earlier, clients lose that answer
 HEAD_WITHIN_S = 10.0  # of a connection or of a request's first byte; uvicorn would wait for ever
 
 
@@ -147,6 +148,8 @@ class ExchangeProtocol(HttpToolsProtocol):
         self._exchanges: list[_UvicornExchange] = []  # several when requests are pipelined
         self._head_is_open = False  # some of a request's head has come, and not all
         self._head_due: TimerHandle | None = None
+        self._body_is_open = False
+        self._rest_due: TimerHandle | None = None
 
     def connection_made(self, transport: BaseTransport) -> None:
         super().connection_made(TurnTransport(transport, self.loop))
@@ -178,6 +181,7 @@ class ExchangeProtocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._head_is_open = False
         self._expect_no_head()
+        self._body_is_open = True
         before = self.cycle
         super().on_headers_complete()
         if self.cycle is not before:  # else it is an upgrade, which is no request
@@ -186,9 +190,25 @@ class ExchangeProtocol(HttpToolsProtocol):
             extensions: dict[str, Any] = self.scope.setdefault("extensions", {})
             extensions[_EXTENSION] = exchange
 
+    def on_message_complete(self) -> None:
+        self._body_is_open = False
+        self._expect_no_rest()
+        super().on_message_complete()
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._body_is_open and self.cycle.response_complete:
+            self._rest_due = self.loop.call_later(REST_WITHIN_S, self.transport.close)
+
+    def _expect_no_rest(self) -> None:
+        if self._rest_due is not None:
+            self._rest_due.cancel()
+            self._rest_due = None
+
     def send_400_response(self, msg: str) -> None:
         """For bytes that are no HTTP. It looks as every error does, and cuts into no answer."""
-        if self.cycle is None or self.cycle.response_complete:
+        cycle = self.cycle
+        if cycle is None or cycle.response_complete or not cycle.response_started:
             body = describe(HttpError(HTTPStatus.BAD_REQUEST, msg)).body()
             self.transport.write(_NO_HTTP % (len(body), body))
         self.transport.close()
@@ -205,6 +225,7 @@ class ExchangeProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._expect_no_head()
+        self._expect_no_rest()
         super().connection_lost(exc)
         for exchange in self._exchanges:
             exchange.change(clear=False, lost=True)

@@ -84,11 +84,13 @@ async def _serve(settings: GatewaySettings, scheduler: SchedulerSettings, text: 
                         cluster=serving.cluster,
                     ),
                     http=ExchangeProtocol,
+                    ws="none",
                     loop="none",  # this one
                     lifespan="off",
                     access_log=False,
                     proxy_headers=False,
                     log_config=None,
+                    log_level="error",  # whoever sends what is no HTTP must not fill the log
                     server_header=False,
                     backlog=BACKLOG,
                     timeout_keep_alive=KEEP_ALIVE_S,

@@ -155,6 +155,29 @@ def test_who_does_not_say_what_they_want_is_cut_off(
     assert received.count(b"HTTP/1.1 200 OK") == sent.count(b"/send")
 
 
+def test_an_answer_before_the_whole_body_has_come_is_not_lost() -> None:
+    body = b"x" * 2**23
+    with serve(answer) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(b"POST /send HTTP/1.1\r\nhost: x\r\n")
+            connection.sendall(b"content-length: %d\r\n\r\n" % len(body) + body)  # and only then
+            received = connection.recv(65536)
+            connection.sendall(b"GET /send HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+            received += b"".join(iter(lambda: connection.recv(65536), b""))
+    assert received.count(b"HTTP/1.1 200 OK") == 2
+
+
+def test_a_body_without_end_is_cut_off_once_it_has_its_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("server.exchange.REST_WITHIN_S", 0.2)
+    head = b"POST /send HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n"
+    with serve(answer) as url:
+        received = exchange(url, head)
+    assert received.count(b"HTTP/1.1 200 OK") == 1
+
+
 @pytest.mark.parametrize(
     "more", [b"", b"\r\n", b"GET"], ids=["nothing more", "a line end", "half a head"]
 )
