@@ -6,9 +6,11 @@
 import argparse
 import json
 import sys
+from collections import Counter
+from collections.abc import Sequence
 
-from capacity.conformance.case import Finding
-from capacity.conformance.suite import Unreachable, run_suite
+from capacity.conformance.case import Case, Finding
+from capacity.conformance.suite import CASES, Unreachable, run_suite
 from deploy.exits import DONE, FAILED, USAGE
 
 _MARKS = {"holds": "ok", "fails": "FAILS", "not offered": "-"}
@@ -17,6 +19,13 @@ _NAME_WIDTH = 30
 
 def conformance(chosen: argparse.Namespace) -> int:
     """Print one line a case as it is tried, with its reason where it fails; then the sum."""
+    cases = _chosen(chosen.only)
+    if not cases:
+        print(f"headrace: no case's name begins with {', '.join(chosen.only)}", file=sys.stderr)
+        return USAGE
+    if chosen.list:
+        _print_list(cases, as_json=chosen.json)
+        return DONE
     try:
         key = None
         if chosen.api_key_file is not None:
@@ -27,7 +36,11 @@ def conformance(chosen: argparse.Namespace) -> int:
     findings: list[Finding] = []
     try:
         for finding in run_suite(
-            chosen.base_url, api_key=key, model=chosen.model, timeout_s=chosen.timeout
+            chosen.base_url,
+            api_key=key,
+            model=chosen.model,
+            timeout_s=chosen.timeout,
+            cases=cases,
         ):
             findings.append(finding)
             if not chosen.json:
@@ -35,13 +48,24 @@ def conformance(chosen: argparse.Namespace) -> int:
     except Unreachable as error:
         print(f"headrace: {error}", file=sys.stderr)
         return USAGE
-    failed = sum(finding.outcome == "fails" for finding in findings)
+    count = Counter(finding.outcome for finding in findings)
     if chosen.json:
         print(json.dumps(_as_json(chosen.base_url, findings), indent=2))
     else:
-        held = sum(finding.outcome == "holds" for finding in findings)
-        print(f"\n{held} hold, {failed} fail, {len(findings) - held - failed} not offered")
-    return FAILED if failed else DONE
+        print(f"\n{count['holds']} hold, {count['fails']} fail, {count['not offered']} not offered")
+    return FAILED if count["fails"] else DONE
+
+
+def _chosen(beginnings: Sequence[str] | None) -> list[Case]:
+    return [case for case in CASES if not beginnings or case.name.startswith(tuple(beginnings))]
+
+
+def _print_list(cases: Sequence[Case], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([_described(case) for case in cases], indent=2))
+        return
+    for case in cases:
+        print(f"{case.name:{_NAME_WIDTH}}{case.reason}\n{'':{_NAME_WIDTH}}breaks: {case.breaks}")
 
 
 def _print_line(finding: Finding) -> None:
@@ -54,17 +78,16 @@ def _print_line(finding: Finding) -> None:
     print(line.rstrip(), flush=True)
 
 
+def _described(case: Case) -> dict[str, object]:
+    return {"name": case.name, "reason": case.reason, "breaks": case.breaks}
+
+
 def _as_json(base_url: str, findings: list[Finding]) -> dict[str, object]:
     return {
         "base_url": base_url,
+        "outcomes": Counter(finding.outcome for finding in findings),
         "cases": [
-            {
-                "name": finding.case.name,
-                "outcome": finding.outcome,
-                "detail": finding.detail,
-                "reason": finding.case.reason,
-                "breaks": finding.case.breaks,
-            }
-            for finding in findings
+            {**_described(found.case), "outcome": found.outcome, "detail": found.detail}
+            for found in findings
         ],
     }

@@ -24,4 +24,13 @@ def add_conformance_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="for each answer (default: %(default)s)",
     )
+    parser.add_argument(
+        "--only",
+        action="append",
+        metavar="NAME",
+        help="the cases whose names begin so, such as stream or tools.deltas; may be repeated",
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="show what would be asked and why, and ask nothing"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -79,6 +79,7 @@ def create_app(
         grammars=grammars or GrammarCompiler(text.tokenizer.vocabulary()),
         long_texts=long_texts,
         spans=Spans(exporter=spans, records=cluster.records) if spans and cluster else None,
+        records=cluster.records if cluster else None,
     )
     metrics = HttpMetrics(registry)
     store = ResponseStore()

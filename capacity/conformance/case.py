@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
+
+import httpx
 
 from capacity.conformance.server import Server
 
@@ -41,3 +43,17 @@ def expect(condition: object, otherwise: str) -> None:
     """
     if not condition:
         raise Fails(otherwise)
+
+
+def offered(answer: httpx.Response) -> dict[str, Any]:
+    """The JSON of a success.
+
+    Raises:
+        NotOffered: there is no such path.
+        Fails: it is another failure.
+    """
+    if answer.status_code == httpx.codes.NOT_FOUND:
+        raise NotOffered("there is no such endpoint")
+    expect(answer.status_code == httpx.codes.OK, f"HTTP {answer.status_code}: {answer.text[:200]}")
+    whole: dict[str, Any] = answer.json()
+    return whole

@@ -1,13 +1,12 @@
-"""What clients need of the other endpoints."""
+"""What clients need of models and completions."""
 
 from typing import Any
 
-import httpx
-
 from capacity.conformance.case import Case, NotOffered, expect
+from capacity.conformance.errors import NOTHING, nested
 from capacity.conformance.server import Server
 
-_OK, _NOT_FOUND = 200, 404
+_OK = 200
 
 
 def _models(server: Server) -> None:
@@ -55,41 +54,35 @@ def _echo(server: Server) -> None:
     expect(choice["text"].startswith("The sea is"), "the prompt is not echoed")
 
 
-def _offered(answer: httpx.Response) -> dict[str, Any]:
-    if answer.status_code == _NOT_FOUND:
-        raise NotOffered("there is no such endpoint")
-    expect(answer.status_code == _OK, f"HTTP {answer.status_code}: {answer.text[:200]}")
-    whole: dict[str, Any] = answer.json()
-    return whole
+def _score_only(server: Server) -> None:
+    body = {"prompt": "The sea is", "echo": True, "logprobs": 0, "max_tokens": 0}
+    answer = server.post("completions", body)
+    if answer.status_code != _OK:
+        raise NotOffered(f"HTTP {answer.status_code} for max_tokens 0")
+    whole = answer.json()
+    expect(whole["choices"][0]["text"] == "The sea is", "the text is not the prompt")
+    expect(whole["usage"]["completion_tokens"] == 0, "tokens were generated")
 
 
-def _responses(server: Server) -> None:
-    body = {"input": "Name one colour.", "max_output_tokens": 16}
-    response = _offered(server.post("responses", body))
-    expect(response["object"] == "response", f"object is {response['object']}")
-    texts = [item["content"][0]["text"] for item in response["output"] if item["type"] == "message"]
-    expect(texts, "there is no message")
-    again = server.send("GET", f"responses/{response['id']}")
-    expect(again.status_code == _OK, f"asking again is HTTP {again.status_code}")
+def _unicode(server: Server) -> None:
+    prompt = "\N{LATIN SMALL LETTER E WITH ACUTE}\N{SNOWMAN}\N{GRINNING FACE} and \u6f22\u5b57"
+    text = server.complete(prompt=prompt, echo=True, max_tokens=1)["choices"][0]["text"]
+    expect(text.startswith(prompt), "the prompt comes back changed")
 
 
-def _response_events(server: Server) -> None:
-    body = {"input": "Name one colour.", "max_output_tokens": 16}
-    _offered(server.post("responses", body))
-    events = server.stream("responses", {**body, "stream": True}).events
-    numbers = [event["sequence_number"] for event in events]
-    expect(numbers == list(range(len(numbers))), "sequence numbers have gaps")
-    kinds = [event["type"] for event in events]
-    expect(kinds[0] == "response.created", f"it begins with {kinds[0]}")
-    expect(kinds[-1] in ("response.completed", "response.incomplete"), f"it ends with {kinds[-1]}")
+def _stream(server: Server) -> None:
+    body = {"prompt": "The sea is", "max_tokens": 8, "temperature": 0}
+    whole = server.complete()["choices"][0]["text"]
+    stream = server.stream("completions", {**body, "stream": True})
+    expect(stream.done == 1 and stream.done_last, "[DONE] is not the last event, once")
+    choices = [choice for event in stream.events for choice in event["choices"]]
+    expect("".join(c["text"] for c in choices) == whole, "the stream's text is not the whole one's")
+    reasons = [c["finish_reason"] for c in choices if c["finish_reason"] is not None]
+    expect(len(reasons) == 1, "not one finish_reason")
 
 
-def _messages(server: Server) -> None:
-    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 16}
-    message = _offered(server.post("messages", body))
-    expect(message["type"] == "message" and message["role"] == "assistant", "not a message")
-    counts = message["usage"]
-    expect({"input_tokens", "output_tokens"} <= counts.keys(), "usage lacks a count")
+def _unknown_model(server: Server) -> None:
+    nested(server.send("GET", f"models/{NOTHING}"), 404)
 
 
 CASES = (
@@ -136,21 +129,27 @@ CASES = (
         check=_echo,
     ),
     Case(
-        name="responses.create",
-        reason="newer clients use the Responses API first",
-        breaks="OpenAI Agents SDK, Codex",
-        check=_responses,
+        name="completions.score-only",
+        reason="a prompt is scored without generating anything",
+        breaks="lm-eval multiple choice (older releases)",
+        check=_score_only,
     ),
     Case(
-        name="responses.events",
-        reason="events are ordered by their numbers",
-        breaks="openai-python responses.stream",
-        check=_response_events,
+        name="completions.unicode",
+        reason="characters of several tokens must survive tokenising and back",
+        breaks="everybody with text beyond ASCII",
+        check=_unicode,
     ),
     Case(
-        name="messages.create",
-        reason="tools built for Anthropic's API use this endpoint",
-        breaks="Claude Code and other coding agents",
-        check=_messages,
+        name="completions.stream",
+        reason="the older stream has text where the chat's has a delta",
+        breaks="continue.dev, code completion in editors",
+        check=_stream,
+    ),
+    Case(
+        name="models.unknown",
+        reason="clients ask for a model before they use it",
+        breaks="openai-python models.retrieve",
+        check=_unknown_model,
     ),
 )

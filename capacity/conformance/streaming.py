@@ -1,6 +1,6 @@
 """What clients need of a streamed chat."""
 
-from capacity.conformance.case import Case, expect
+from capacity.conformance.case import Case, NotOffered, expect
 from capacity.conformance.errors import nested
 from capacity.conformance.server import Server, Stream, a_chat
 
@@ -64,6 +64,31 @@ def _same_text(server: Server) -> None:
     expect("\N{REPLACEMENT CHARACTER}" not in text, "a character was cut")
 
 
+def _logprobs(server: Server) -> None:
+    choices = [
+        c
+        for e in _streamed(server, logprobs=True, top_logprobs=1).events
+        for c in e["choices"]
+        if c["delta"].get("content")
+    ]
+    for choice in choices:
+        tokens = [entry["token"] for entry in choice["logprobs"]["content"]]
+        expect(tokens, "a chunk with text has no logprobs")
+    text = "".join(c["delta"]["content"] for c in choices)
+    tokens = [entry["token"] for c in choices for entry in c["logprobs"]["content"]]
+    expect("".join(tokens) == text, "the tokens of the logprobs are not those of the text")
+
+
+def _stop(server: Server) -> None:
+    whole = server.chat(max_tokens=24)["choices"][0]["message"]["content"]
+    middle = whole[len(whole) // 2 :][:4]
+    if not middle.strip():
+        raise NotOffered("the model says too little to stop it")
+    events = _streamed(server, max_tokens=24, stop=[middle]).events
+    text = "".join(c["delta"].get("content") or "" for e in events for c in e["choices"])
+    expect(text == whole[: whole.index(middle)], "the text does not end before the stop string")
+
+
 def _options_alone(server: Server) -> None:
     nested(server.post("chat/completions", a_chat(stream_options={"include_usage": True})), 400)
 
@@ -121,6 +146,18 @@ CASES = (
         reason="streaming must not change or cut what the model says",
         breaks="everybody with text beyond ASCII",
         check=_same_text,
+    ),
+    Case(
+        name="stream.logprobs",
+        reason="a chunk's entries are those of its own text",
+        breaks="confidence displays, evaluation over streams",
+        check=_logprobs,
+    ),
+    Case(
+        name="stream.stop",
+        reason="a stop string that spans tokens must not be sent before it is recognised",
+        breaks="agents that parse by stop strings (ReAct)",
+        check=_stop,
     ),
     Case(
         name="stream.options-need-stream",

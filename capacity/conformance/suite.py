@@ -1,19 +1,31 @@
 """All cases, run one after another against one server."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import httpx
 
-from capacity.conformance import chat, endpoints, errors, streaming, tools
+from capacity.conformance import (
+    chat,
+    endpoints,
+    errors,
+    messages,
+    refusals,
+    responses,
+    streaming,
+    tools,
+)
 from capacity.conformance.case import Case, Fails, Finding, NotOffered
 from capacity.conformance.server import Server
 
 CASES: tuple[Case, ...] = (
     *errors.CASES,
+    *refusals.CASES,
     *chat.CASES,
     *streaming.CASES,
     *tools.CASES,
     *endpoints.CASES,
+    *responses.CASES,
+    *messages.CASES,
 )
 # What an answer of another shape makes a check run into.
 _MISSHAPEN = (KeyError, IndexError, TypeError, ValueError, AttributeError, StopIteration)
@@ -24,7 +36,12 @@ class Unreachable(Exception):
 
 
 def run_suite(
-    base_url: str, *, api_key: str | None, model: str | None, timeout_s: float
+    base_url: str,
+    *,
+    api_key: str | None,
+    model: str | None,
+    timeout_s: float,
+    cases: Sequence[Case] = CASES,
 ) -> Iterator[Finding]:
     """One finding a case, in order. ``model`` None is the first that the server lists.
 
@@ -36,7 +53,7 @@ def run_suite(
         base_url=f"{base_url.rstrip('/')}/", headers=headers, timeout=timeout_s
     ) as client:
         server = Server(client, model or _first_model(client))
-        for case in CASES:
+        for case in cases:
             yield _try(case, server)
 
 

@@ -79,13 +79,52 @@ def _round_trip(server: Server) -> None:
         "type": "function",
         "function": {"name": "paint", "arguments": '{"colour": "red"}'},
     }
-    messages = [
-        {"role": "user", "content": "Paint it."},
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "tool_call_id": "call_1", "content": "painted"},
-    ]
     _called(server)
-    server.chat(messages=messages, tools=[TOOL])
+    result: str | list[dict[str, str]] = "painted"
+    for said in ({"content": None}, {"content": ""}, {}):
+        messages = [
+            {"role": "user", "content": "Paint it."},
+            {"role": "assistant", **said, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "call_1", "content": result},
+        ]
+        server.chat(messages=messages, tools=[TOOL])
+        result = [{"type": "text", "text": "painted"}]
+
+
+def _content_is_there(server: Server) -> None:
+    message = _called(server)["message"]
+    expect("content" in message, "the message has no content, not even null")
+
+
+def _none(server: Server) -> None:
+    _called(server)
+    message = server.chat(tools=[TOOL], tool_choice="none")["choices"][0]["message"]
+    expect(not message.get("tool_calls"), "there is a call although tool_choice is none")
+
+
+def _one_call(server: Server) -> None:
+    _called(server)
+    asked = {**FIELDS, "tool_choice": "required", "parallel_tool_calls": False}
+    calls = server.chat(**asked)["choices"][0]["message"].get("tool_calls") or []
+    expect(len(calls) == 1, f"{len(calls)} calls with parallel_tool_calls false")
+
+
+def _stream_finish(server: Server) -> None:
+    whole = _called(server)["message"]["tool_calls"]
+    events = server.stream_chat(**FIELDS).events
+    reasons = [c["finish_reason"] for e in events for c in e["choices"] if c["finish_reason"]]
+    asked = {**FIELDS, "tool_choice": "required", "parallel_tool_calls": False}
+    required = server.stream_chat(**asked).events
+    reasons += [c["finish_reason"] for e in required for c in e["choices"] if c["finish_reason"]]
+    expect(len(reasons) == 2, "not one finish_reason")  # noqa: PLR2004
+    expect(reasons[1] == "tool_calls", f"finish_reason is {reasons[1]}")
+    text = "".join(
+        call["function"].get("arguments") or ""
+        for event in events
+        for choice in event["choices"]
+        for call in choice["delta"].get("tool_calls") or []
+    )
+    expect(text == "".join(call["function"]["arguments"] for call in whole), "not the whole one's")
 
 
 def _unknown(server: Server) -> None:
@@ -115,8 +154,32 @@ CASES = (
         check=_finish,
     ),
     Case(
+        name="tools.content-null",
+        reason="content is required in a message, and null beside calls",
+        breaks="typed clients: openai-go, openai-java",
+        check=_content_is_there,
+    ),
+    Case(
+        name="tools.none",
+        reason="an agent that asks for words must get words",
+        breaks="agents that sum up at the end",
+        check=_none,
+    ),
+    Case(
+        name="tools.one-call",
+        reason="an agent that can do one thing at a time must get one call",
+        breaks="OpenAI Agents SDK, agents with side effects",
+        check=_one_call,
+    ),
+    Case(
+        name="tools.stream",
+        reason="streamed calls are the same calls, and end with tool_calls",
+        breaks="LangChain agents, Vercel AI SDK",
+        check=_stream_finish,
+    ),
+    Case(
         name="tools.round-trip",
-        reason="a conversation with calls and results, and content null, must be accepted",
+        reason="a conversation with calls and results, with content or without, must be accepted",
         breaks="every agent",
         check=_round_trip,
     ),

@@ -73,6 +73,7 @@ class Services:
     grammars: GrammarCompiler
     long_texts: LongTexts | None = None  # None: they are read in a thread
     spans: Spans | None = None  # None: nobody collects them
+    records: Records | None = None  # of what attempts went through
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -184,6 +184,7 @@ class AnswerRun:
         self._answer = answer
         self._generator = services.generator
         self._spans = services.spans
+        self._records = services.records
         self._trace = trace
         self._metrics = metrics
         self._arrived = arrived
@@ -260,13 +261,22 @@ class AnswerRun:
 
     def timing_headers(self) -> list[tuple[bytes, bytes]]:
         """Where the time to the first token went, in milliseconds: ``wait`` is for a decode rank
-        and on the way, ``queue`` and ``prefill`` are at the prefill worker.
+        and on the way, ``queue`` and ``prefill`` are at the prefill worker. In an answer that is
+        complete, ``transfer`` is how long the first token was ahead of the decode rank's first.
         """
         if self._timing is None:
             return []
-        stages = [*self._stages(), ("ttft", self._timing[1])]
+        stages = [*self._stages(), *self._transfer(), ("ttft", self._timing[1])]
         shown = ", ".join(f"{name};dur={1000 * seconds:.1f}" for name, seconds in stages)
         return [(b"server-timing", shown.encode())]
+
+    def _transfer(self) -> list[tuple[str, float]]:
+        request_id = self._answer.choices[0].request.request_id
+        record = None if self._records is None else self._records.find(request_id)
+        last = record.attempts[-1] if record is not None and record.attempts else None
+        if last is None or last.first_token is None or last.decoding is None:
+            return []
+        return [("transfer", last.decoding - last.first_token)]
 
     def _stages(self) -> list[tuple[str, float]]:
         """Until the first token, which there must have been."""

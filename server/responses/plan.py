@@ -17,8 +17,15 @@ from server.responses.store import ResponseStore
 _FIELD_OF = {
     "messages": "input",
     "max_completion_tokens": "max_output_tokens",
+    "response_format.json_schema": "text.format",
     "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
+}
+
+# What they name is part of the prompt, and an answer without it is an answer to something else.
+_ELSEWHERE = {
+    "conversation": "send the conversation as input, or previous_response_id",
+    "prompt": "send its text as instructions and input",
 }
 
 
@@ -39,6 +46,9 @@ class ResponsePlan:
         raw = read_object(body, services.limits)
         asked, ignored = convert(raw, ResponsesRequest, services.limits)
         _check(asked)
+        for name, instead in _ELSEWHERE.items():
+            if raw.get(name) is not None:
+                raise InvalidRequest(f"{name}: this server stores none: {instead}", param=name)
         if not self._stores:
             _check_without_store(asked)
             asked.store = False

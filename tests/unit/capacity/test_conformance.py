@@ -1,5 +1,6 @@
 """The suite finds the faults that real servers have had."""
 
+import argparse
 import json
 from collections.abc import Callable
 from typing import Any
@@ -10,6 +11,8 @@ import pytest
 from capacity.conformance.case import Fails, NotOffered
 from capacity.conformance.server import Server
 from capacity.conformance.suite import CASES, Unreachable, run_suite
+from deploy.conformance import conformance
+from deploy.conformance_options import add_conformance_options
 
 Answer = Callable[[httpx.Request], httpx.Response]
 BY_NAME = {case.name: case for case in CASES}
@@ -88,6 +91,24 @@ MORE = {"index": 0, "function": {"arguments": "{}"}}
         ),
         ("stream.constant", streaming(chunk({}), {**chunk({}, "stop"), "id": "y"}), "change"),
         ("stream.early-errors", streaming({"error": GOOD_ERROR}), "200"),
+        ("refuse.ranges", always(200, {"choices": []}), "temperature"),
+        ("refuse.bad-schema", always(500, {"error": GOOD_ERROR}), "500"),
+        (
+            "refuse.silent-constraints",
+            always(200, {"choices": [{"message": {"content": "Well, ..."}}]}),
+            "no effect",
+        ),
+        ("refuse.bad-key", always(401, {"error": "Unauthorized"}), "no object"),
+        ("tools.content-null", calling(BEGUN, MORE), "no content"),
+        ("tools.none", calling(BEGUN, MORE), "although"),
+        ("tools.stream", calling(BEGUN, MORE), "finish_reason is stop"),
+        ("responses.create", always(200, {"object": "chat.completion"}), "chat.completion"),
+        (
+            "messages.create",
+            always(200, {"type": "message", "role": "assistant", "usage": {}}),
+            "lacks",
+        ),
+        ("messages.errors", always(200, {"type": "message"}), "200"),
         ("tools.deltas", calling(BEGUN, {"function": {"arguments": "{}"}}), "no index"),
         ("tools.deltas", calling(BEGUN, {**MORE, "id": "c"}), "exactly once"),
         ("tools.deltas", calling({**BEGUN, "index": 1}, {**MORE, "index": 1}), "indexes are [1]"),
@@ -106,6 +127,29 @@ def test_a_good_stream_of_a_call_holds() -> None:
 def test_what_is_not_there_is_not_offered() -> None:
     with pytest.raises(NotOffered):
         check("messages.create", always(404, {"error": GOOD_ERROR}))
+
+
+def test_keys_that_nobody_asks_for_are_not_tried() -> None:
+    with pytest.raises(NotOffered):
+        check("refuse.bad-key", always(200, {}))
+
+
+def command(*arguments: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_conformance_options(parser)
+    return parser.parse_args(arguments)
+
+
+def test_the_cases_are_listed_without_a_server(capsys: pytest.CaptureFixture[str]) -> None:
+    assert conformance(command("--list", "--json", "--only", "tools", "--only", "stream.d")) == 0
+    names = [case["name"] for case in json.loads(capsys.readouterr().out)]
+    assert "stream.done" in names
+    assert "tools.deltas" in names
+    assert all(name.startswith(("tools", "stream.d")) for name in names)
+
+
+def test_a_selection_of_nothing_is_wrong_usage() -> None:
+    assert conformance(command("--only", "nothing")) == 2
 
 
 def test_every_case_says_why_and_who_breaks() -> None:
