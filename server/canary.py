@@ -49,7 +49,9 @@ class Canary:
             if pair in self._failures:
                 return Readiness(ready=False, reason=f"canary failed: {self._failures[pair]}")
         if pairs:
-            return Readiness(ready=False, reason="waiting for the first canary")
+            return Readiness(
+                ready=False, reason="waiting for the first canary through these workers"
+            )
         models = self._cluster.view.models()
         lacks = [f"{model}: {self._cluster.view.lack(model)}" for model in models]
         return Readiness(ready=False, reason="; ".join(lacks) or "no worker has joined")

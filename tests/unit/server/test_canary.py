@@ -42,7 +42,7 @@ async def test_a_cluster_that_only_looks_complete_is_not_ready() -> None:
     ):
         await eventually(lambda: decode.busy == 1, "a canary at decode")
         assert not serving.readiness().ready
-        assert serving.readiness().reason == "waiting for the first canary"
+        assert serving.readiness().reason == "waiting for the first canary through these workers"
         decode.resume()
         await eventually(lambda: serving.readiness().ready, "ready")
 
