@@ -13,6 +13,10 @@ the process between client and workers, is the median over the turns, and times 
 are those of all turns together. Added time to first token is the difference from the mock's.
 ``--sglang-router`` measures SGLang's router, in Rust and not tokenising, before the mock as well.
 
+How much a system call costs differs several times over between machines, so each run also measures
+its own floor (``benchmarks.gateway_floor``): a process that only receives and sends what a gateway
+must. The gateway's ratios to it and to the router say more of the gateway than its milliseconds do.
+
 The full form then sends 100,000 short requests and watches the gateway's resident memory: what it
 has grown by over the last four fifths of them, after everything that is kept is full.
 """
@@ -34,6 +38,7 @@ import httpx
 import psutil
 
 from benchmarks.child import READY_WITHIN_S, child, wait_for_port
+from benchmarks.gateway_floor import floor_process
 from benchmarks.gateway_peers import serve_mock, serve_pass_through
 from benchmarks.local_system import free_port
 from benchmarks.report import Bar, print_report
@@ -72,7 +77,7 @@ class Plan:
     memory_requests: int  # after which memory is to be what it was; 0 leaves that out
 
 
-QUICK = Plan(concurrencies=BARS_AT, turns=3, rounds=2, memory_requests=0)
+QUICK = Plan(concurrencies=BARS_AT, turns=2, rounds=2, memory_requests=0)
 FULL = Plan(concurrencies=(1, 16, *BARS_AT), turns=5, rounds=4, memory_requests=100_000)
 
 
@@ -124,7 +129,12 @@ def main() -> int:
         client = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
         systems = {
             name: stack.enter_context(serve())
-            for name, serve in (("direct", direct), ("gateway", gateway), ("httpx", pass_through))
+            for name, serve in (
+                ("direct", direct),
+                ("gateway", gateway),
+                ("floor", floor),
+                ("httpx", pass_through),
+            )
         }
         if chosen.sglang_router:
             router = stack.enter_context(sglang_router(chosen.sglang_router))
@@ -133,13 +143,19 @@ def main() -> int:
             found = {name: Figures([]) for name in systems}
             for turn in range(plan.turns + 1):
                 for name, system in systems.items():
-                    if name == "httpx" and turn > 1:
+                    slow = name == "httpx"
+                    if slow and turn != 1:
                         continue  # one turn of it says enough, and lasts longest
-                    measured = measure(client, system, concurrency, plan.rounds)
+                    rounds = 1 if slow else plan.rounds
+                    measured = measure(client, system, concurrency, rounds)
                     if turn > 0:  # the first one warms up
                         found[name].turns.append(measured)
             for name in systems:
                 keep(figures, f"{name}_c{concurrency}", found[name], found["direct"])
+            for name in ("floor", "sglang_router"):
+                if name in found:
+                    ratio = found["gateway"].cpu_by(found[name])
+                    figures[f"gateway_c{concurrency}_cpu_by_{name}"] = round(ratio, 2)
         if plan.memory_requests:
             figures |= watch_memory(client, systems["gateway"], plan.memory_requests)
     return print_report("gateway", figures, list(bars_of(figures)), only_json=chosen.json)
@@ -230,6 +246,15 @@ def gateway() -> Generator[System]:
         url = f"http://127.0.0.1:{port}"
         wait_until_ready(f"{url}/ready")
         yield System(url=url, process=process)
+
+
+@contextmanager
+def floor() -> Generator[System]:
+    port = free_port()
+    with floor_process(
+        port, tokens=TOKENS, first_token_s=FIRST_TOKEN_S, step_s=STEP_S, ranks=DECODE_RANKS
+    ) as process:
+        yield System(url=f"http://127.0.0.1:{port}", process=process)
 
 
 @contextmanager
