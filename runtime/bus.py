@@ -56,11 +56,18 @@ def _configured(socket: S) -> S:
 
 
 class Listener(Generic[M]):
-    """The answering end. Iterate it for ``(peer, message)``; ``peer`` is only good for ``send``."""
+    """The answering end. Iterate it, in one task at a time, for ``(peer, message)``; ``peer`` is
+    only good for ``send``.
 
-    def __init__(self, socket: zmq.asyncio.Socket, address: str, decoder: Decoder[M]) -> None:
+    The socket is read on the event loop itself: a first token waits for two of these, and pyzmq's
+    own futures made it wait longer.
+    """
+
+    def __init__(self, socket: "zmq.Socket[bytes]", address: str, decoder: Decoder[M]) -> None:
         self._socket = socket
         self._decoder = decoder
+        self._loop = asyncio.get_running_loop()
+        self._arrival: asyncio.Future[None] | None = None  # while somebody waits for it
         self.address = address  # with the real port, to be told to others
         self.malformed_frames = 0
         self.undeliverable_frames = 0
@@ -77,8 +84,9 @@ class Listener(Generic[M]):
         """
         host, port = _host_and_port(address)
         require_key_unless_loopback(host, key, what="the bus")
-        socket = _configured(zmq.asyncio.Context.instance().socket(zmq.ROUTER))
+        socket = _configured(zmq.Socket(zmq.asyncio.Context.instance(), zmq.ROUTER))
         socket.set(zmq.ROUTER_MANDATORY, 1)
+        loop, descriptor = asyncio.get_running_loop(), socket.FD
         authenticator = None
         try:
             if key is not None:
@@ -88,8 +96,11 @@ class Listener(Generic[M]):
             except zmq.ZMQError as error:
                 raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
             bound = str(socket.getsockopt_string(zmq.LAST_ENDPOINT)).rstrip("\0")
-            yield cls(socket, bound, decoder)
+            listener = cls(socket, bound, decoder)
+            loop.add_reader(descriptor, listener._arrived)
+            yield listener
         finally:
+            loop.remove_reader(descriptor)
             socket.close()
             if authenticator is not None:
                 authenticator.stop()
@@ -99,19 +110,40 @@ class Listener(Generic[M]):
 
     async def __anext__(self) -> tuple[bytes, M]:
         while True:
-            frames = await self._socket.recv_multipart()
             try:
-                peer, frame = frames
+                peer, frame = self._socket.recv_multipart(zmq.NOBLOCK)
                 return peer, self._decoder.decode(frame)
+            except zmq.Again:
+                await self._until_arrival()
             except (ProtocolError, ValueError):
                 self.malformed_frames += 1
 
+    async def _until_arrival(self) -> None:
+        """Return when frames may have come. All that are there have been read before."""
+        self._arrival = self._loop.create_future()
+        try:
+            await self._arrival
+        finally:
+            self._arrival = None
+
+    def _arrived(self) -> None:
+        if self._arrival is not None and not self._arrival.done():
+            self._arrival.set_result(None)
+
     async def send(self, peer: bytes, message: msgspec.Struct) -> None:
         """Hand the message to ``peer``'s queue; dropped and counted when the peer is gone."""
-        try:
-            await self._socket.send_multipart((peer, encode(message)))
-        except zmq.ZMQError:
-            self.undeliverable_frames += 1
+        parts = (peer, encode(message))
+        while True:
+            try:
+                self._socket.send_multipart(parts, zmq.NOBLOCK)
+            except zmq.Again:
+                await anyio.sleep(FULL_QUEUE_S)
+                continue
+            except zmq.ZMQError:
+                self.undeliverable_frames += 1
+            # Sending may take the note of an arrival off the socket's descriptor.
+            self._loop.call_soon(self._arrived)
+            return
 
 
 class Connection(Generic[M]):
@@ -249,7 +281,7 @@ def _host_and_port(address: str) -> tuple[str, int]:
     return parts.hostname, parts.port
 
 
-def _authenticate(socket: zmq.asyncio.Socket, key: ClusterKey) -> AsyncioAuthenticator:
+def _authenticate(socket: "zmq.Socket[bytes]", key: ClusterKey) -> AsyncioAuthenticator:
     """Accept only peers whose public key is the cluster's own."""
     authenticator = AsyncioAuthenticator(zmq.asyncio.Context.instance())
     authenticator.start()

@@ -173,16 +173,15 @@ async def test_a_worker_that_cannot_serve_is_withdrawn_and_comes_back_changed() 
 
 async def test_a_restarted_scheduler_is_announced_to_without_being_asked() -> None:
     with anyio.fail_after(10):
-        async with Listener.bind("tcp://127.0.0.1:0", FAMILY) as first:
-            address = first.address
-            registration = Registration(address, info=lambda: INFO, load=WorkerLoad)
-            async with anyio.create_task_group() as tasks:
+        async with anyio.create_task_group() as tasks:
+            async with Listener.bind("tcp://127.0.0.1:0", FAMILY) as first:
+                address = first.address
+                registration = Registration(address, info=lambda: INFO, load=WorkerLoad)
                 tasks.start_soon(registration.run)
                 await next_of(first, Announce)
-                first._socket.close(linger=0)
-                async with rebound(address) as second:
-                    await next_of(second, Announce)
-                    tasks.cancel_scope.cancel()
+            async with rebound(address) as second:
+                await next_of(second, Announce)
+                tasks.cancel_scope.cancel()
 
 
 async def test_a_refusal_ends_the_registration_with_the_differences() -> None:
