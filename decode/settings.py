@@ -52,8 +52,9 @@ class GroupSettings(Settings):
     rendezvous_timeout_s: PositiveFloat = 120.0
     """Seconds that a rank waits for the others before it gives up."""
 
-    step_timeout_s: PositiveFloat = 30.0
-    """Seconds that a rank may keep the others waiting in a step before it counts as lost."""
+    step_timeout_s: PositiveFloat = 10.0
+    """Seconds that a rank may keep the others waiting in a step before it counts as lost. All
+    streams stand still so long when a rank freezes."""
 
     rows: Literal["auto", "shared_memory", "gloo"] = "auto"
     """What carries rows between ranks on CPUs. shared_memory: memory that all of them map, as
