@@ -17,6 +17,8 @@ from runtime.settings import (
     WorkerAddress,
 )
 
+CPU_STEP_TIMEOUT_S = 10.0  # the scheduler's lease: nobody counts on the rank any more
+GPU_STEP_TIMEOUT_S = 30.0
 SPARE_FROM = 4  # ranks; below, room for another one's experts costs more than half as much again
 
 
@@ -52,9 +54,10 @@ class GroupSettings(Settings):
     rendezvous_timeout_s: PositiveFloat = 120.0
     """Seconds that a rank waits for the others before it gives up."""
 
-    step_timeout_s: PositiveFloat = 10.0
+    step_timeout_s: PositiveFloat | None = None
     """Seconds that a rank may keep the others waiting in a step before it counts as lost. All
-    streams stand still so long when a rank freezes."""
+    streams stand still so long when a rank freezes. Empty: 10 on CPUs; 30 on GPUs, where first
+    steps compile kernels."""
 
     rows: Literal["auto", "shared_memory", "gloo"] = "auto"
     """What carries rows between ranks on CPUs. shared_memory: memory that all of them map, as
@@ -188,3 +191,9 @@ class DecodeSettings(Settings):
 
     max_granted_requests: PositiveInt = Field(default=128)
     """Beyond this many grants that wait for KV, reservations are refused as overloaded."""
+
+    @property
+    def step_timeout_s(self) -> float:
+        """Of the group, on this rank's device."""
+        by_device = CPU_STEP_TIMEOUT_S if self.device == "cpu" else GPU_STEP_TIMEOUT_S
+        return self.group.step_timeout_s or by_device

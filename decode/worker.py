@@ -187,7 +187,7 @@ def _meeting(
         places=settings.group.place_of,
         first=settings.group.first_ranks,
         least=loaded.least_ranks,
-        collective_timeout_s=settings.group.step_timeout_s,
+        collective_timeout_s=settings.step_timeout_s,
         rows=settings.group.rows,
         terms={
             **loaded.fingerprint,

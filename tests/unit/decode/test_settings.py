@@ -64,3 +64,14 @@ def test_a_place_of_a_rank_that_is_none_is_refused(places: str) -> None:
 def test_places_are_ranks_with_addresses(places: str) -> None:
     with pytest.raises(ValidationError, match="should match pattern"):
         GroupSettings(ranks=9, places=places)
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "found"),
+    [(None, "cpu", 10.0), (None, "cuda:1", 30.0), (2.5, "cuda", 2.5)],
+)
+def test_a_rank_is_lost_sooner_on_a_cpu_unless_told_otherwise(
+    given: float | None, device: str, found: float
+) -> None:
+    settings = DecodeSettings(device=device, group=GroupSettings(step_timeout_s=given))
+    assert settings.step_timeout_s == found
