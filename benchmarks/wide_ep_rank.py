@@ -207,10 +207,10 @@ class Rank:
 
     def _put_clocks(self, loaded: LoadedModel) -> None:
         model: Any = loaded.model
-        model._layers = tuple(
-            replace(layer, attention=TimedAttention(layer.attention, self._clock))
-            for layer in model._layers
-        )
+        model._layers = {
+            index: replace(layer, attention=TimedAttention(layer.attention, self._clock))
+            for index, layer in model._layers.items()
+        }
 
     def _count_exchanges(self, group: Any) -> None:
         exchange = group.exchange_rows

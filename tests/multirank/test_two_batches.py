@@ -138,14 +138,14 @@ def calls_of_a_step(step_group: StepGroup, folder: Path, in_two: bool) -> list[s
     loaded = loaded_on(folder, group, "padded")
     model: Any = loaded.model
     transport: Noted | None = None
-    for layer in model._layers:
+    for layer in model._layers.values():
         experts = getattr(layer.feed_forward, "_experts", None)
         if experts is not None:
             transport = transport or Noted(experts._transport, diary)
             experts._transport = transport
             shared = layer.feed_forward._shared
             shared.partial = diary.around("shared", shared.partial)
-    for layer in model._layers:
+    for layer in model._layers.values():
         object.__setattr__(layer, "attention", diary.around("attention", layer.attention))
     runner = ModelRunner(model, KVStorage(loaded.layout, 8, device=CPU))
     decode(runner, group, [[7 + which] for which in range(SEQUENCES[group.rank])], [in_two])
