@@ -17,7 +17,7 @@ class LoadAccount:
         self._meter = meter
         self._step_seconds = 0.0
         self._generated_tokens = 0
-        self.load = WorkerLoad()
+        self.look()  # a rank is announced before its first turn, and given work at once
 
     def stepped(self, seconds: float, tokens: int) -> None:
         """A step has given ``tokens`` new tokens here."""

@@ -51,7 +51,6 @@ from protocol.messages import (
 )
 from protocol.reports import report_of
 from protocol.requests import GenerateRequest, TokenLogprobs
-from protocol.workers import WorkerLoad
 from runtime.clients import Clients
 from runtime.log import get_log
 from runtime.mailbox import Inbox, Outbox
@@ -115,7 +114,7 @@ class PrefillLoop:
         self._sweep = Beat(SWEEP_S)
         self._flow: Flow[PrefillStep] = Flow(num_stages)
         self._pace = Pace()
-        self.load = WorkerLoad()
+        self._look()
 
     # From any thread -----------------------------------------------------------------------------
 
@@ -174,11 +173,14 @@ class PrefillLoop:
             self._lose_ranks([left, *self._flow.take_all()], error)
             return
         self._draining = self._draining or self._ranks.drain_asked
+        self._look()
+        if not advancing:
+            self._inbox.wait(self._ranks.pace_s)
+
+    def _look(self) -> None:
         self.load = self._pace.load(
             self._scheduler.books(), self._pool, self._source.totals(), draining=self._draining
         )
-        if not advancing:
-            self._inbox.wait(self._ranks.pace_s)
 
     def _hear(self, peer: bytes, message: ToPrefill) -> None:
         now = time.monotonic()

@@ -1,9 +1,12 @@
 from dataclasses import dataclass, field
 
 import pytest
+import torch
 
 from decode.intake import Arrived, Intake, Lost
+from decode.load import LoadAccount
 from decode.scheduler import DecodeScheduler
+from engine.experts.meter import ExchangeMeter
 from engine.kvcache.block_pool import BlockPool
 from kvtransfer.interface import Committed, Quiet, TransferFailed
 from protocol.codec import encode
@@ -202,3 +205,9 @@ def test_a_draining_rank_and_too_many_grants_are_rejections(rank: Rank) -> None:
     draining = rank.intake.reserve(a_reserve("e", prompt=2), now=0.0)
     assert isinstance(draining, Rejected)
     assert draining.error.code == "draining"
+
+
+def test_a_rank_tells_its_room_before_its_first_step(rank: Rank) -> None:
+    account = LoadAccount(rank.scheduler, rank.intake, ExchangeMeter(torch.device("cpu")))
+
+    assert account.load.free_blocks == account.load.total_blocks == NUM_BLOCKS
