@@ -30,7 +30,7 @@ from server.cluster_view import Pair
 from server.generation import Deliver, TokenChunk
 from server.policies import Demand, Work
 
-Stage = Literal["queue", "reserve", "prefill", "decode"]
+Stage = Literal["queue", "reserve", "prefill", "transfer", "decode"]
 SWEEP_S = 0.05
 LATE_S = 1.0
 
@@ -118,7 +118,7 @@ class Attempt:
                 if ref != self.ref or worker != self.prefill or self.first is not None:
                     return False
                 self.first = message
-                self.stage = "decode"
+                self.stage = "transfer"
                 self.finished = message.finish_reason is not None
             case RequestFailed(ref=ref, worker=worker, error=error):
                 if ref != self.ref or worker not in (self.prefill, self.decode):
@@ -254,7 +254,7 @@ class Attempt:
 
         def begin(chunk: TokenChunk) -> bool:
             """For the first tokens only: the others cost no call more."""
-            self._deliver = deliver
+            self._deliver, self.stage = deliver, "decode"
             self.on_decoding()
             return deliver(chunk)
 

@@ -3,6 +3,7 @@
 import ipaddress
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 from pydantic import (
     ByteSize,
@@ -108,6 +109,15 @@ class GatewaySettings(Settings):
     """Beyond this many open HTTP requests, answer 503."""
 
     @model_validator(mode="after")
+    def _collector_has_an_address(self) -> "GatewaySettings":
+        if self.otlp_endpoint is not None and not _is_web_address(self.otlp_endpoint):
+            raise ValueError(
+                f"otlp_endpoint {self.otlp_endpoint!r} is no base URL: "
+                "write one such as http://collector:4318"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _off_loopback_only_with_keys(self) -> "GatewaySettings":
         if self.api_keys_file is None and not _loopback(self.host):
             raise ValueError(
@@ -134,6 +144,14 @@ class SchedulerSettings(Settings):
                 f"lease_s {self.lease_s} is shorter than two heartbeats of {self.heartbeat_s} s"
             )
         return self
+
+
+def _is_web_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _loopback(host: str) -> bool:

@@ -5,9 +5,9 @@ worker where the time went: the gateway saw when workers were asked and answered
 worker says how long it has queued and computed, so workers need no exporter and no clock that
 agrees with ours. Nothing of a prompt or an answer is in them.
 
-Invariant: exporting never delays a request and never grows without bound: spans that cannot be
-sent in time are dropped and counted. Source: OpenTelemetry protocol, OTLP/HTTP, JSON encoding;
-names of attributes: OpenTelemetry semantic conventions for generative AI.
+Invariant: exporting never delays a request and never grows without bound, whatever the collector
+does: spans that cannot be sent in time are dropped and counted. Source: OpenTelemetry protocol,
+OTLP/HTTP, JSON encoding; names of attributes: OpenTelemetry semantic conventions for generative AI.
 """
 
 import secrets
@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import anyio
 import httpx
+import orjson
 
 from runtime.log import get_log
 from server.tracing import TraceContext
@@ -25,9 +26,10 @@ from server.tracing import TraceContext
 log = get_log(__name__)
 
 EXPORT_S = 1.0
-MAX_WAITING = 4096  # requests
-MAX_AT_ONCE = 256
+MAX_WAITING = 32_768  # spans
+MAX_AT_ONCE = 256  # spans, and the rest of a request: encoding them takes 2 ms from all streams
 SEND_S = 5.0
+LAST_SEND_S = 2.0  # for what waits when the process ends
 _SERVER, _INTERNAL = 2, 1  # kinds
 _OK, _ERROR = 1, 2  # statuses
 
@@ -38,7 +40,9 @@ Resource = tuple[Service, str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageSpan:
-    """``begin_s`` after the request's own beginning. ``worker`` is empty for the gateway's own."""
+    """``begin_s`` after the request's own beginning. ``worker`` is empty for the gateway's own.
+    ``failure`` says why it did not end well, if it did not.
+    """
 
     name: str
     begin_s: float
@@ -55,9 +59,12 @@ class RequestSpan:
     trace: TraceContext | None  # None: a trace of its own
     started_unix_s: float
     seconds: float
-    failed: bool
+    failure: str
     stages: Sequence[StageSpan]
     attributes: Mapping[str, Value] = field(default_factory=dict[str, Value])
+
+    def __len__(self) -> int:
+        return 1 + len(self.stages)
 
 
 class SpanExporter:
@@ -67,34 +74,69 @@ class SpanExporter:
         self._url = f"{endpoint.rstrip('/')}/v1/traces"
         self._client = client or httpx.AsyncClient(timeout=SEND_S)
         self._waiting: deque[RequestSpan] = deque()
-        self.dropped = 0
+        self._waiting_spans = 0
+        self._lost_requests = 0  # since the collector was last well
+        self.dropped = 0  # requests
 
     def add(self, span: RequestSpan) -> None:
-        if len(self._waiting) >= MAX_WAITING:
-            self._waiting.popleft()
-            self.dropped += 1
         self._waiting.append(span)
+        self._waiting_spans += len(span)
+        while self._waiting_spans > MAX_WAITING:
+            self._pop()
+            self.dropped += 1
 
     async def run(self) -> None:
-        """Send what has been added, until cancelled."""
+        """Send what has been added, until cancelled; what waits then is sent in a short time."""
         async with self._client:
-            while True:
-                await anyio.sleep(EXPORT_S)
-                while self._waiting:
-                    await self.export()
+            try:
+                while True:
+                    await anyio.sleep(EXPORT_S)
+                    while self._waiting and await self.export():
+                        pass
+            finally:
+                with anyio.move_on_after(LAST_SEND_S, shield=True):
+                    while self._waiting and await self.export():
+                        pass
 
-    async def export(self) -> None:
-        """Send one batch; what the collector does not take is dropped."""
-        batch = [self._waiting.popleft() for _ in range(min(MAX_AT_ONCE, len(self._waiting)))]
+    async def export(self) -> bool:
+        """Send one batch; False if the collector does not take it: then it is dropped."""
+        batch: list[RequestSpan] = []
+        count = 0
+        while self._waiting and count < MAX_AT_ONCE:
+            batch.append(self._pop())
+            count += len(batch[-1])
         spans: dict[Resource, list[dict[str, Any]]] = {}
         for resource, encoded in (pair for span in batch for pair in _encoded(span)):
             spans.setdefault(resource, []).append(encoded)
         try:
-            answer = await self._client.post(self._url, json=_envelope(spans))
-            answer.raise_for_status()
-        except httpx.HTTPError as error:
+            await self._send(orjson.dumps(_envelope(spans)))
+        except (httpx.HTTPError, TimeoutError) as error:
             self.dropped += len(batch)
-            log.warning("spans dropped", requests=len(batch), reason=type(error).__name__)
+            if not self._lost_requests:  # one line until it is well again, not one a second
+                log.warning("spans are dropped", reason=str(error) or type(error).__name__)
+            self._lost_requests += len(batch)
+            return False
+        if self._lost_requests:
+            log.info("spans are sent again", dropped_requests=self._lost_requests)
+            self._lost_requests = 0
+        return True
+
+    async def _send(self, content: bytes) -> None:
+        """
+        Raises:
+            httpx.HTTPError: the collector cannot be reached, or refuses.
+            TimeoutError: it takes too long, however busily. What it says of them is not read.
+        """
+        headers = {"content-type": "application/json"}
+        asking = self._client.stream("POST", self._url, content=content, headers=headers)
+        with anyio.fail_after(SEND_S):
+            async with asking as answer:
+                answer.raise_for_status()
+
+    def _pop(self) -> RequestSpan:
+        span = self._waiting.popleft()
+        self._waiting_spans -= len(span)
+        return span
 
 
 def _encoded(span: RequestSpan) -> Iterator[tuple[Resource, dict[str, Any]]]:
@@ -104,7 +146,7 @@ def _encoded(span: RequestSpan) -> Iterator[tuple[Resource, dict[str, Any]]]:
     whole = {
         **_span((trace_id, span_id), span.name, _SERVER, start, span.seconds),
         "attributes": _attributes(span.attributes),
-        "status": {"code": _ERROR if span.failed else _OK},
+        "status": _status(span.failure),
     }
     if span.trace is not None:
         whole["parentSpanId"] = span.trace.parent_id
@@ -112,9 +154,15 @@ def _encoded(span: RequestSpan) -> Iterator[tuple[Resource, dict[str, Any]]]:
     for stage in span.stages:
         ids = (trace_id, secrets.token_hex(8))
         child = _span(ids, stage.name, _INTERNAL, start + stage.begin_s, stage.seconds)
-        status = {"code": _ERROR, "message": stage.failure} if stage.failure else {"code": _OK}
-        of_stage = {"attributes": _attributes(stage.attributes), "status": status}
+        of_stage = {
+            "attributes": _attributes(stage.attributes),
+            "status": _status(stage.failure),
+        }
         yield (stage.service, stage.worker), {**child, **of_stage, "parentSpanId": span_id}
+
+
+def _status(failure: str) -> dict[str, Any]:
+    return {"code": _ERROR, "message": failure} if failure else {"code": _OK}
 
 
 def _span(

@@ -294,7 +294,7 @@ class AnswerRun:
         self._metrics.completion_tokens.inc(completion_tokens)
         self._metrics.cached_tokens.inc(cached_tokens)
         seconds = monotonic() - self._arrived
-        if self._spans is not None:
+        if self._spans is not None and (self._trace is None or self._trace.sampled):
             span = request_span(
                 self._answer,
                 self._spans.records,

@@ -3,12 +3,12 @@
 It reads what the gateway has noted of the attempts; it measures nothing itself.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 
 from server.openai.answer import Answer
 from server.openai.choice import Choice
-from server.page.records import AttemptRecord, Records
+from server.page.records import AttemptRecord, Records, RequestRecord
 from server.page.stages import stages_of
 from server.spans import RequestSpan, Service, StageSpan, Value
 from server.tracing import TraceContext
@@ -20,6 +20,7 @@ _SERVICES: Mapping[str, Service] = {
     "hand-over": "decode",
     "decode": "decode",
 }
+_CANCELLED = "cancelled: the client has gone"
 
 
 def request_span(
@@ -33,16 +34,18 @@ def request_span(
     """``arrived`` and ``ended`` are times of the records' clock."""
     output_tokens = sum(choice.completion_tokens for choice in answer.choices)
     seconds = ended - arrived
+    known = [(choice, records.find(choice.request.request_id)) for choice in answer.choices]
     return RequestSpan(
         name=f"{answer.kind} {answer.model.id}",
         trace=trace,
         started_unix_s=datetime.now(UTC).timestamp() - seconds,
         seconds=seconds,
-        failed=any(choice.finish_reason is None for choice in answer.choices),
+        failure=_failure(known),
         stages=[
             stage
-            for choice in answer.choices
-            for stage in _stages_of_choice(choice, records, arrived=arrived, ended=ended)
+            for choice, record in known
+            if record is not None  # else nothing was asked of workers, or too long ago
+            for stage in _stages_of_choice(choice, record, arrived=arrived, ended=ended)
         ],
         attributes={
             "gen_ai.operation.name": "text_completion" if answer.kind == "completions" else "chat",
@@ -54,12 +57,16 @@ def request_span(
     )
 
 
+def _failure(known: Sequence[tuple[Choice, RequestRecord | None]]) -> str:
+    """Why the answer is not whole: a choice that failed, before those that it took with it."""
+    failed = (record.failure for _, record in known if record is not None and record.failure)
+    ended = all(choice.finish_reason is not None for choice, _ in known)
+    return next(failed, "" if ended else _CANCELLED)
+
+
 def _stages_of_choice(
-    choice: Choice, records: Records, *, arrived: float, ended: float
+    choice: Choice, record: RequestRecord, *, arrived: float, ended: float
 ) -> Iterator[StageSpan]:
-    record = records.find(choice.request.request_id)
-    if record is None:  # nothing was asked of workers, or too long ago
-        return
     yield StageSpan(name="read", begin_s=0.0, seconds=max(0.0, record.began - arrived))
     for number, attempt in enumerate(record.attempts, start=1):
         of_attempt: dict[str, Value] = {

@@ -163,6 +163,9 @@ class Records:
         attempt.on_decoding = lambda: self._decoding(current)
         try:
             yield
+        except ServingError as error:  # the request's end; ``retried`` notes the others
+            current.failure = str(error)[:TEXT_CHARS]
+            raise
         finally:
             record.live = None
             current.ended = self._clock.now()

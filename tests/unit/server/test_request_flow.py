@@ -245,15 +245,26 @@ async def _halted(system: System) -> None:
     system.decode[0].paused = True
 
 
+async def _halts_after_a_step(system: System) -> None:
+    rank = system.decode[0]
+
+    def halt(frame: StepTokens) -> list[StepTokens]:
+        rank.paused = True
+        return [frame]
+
+    rank.frame_hook = halt
+
+
 @pytest.mark.parametrize(
     ("stage", "stall"),
     [
         ("queue", _full),
         ("reserve", _deaf_decode),
         ("prefill", _deaf_prefill),
-        ("decode", _halted),
+        ("transfer", _halted),
+        ("decode", _halts_after_a_step),
     ],
-    ids=["queue", "reserve", "prefill", "decode"],
+    ids=["queue", "reserve", "prefill", "transfer", "decode"],
 )
 async def test_the_deadline_names_the_stage_that_used_it_up(
     stage: str, stall: Callable[[System], Awaitable[None]]

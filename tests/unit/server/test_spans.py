@@ -1,16 +1,20 @@
 import json
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
+import anyio
 import httpx
 import pytest
 
+import server.spans
 from server.app import create_app
 from server.settings import GatewaySettings
 from server.spans import MAX_WAITING, RequestSpan, SpanExporter, StageSpan
 from server.tracing import TraceContext
 from tests.support.arithmetic import MODEL
 from tests.support.model_text import byte_model_text
-from tests.support.system import a_system
+from tests.support.system import System, a_system
 
 pytestmark = pytest.mark.anyio
 TRACE = TraceContext("4b" * 16, "ab" * 8, "cd" * 8, "01")
@@ -22,7 +26,7 @@ def a_span(trace: TraceContext | None = TRACE) -> RequestSpan:
         trace=trace,
         started_unix_s=1000.0,
         seconds=2.0,
-        failed=False,
+        failure="",
         stages=[
             StageSpan(name="wait", begin_s=0.0, seconds=0.25),
             StageSpan(
@@ -39,6 +43,25 @@ def a_span(trace: TraceContext | None = TRACE) -> RequestSpan:
         ],
         attributes={"gen_ai.usage.output_tokens": 7, "gen_ai.request.model": "tiny"},
     )
+
+
+BODY = {"model": MODEL, "prompt": "secret words", "max_tokens": 3}
+
+
+@asynccontextmanager
+async def asked_of(exporter: SpanExporter) -> AsyncGenerator[tuple[httpx.AsyncClient, System]]:
+    """A system whose spans the exporter gets, and a client of it."""
+    async with a_system() as system:
+        app = create_app(
+            system.serving,
+            byte_model_text(),
+            GatewaySettings(),
+            spans=exporter,
+            cluster=system.serving.cluster,
+        )
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+            yield client, system
 
 
 class Collector:
@@ -110,29 +133,74 @@ async def test_a_request_without_a_trace_begins_one() -> None:
 async def test_what_cannot_be_sent_is_dropped_and_counted() -> None:
     exporter = Collector(status=503).exporter()
     exporter.add(a_span())
-    await exporter.export()
+    assert not await exporter.export()
     assert exporter.dropped == 1
-    for _ in range(MAX_WAITING + 3):
+    room = MAX_WAITING // len(a_span())
+    for _ in range(room + 3):
         exporter.add(a_span())
     assert exporter.dropped == 4
+
+
+async def test_a_collector_that_is_away_makes_one_line_and_its_return_another(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", logger="server.spans")
+    collector = Collector(status=503)
+    exporter = collector.exporter()
+    for collector.status in (503, 503, 503, 200, 200, 503):
+        exporter.add(a_span())
+        await exporter.export()
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["spans are dropped", "spans are sent again", "spans are dropped"]
+
+
+class Drips(httpx.AsyncByteStream):
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while True:
+            await anyio.lowlevel.checkpoint()
+            yield b" " * 65536
+
+
+async def test_a_collector_that_answers_without_end_is_not_listened_to() -> None:
+    answers = httpx.MockTransport(lambda _: httpx.Response(200, stream=Drips()))
+    exporter = SpanExporter("http://collector:4318", httpx.AsyncClient(transport=answers))
+    exporter.add(a_span())
+    with anyio.fail_after(10):
+        assert await exporter.export()
+
+
+async def test_a_collector_that_never_answers_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.spans, "SEND_S", 0.01)
+
+    async def never(_: httpx.Request) -> httpx.Response:
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    client = httpx.AsyncClient(transport=httpx.MockTransport(never))
+    exporter = SpanExporter("http://collector:4318", client)
+    exporter.add(a_span())
+    with anyio.fail_after(10):
+        assert not await exporter.export()
+    assert exporter.dropped == 1
+
+
+async def test_what_waits_when_the_process_ends_is_sent() -> None:
+    collector = Collector()
+    exporter = collector.exporter()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(exporter.run)
+        await anyio.wait_all_tasks_blocked()
+        exporter.add(a_span())
+        tasks.cancel_scope.cancel()
+    assert len(collector.received) == 1
 
 
 async def test_every_answered_request_leaves_a_span_and_each_stage_one_of_its_worker() -> None:
     collector = Collector()
     exporter = collector.exporter()
-    async with a_system() as system:
-        app = create_app(
-            system.serving,
-            byte_model_text(),
-            GatewaySettings(),
-            spans=exporter,
-            cluster=system.serving.cluster,
-        )
-        transport = httpx.ASGITransport(app=app)
+    async with asked_of(exporter) as (client, _):
         headers = {"traceparent": f"00-{TRACE.trace_id}-{TRACE.parent_id}-01"}
-        async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-            body = {"model": MODEL, "prompt": "secret words", "max_tokens": 3, "n": 2}
-            answer = await client.post("/v1/completions", json=body, headers=headers)
+        answer = await client.post("/v1/completions", json={**BODY, "n": 2}, headers=headers)
     assert answer.status_code == 200
     await exporter.export()
     by_worker = spans_by_worker(collector)
@@ -149,3 +217,35 @@ async def test_every_answered_request_leaves_a_span_and_each_stage_one_of_its_wo
         assert int(whole["startTimeUnixNano"]) <= int(span["startTimeUnixNano"])
         assert int(span["endTimeUnixNano"]) <= int(whole["endTimeUnixNano"])
     assert "secret" not in json.dumps(collector.received)
+
+
+async def test_a_trace_that_its_caller_does_not_record_gets_no_spans() -> None:
+    collector = Collector()
+    exporter = collector.exporter()
+    async with asked_of(exporter) as (client, _):
+        for flags in ("00", "02"):
+            headers = {"traceparent": f"00-{TRACE.trace_id}-{TRACE.parent_id}-{flags}"}
+            answer = await client.post("/v1/completions", json=BODY, headers=headers)
+            assert answer.headers["traceparent"].endswith(flags)
+    await exporter.export()
+    assert not any(spans_by_worker(collector).values())
+
+
+async def test_a_request_that_failed_says_why_in_its_span_and_in_the_stage_where_it_ended() -> None:
+    collector = Collector()
+    exporter = collector.exporter()
+    async with asked_of(exporter) as (client, system):
+        system.prefill[0].silent = True
+        headers = {"x-request-timeout": "0.05"}
+        answer = await client.post("/v1/completions", json=BODY, headers=headers)
+    assert answer.status_code == 504
+    await exporter.export()
+    found = [span for of_it in spans_by_worker(collector).values() for span in of_it]
+    failed = [span for span in found if span["status"]["code"] == 2]
+    whole, stage = sorted(failed, key=lambda span: span["kind"], reverse=True)
+    assert whole["name"] == f"completions {MODEL}"
+    assert stage["parentSpanId"] == whole["spanId"]
+    assert whole["status"]["message"] == stage["status"]["message"] != ""
+    assert int(stage["endTimeUnixNano"]) == max(
+        int(span["endTimeUnixNano"]) for span in found if span is not whole
+    )

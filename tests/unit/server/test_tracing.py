@@ -2,8 +2,10 @@ import re
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
+from pydantic import ValidationError
 
 from server.metrics_compat import VllmAliases
+from server.settings import GatewaySettings
 from server.tracing import trace_of
 from tests.support.system import a_system
 
@@ -16,6 +18,25 @@ def test_a_trace_goes_on_with_a_span_of_ours() -> None:
     assert ours.trace_id == "4bf92f3577b34da6a3ce929d0e0e4736"
     assert re.fullmatch(rb"00-[0-9a-f]{32}-[0-9a-f]{16}-01", ours.traceparent)
     assert ours.span_id != "00f067aa0ba902b7"
+
+
+@pytest.mark.parametrize(
+    ("given", "flags", "sampled"),
+    [(TRACE, "01", True), (TRACE[:-2] + b"00", "00", False), (TRACE[:-2] + b"02", "02", False)],
+)
+def test_whether_the_caller_records_its_trace_is_passed_on(
+    given: bytes, flags: str, sampled: bool
+) -> None:
+    ours = trace_of({b"traceparent": given})
+    assert ours is not None
+    assert (ours.flags, ours.sampled) == (flags, sampled)
+
+
+def test_of_a_later_version_what_ours_has_too_is_kept() -> None:
+    ours = trace_of({b"traceparent": b"01" + TRACE[2:-2] + b"f1-and-more"})
+    assert ours is not None
+    assert ours.trace_id == "4bf92f3577b34da6a3ce929d0e0e4736"
+    assert ours.traceparent == b"00-" + TRACE[3:35] + b"-" + ours.span_id.encode() + b"-01"
 
 
 @pytest.mark.parametrize(
@@ -34,3 +55,9 @@ async def test_autoscalers_find_the_names_they_know() -> None:
         shown = generate_latest(registry).decode()
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"):
         assert f'vllm:{name}{{model_name="arithmetic"}} 0.0' in shown
+
+
+@pytest.mark.parametrize("endpoint", ["collector:4318", "http://", "http://x:99999", "ftp://x", ""])
+def test_a_collector_without_a_base_url_is_refused_when_the_gateway_starts(endpoint: str) -> None:
+    with pytest.raises(ValidationError, match="is no base URL"):
+        GatewaySettings(otlp_endpoint=endpoint)
