@@ -1,4 +1,4 @@
-"""The official client for JavaScript against a running system; skipped where there is no Node."""
+"""The official clients for JavaScript against a running system; skipped where there is no Node."""
 
 import json
 import shutil
@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.local_system import LocalSystem
 from tests.e2e.conftest import Start
-from tests.e2e.test_faults import FLAGS
+from tests.e2e.test_faults import FLAGS, attempts_in_flight, eventually
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 PROGRAM = Path(__file__).parent / "npm"
@@ -18,12 +18,12 @@ INSTALL_S = 120.0
 RUN_S = 120.0
 
 
-@pytest.fixture
-def program(tmp_path: Path) -> Path:
-    """The client program beside the packages that it needs, at the versions of its lock file."""
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The clients' programs beside the packages they need, at the versions of their lock file."""
     if shutil.which("node") is None or shutil.which("npm") is None:
         pytest.skip("needs node and npm")
-    folder = tmp_path / "npm"
+    folder = tmp_path_factory.mktemp("clients") / "npm"
     shutil.copytree(PROGRAM, folder)
     command = ["npm", "ci", "--no-audit", "--no-fund", "--prefer-offline"]
     installed = subprocess.run(
@@ -31,20 +31,21 @@ def program(tmp_path: Path) -> Path:
     )
     if installed.returncode:
         pytest.skip(f"the registry of packages cannot be reached: {installed.stderr[-200:]}")
-    return folder / "client.mjs"
+    return folder
 
 
-def test_the_javascript_client_works_unchanged(start: Start, program: Path) -> None:
-    system: LocalSystem = start("smollm2", *FLAGS)
+def what_it_found(program: Path, *arguments: str) -> dict[str, Any]:
     ended = subprocess.run(
-        ["node", program, f"{system.url}/v1", "smollm2"],
-        check=False,
-        capture_output=True,
-        text=True,
-        timeout=RUN_S,
+        ["node", program, *arguments], check=False, capture_output=True, text=True, timeout=RUN_S
     )
     assert ended.returncode == 0, ended.stderr
     found: dict[str, Any] = json.loads(ended.stdout)
+    return found
+
+
+def test_the_javascript_client_works_unchanged(start: Start, programs: Path) -> None:
+    system: LocalSystem = start("smollm2", *FLAGS)
+    found = what_it_found(programs / "client.mjs", f"{system.url}/v1", "smollm2")
     assert found["text"]
     assert found["streamed"] == found["finalContent"] == found["text"]
     usage = found["usage"]
@@ -58,3 +59,35 @@ def test_the_javascript_client_works_unchanged(start: Start, program: Path) -> N
     assert found["events"][-1] in ("response.completed", "response.incomplete")
     assert found["error"] == {"name": "BadRequestError", "status": 400, "param": "temperature"}
     assert found["unknown"] == "NotFoundError"
+
+
+def test_anthropics_javascript_client_works_unchanged(start: Start, programs: Path) -> None:
+    system: LocalSystem = start("smollm2", *FLAGS)
+    found = what_it_found(programs / "messages.mjs", system.url, "smollm2")
+    assert found["text"] == found["streamed"] == found["finalText"] != ""
+    assert found["usage"]["output_tokens"] > 0
+    assert found["requestId"]
+    block = ["content_block_start", "content_block_delta", "content_block_stop"]
+    assert found["kinds"] == ["message_start", *block, "message_delta", "message_stop"]
+    whole, streamed = found["calls"]
+    assert whole == streamed
+    assert (whole["name"], set(whole["input"])) == ("weather", {"city"})
+    assert found["snapshot"] == whole["input"]
+    assert found["pieces"] > 1
+    assert found["stopReason"] == "tool_use"
+    assert found["after"] == ["text"]
+    assert found["counted"] == found["paidFor"] > 0
+    assert found["models"] == [{"id": "smollm2", "type": "model"}]
+    assert all(error["id"] for error in found["errors"].values())
+    assert {
+        case: (error["name"], error["status"], error["type"])
+        for case, error in found["errors"].items()
+    } == {
+        "model": ("NotFoundError", 404, "not_found_error"),
+        "temperature": ("BadRequestError", 400, "invalid_request_error"),
+        "schema": ("BadRequestError", 400, "invalid_request_error"),
+        "large": ("ContentTooLargeError", 413, "request_too_large"),
+        "late": ("GatewayTimeoutError", 504, "timeout_error"),
+    }
+    assert found["aborted"] == "APIUserAbortError"
+    eventually(lambda: attempts_in_flight(system) == 0, "what was left ends", within_s=10)
