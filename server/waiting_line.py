@@ -11,8 +11,8 @@ simulation of a fair queueing algorithm", SIGCOMM 1989.
 A request that would wait longer than it may is refused at once, with the time to come back after.
 """
 
-from bisect import insort
-from collections.abc import Generator
+from bisect import bisect_left, insort
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
 
@@ -63,18 +63,20 @@ class WaitingLine:
         return self._places[0] is place
 
     def join(self, place: "Place") -> None:
-        """
+        """Stand behind those whose turn is before the request's. Where the line is full the last
+        one of all is refused, so that one caller's requests keep no other caller out.
+
         Raises:
-            Overloaded: the line is full, or too long for the time that the request has.
+            Overloaded: that is this one, or those before it take longer than it has time.
         """
-        wait_s = self.predicted_wait_s
-        if len(self._places) >= self._capacity:
-            raise Overloaded(
-                f"every decode rank is full and {self._capacity} requests are waiting already",
-                stage="queue",
-                retry_after_s=min(MAX_RETRY_AFTER_S, max(RETRY_AFTER_S, wait_s)),
-            )
+        if not self._places:
+            self._last_of_caller.clear()
+            self._served_at = self._clock.now()
         request = place.attempt.request
+        begins = max(self._virtual_time, self._last_of_caller.get(request.caller, 0.0))
+        place.order = (-request.priority, begins + request.max_total_tokens, self._joined)
+        before = self._places[: bisect_left(self._places, place.order, key=_order)]
+        wait_s = self._predicted_s(before)
         left_s = place.attempt.deadline - self._clock.now()
         if request.priority <= 0 and wait_s > left_s:
             raise Overloaded(
@@ -82,21 +84,35 @@ class WaitingLine:
                 stage="queue",
                 retry_after_s=min(MAX_RETRY_AFTER_S, wait_s - left_s + RETRY_AFTER_S),
             )
-        if not self._places:
-            self._last_of_caller.clear()
-            self._served_at = self._clock.now()
-        begins = max(self._virtual_time, self._last_of_caller.get(request.caller, 0.0))
-        self._last_of_caller[request.caller] = begins + request.max_total_tokens
+        if len(self._places) >= self._capacity:
+            full = Overloaded(
+                f"every decode rank is full and {self._capacity} requests are waiting already",
+                stage="queue",
+                retry_after_s=min(MAX_RETRY_AFTER_S, max(RETRY_AFTER_S, self.predicted_wait_s)),
+            )
+            if len(before) == len(self._places) or len(self._places) == 1:
+                raise full  # the only one, which is the first, may be getting its room just now
+            self._send_away(self._places.pop(), full)
+        self._last_of_caller[request.caller] = place.order[1]
         self._joined += 1
-        place.order = (-request.priority, begins + request.max_total_tokens, self._joined)
         insort(self._places, place, key=_order)
+
+    def _send_away(self, last: "Place", why: Overloaded) -> None:
+        """Its caller is not charged for work that is not done."""
+        request = last.attempt.request
+        if self._last_of_caller.get(request.caller) == last.order[1]:
+            self._last_of_caller[request.caller] = last.order[1] - request.max_total_tokens
+        last.attempt.fail(why)
 
     @property
     def predicted_wait_s(self) -> float:
         """Until everybody who waits now has had their turn; 0 while nothing is known of that."""
+        return self._predicted_s(self._places)
+
+    def _predicted_s(self, places: Sequence["Place"]) -> float:
         if self._served < PREDICT_AFTER:
             return 0.0
-        work = sum(place.attempt.request.max_total_tokens for place in self._places)
+        work = sum(place.attempt.request.max_total_tokens for place in places)
         return work * self._seconds_per_token
 
     def _note_served(self, place: "Place") -> None:

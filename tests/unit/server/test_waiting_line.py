@@ -84,6 +84,41 @@ def test_a_full_line_refuses() -> None:
     assert refused.value.retry_after_s == 1.0
 
 
+def test_a_full_line_of_one_callers_requests_keeps_no_other_caller_out() -> None:
+    line = WaitingLine(capacity=3, clock=StoppedClock())
+    many = [Place(line, an_attempt("many")) for _ in range(3)]
+    few = [Place(line, an_attempt("few")) for _ in range(2)]
+    for place in (*many, few[0]):
+        line.join(place)
+    assert len(line) == 3
+    with pytest.raises(Overloaded, match="3 requests are waiting"):
+        many[2].attempt.raise_failure()
+    with pytest.raises(Overloaded):
+        line.join(Place(line, an_attempt("many")))
+    with pytest.raises(Overloaded):  # an equal share of the line is all that others give way for
+        line.join(few[1])
+    for place in (*many[:2], few[0]):
+        place.attempt.raise_failure()
+    urgent = Place(line, an_attempt("many", priority=1))
+    line.join(urgent)
+    assert line.is_first(urgent)
+
+
+def test_only_what_is_before_a_request_counts_for_how_long_it_would_wait() -> None:
+    clock = StoppedClock()
+    line = WaitingLine(capacity=100, clock=clock)
+    places = [Place(line, an_attempt("many")) for _ in range(PREDICT_AFTER + 5)]
+    for place in places:
+        line.join(place)
+    for place in places[:PREDICT_AFTER]:
+        clock.time += 2.0
+        grant_to(place.attempt)
+        line._leave(place)
+    with pytest.raises(Overloaded):
+        line.join(Place(line, an_attempt("many", deadline=clock.time + 4.0)))
+    line.join(Place(line, an_attempt("few", deadline=clock.time + 4.0)))
+
+
 def test_a_request_that_would_wait_too_long_is_refused_with_the_time_to_come_back() -> None:
     clock = StoppedClock()
     line = WaitingLine(capacity=100, clock=clock)
