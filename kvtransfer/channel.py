@@ -35,7 +35,7 @@ from kvtransfer.outlet import Outlet, bound_sends, send_all
 from kvtransfer.plan import Chunk, chunks, joined
 from kvtransfer.pushing import Abort, Command, Finish, Pushing, Send, answer
 from kvtransfer.reports import decode_error, encode_attempt, encode_error
-from protocol.errors import ProtocolError, TransferError, TransferTimeout
+from protocol.errors import ProtocolError, TransferAborted, TransferError, TransferTimeout
 from protocol.ids import Generation
 from protocol.kv import KVLayout
 
@@ -233,7 +233,7 @@ class Channel:
         elif push.state == "ended":
             answer(command, push.error)
         elif isinstance(command, Abort):
-            error = TransferError(command.reason)
+            error = TransferAborted(command.reason)
             self._say(line, generation, Kind.ABORT, encode_error(error))
             self._fail(push, error)
             command.on_done()

@@ -22,7 +22,7 @@ from kvtransfer.interface import Committed, Fence, Quiet
 from kvtransfer.plan import Chunk, check_blocks
 from kvtransfer.shares import WHOLE, Share, layers_of
 from kvtransfer.steps import NO_GRANT, NOTHING, ConnectionId, Notice, Step, one_after_another
-from protocol.errors import TransferCorrupt, TransferError
+from protocol.errors import TransferAborted, TransferCorrupt, TransferError
 from protocol.ids import AttemptRef, BlockId, Generation, WorkerRef
 from protocol.kv import Grant, KVLayout
 
@@ -110,7 +110,7 @@ class GrantLedger:
         if entry.quarantined:
             return NOTHING  # its Quiet is on the way
         self.counts.aborted += 1
-        return self._quarantine(entry, TransferError("the decode rank has aborted the grant"))
+        return self._quarantine(entry, TransferAborted("the decode rank has aborted the grant"))
 
     def bind(
         self,
@@ -124,12 +124,15 @@ class GrantLedger:
     ) -> Step:
         """A prefill rank asks to fill its share of the grant; the answer is a notice to it."""
         entry = self._live.get(generation)
+        refusal = TransferError
         if entry is None:
             self._count_late(generation)
             problem = "the grant is not known here, or has ended"
+            if self._ended.get(generation) == "quiet":
+                refusal = TransferAborted
         elif entry.quarantined:
             self.counts.stale += 1
-            problem = "the grant has been aborted"
+            problem, refusal = "the grant has been aborted", TransferAborted
         elif entry.grant.ref != ref:
             self.counts.refused += 1
             problem = "the grant is another request's"
@@ -157,7 +160,7 @@ class GrantLedger:
             connection=connection,
             kind="refused",
             generation=generation,
-            error=TransferError(problem),
+            error=refusal(problem),
         )
         return Step(notices=(notice,))
 

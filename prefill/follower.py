@@ -25,7 +25,14 @@ from prefill.lockstep import (
     Row,
     Say,
 )
-from protocol.errors import Cancelled, DeadlineExceeded, ProtocolError, TransferError, WorkerLost
+from protocol.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    ProtocolError,
+    TransferAborted,
+    TransferError,
+    WorkerLost,
+)
 from protocol.ids import AttemptRef
 from protocol.kv import Grant
 from runtime.log import get_log
@@ -200,7 +207,10 @@ class Shares:
         self._report(number, PushOutcome.ENDED)
 
     def _fail(self, number: int, error: TransferError) -> None:
-        log.warning("a share of a push failed", reason=str(error))
+        if isinstance(error, TransferAborted):
+            log.info("a push was given up", reason=str(error))
+        else:
+            log.warning("a share of a push failed", reason=str(error))
         self._failed.add(number)
         self._report(number, PushOutcome.FAILED)
 

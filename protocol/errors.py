@@ -11,6 +11,7 @@
     │   ├── NoWorkerAvailable
     │   └── Draining                the worker takes no new work
     ├── TransferError           a KV transfer did not complete; the pair may be at fault
+    │   ├── TransferAborted         one end gave it up on purpose, as where a client hangs up
     │   ├── TransferTimeout
     │   ├── TransferCorrupt         bytes arrived that do not match their checksum
     │   └── LayoutMismatch          a deployment fault: retrying cannot help
@@ -100,6 +101,10 @@ class Draining(CapacityError):
 class TransferError(ServingError):
     code = "kv_transfer_failed"
     retryable = True
+
+
+class TransferAborted(TransferError):
+    code = "kv_transfer_aborted"
 
 
 class TransferTimeout(TransferError):

@@ -15,7 +15,7 @@ from kvtransfer.memory import allocate_shared, buffer
 from kvtransfer.shares import Share, layers_of, layout_of, places_of, share_of_rank
 from kvtransfer.sink import Sink, make_sink
 from kvtransfer.source import Source, make_source
-from protocol.errors import LayoutMismatch, TransferError
+from protocol.errors import LayoutMismatch, TransferAborted
 from protocol.ids import BlockId, WorkerRef
 from protocol.kv import Grant, KVLayout, layers_of_stage
 from tests.support.transfer_peers import Done, another_process, answer
@@ -212,7 +212,7 @@ def test_a_rank_that_gives_up_fails_the_grant_for_all(transport: Transport) -> N
         push.abort("the client has gone", aborted)
         aborted.wait()
         assert "the client has gone" in str(rank.events.failed().error)
-        assert isinstance(done.wait(), TransferError)
+        assert isinstance(done.wait(), TransferAborted)
         rank.events.quiet()
         again = rank.grant([1, 2])
         done_again = [send_share(source, again, [1, 2], range(3)) for source in sources]

@@ -193,7 +193,7 @@ def test_a_prompts_own_probabilities_are_those_of_the_reference(
         assert got == pytest.approx(wanted[position - 1, prompt[position]].item(), abs=1e-3)
 
 
-def test_a_client_that_hangs_up_frees_the_blocks_of_every_rank(
+def test_a_client_that_hangs_up_frees_the_blocks_of_every_rank_and_warns_nobody(
     pair: LocalSystem, llama: PreTrainedModel
 ) -> None:
     for seed in range(8):
@@ -219,6 +219,7 @@ def test_a_prefill_rank_lost_in_the_middle_of_a_prompt_costs_only_time(
     def ask() -> None:
         answers.append(httpx.post(f"{pair.url}/v1/completions", json=body, timeout=120))
 
+    assert "a share of a push failed" not in pair.output()
     asking = threading.Thread(target=ask)
     asking.start()
     eventually(lambda: attempts_in_flight(pair) > 0, "the prompt is with the workers")

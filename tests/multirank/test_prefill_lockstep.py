@@ -22,7 +22,7 @@ from prefill.ranks import LeadRank
 from protocol.errors import TransferError, WorkerLost
 from protocol.ids import BlockId
 from tests.support.ranks import free_address
-from tests.unit.prefill.test_joint_push import ScriptedSource, grant_of, part_of
+from tests.unit.prefill.test_joint_push import BROKEN, ScriptedSource, grant_of, part_of
 
 pytestmark = pytest.mark.multirank
 CPU = torch.device("cpu")
@@ -163,7 +163,7 @@ def test_a_followers_broken_share_reaches_the_leaders_push(lead: Lead, follower:
     push = lead.source.open(grant_of("a"))
     lead.step()
     eventually(lambda: bool(follower.sources[0].pushes), "the share is open")
-    follower.sources[0].pushes[0].broken = True
+    follower.sources[0].pushes[0].broken = BROKEN
     lead.step(part_of("a"))
 
     def failed() -> bool:

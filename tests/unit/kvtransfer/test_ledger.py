@@ -5,7 +5,7 @@ from kvtransfer.ledger import GrantLedger
 from kvtransfer.plan import Chunk
 from kvtransfer.shares import Share
 from kvtransfer.steps import NOTHING, ConnectionId, Step
-from protocol.errors import TransferCorrupt, TransferError
+from protocol.errors import TransferAborted, TransferCorrupt, TransferError
 from protocol.ids import AttemptRef, Generation, RequestId
 from protocol.kv import Grant
 from tests.support.transfers import LAYOUT, a_grant, a_worker
@@ -101,6 +101,13 @@ def test_an_unopened_grant_is_quiet_as_soon_as_it_is_aborted() -> None:
     assert ledger.abort(grant) == Step(events=(Quiet(ref=grant.ref, generation=GENERATION),))
 
 
+def test_an_abort_tells_who_fills_the_grant_that_nothing_is_at_fault() -> None:
+    ledger, grant = an_open_grant()
+    assert isinstance(ledger.abort(grant).notices[0].error, TransferAborted)
+    other, _ = an_open_grant()
+    assert not isinstance(fill(other, intact=False).notices[0].error, TransferAborted)
+
+
 def test_an_abort_while_a_chunk_is_copied_waits_for_the_copy() -> None:
     ledger, grant = an_open_grant()
     ledger.begin_chunk(GENERATION, WHOLE, connection=ONE)
@@ -147,6 +154,7 @@ def test_an_abort_before_expect_keeps_the_grant_closed() -> None:
     ledger.expect(grant)
     step = ledger.bind(GENERATION, grant.ref, connection=ONE, fence="one_sided")
     assert said(step) == ["refused"]
+    assert isinstance(step.notices[0].error, TransferAborted)
     assert ledger.counts.stale == 1
 
 
@@ -318,6 +326,7 @@ def test_a_half_that_comes_after_the_abort_is_refused() -> None:
     ledger.abort(grant)
     late = ledger.bind(GENERATION, grant.ref, connection=TWO, fence="one_sided", share=Share(1, 2))
     assert said(late) == ["refused"]
+    assert isinstance(late.notices[0].error, TransferAborted)
     assert kinds(ledger.source_stopped(GENERATION, LOST, connection=ONE)) == [Quiet]
 
 

@@ -1,5 +1,6 @@
 """One push that several ranks fill: when it is over, when its blocks are free, what others hear."""
 
+import logging
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -8,7 +9,7 @@ from kvtransfer.interface import Push
 from prefill.follower import Shares
 from prefill.joint_push import JointSource
 from prefill.lockstep import REPORTS_PER_ROW, EndPush, Part, PushOutcome, PushReport
-from protocol.errors import TransferError, WorkerLost
+from protocol.errors import TransferAborted, TransferError, WorkerLost
 from protocol.ids import AttemptRef, BlockId, RequestId
 from protocol.kv import Grant, KVLayout
 from tests.support.transfers import a_grant, a_worker
@@ -32,13 +33,13 @@ class ScriptedPush:
         self.sent: list[tuple[range, int, tuple[BlockId, ...]]] = []
         self.payload: bytes | None = None
         self.aborted: str | None = None
-        self.broken = False
+        self.broken: TransferError | None = None
         self._on_finished: Callable[[TransferError | None], None] | None = None
         self._on_aborted: Callable[[], None] | None = None
 
     def send(self, layers: range, first_block: int, source_blocks: Sequence[BlockId]) -> None:
-        if self.broken:
-            raise BROKEN
+        if self.broken is not None:
+            raise self.broken
         self.sent.append((layers, first_block, tuple(source_blocks)))
 
     def finish(self, payload: bytes, on_done: Callable[[TransferError | None], None]) -> None:
@@ -213,7 +214,7 @@ def test_a_follower_whose_share_fails_says_so_sends_no_more_and_aborts(
 ) -> None:
     shares = Shares(own)
     shares.open(grant_of("a"))
-    own.pushes[0].broken = True
+    own.pushes[0].broken = BROKEN
     shares.send(part_of("a"), range(1))
     shares.send(part_of("a"), range(1, 2))
     assert shares.take_reports() == (FAILED,)
@@ -229,6 +230,21 @@ def test_a_follower_that_cannot_open_ends_its_share_all_the_same(own: ScriptedSo
     shares = Shares(own)
     shares.open(grant_of("a"))
     shares.send(part_of("a"), range(2))
+@pytest.mark.parametrize(
+    ("error", "warns"), [(BROKEN, True), (TransferAborted("the client hung up"), False)]
+)
+def test_a_follower_warns_of_a_fault_and_not_of_a_push_that_was_given_up(
+    own: ScriptedSource, caplog: pytest.LogCaptureFixture, error: TransferError, warns: bool
+) -> None:
+    shares = Shares(own)
+    shares.open(grant_of("a"))
+    own.pushes[0].broken = error
+    with caplog.at_level(logging.INFO):
+        shares.send(part_of("a"), range(1))
+    assert [record.levelno > logging.INFO for record in caplog.records] == [warns]
+    assert shares.take_reports() == (FAILED,)
+
+
     shares.end(EndPush(0, "the share failed"))
     assert shares.take_reports() == (FAILED, ENDED)
 
