@@ -1,6 +1,7 @@
-"""``headrace status --links``: how KV goes from each prefill worker to each decode rank, and why.
+"""``headrace status --links``: how KV goes from each prefill rank to each decode rank, and why.
 
-From the gateway's metrics. A link shows up with its first request.
+From the gateway's metrics. A link shows up with its first request; that of a rank that is not its
+worker's first one, some seconds later.
 """
 
 from collections.abc import Mapping

@@ -15,6 +15,7 @@ from typing import Literal, Protocol
 from protocol.errors import TransferError
 from protocol.ids import AttemptRef, BlockId, Generation, WorkerRef
 from protocol.kv import Grant, KVEndpoint, KVLayout
+from protocol.workers import LinkReport
 
 Fence = Literal["receiver_checked", "one_sided"]
 
@@ -141,6 +142,10 @@ class KVSource(Protocol):
             LayoutMismatch: the two ends' layouts differ.
             TransferError: the two ends have no transport in common.
         """
+        ...
+
+    def links(self) -> tuple[LinkReport, ...]:
+        """Of every decode rank that has been reached. Thread-safe."""
         ...
 
     def close(self) -> None: ...

@@ -23,7 +23,8 @@ _ADVICE = {
 
 
 class Link:
-    def __init__(self, decode: WorkerId) -> None:
+    def __init__(self, prefill: WorkerId, decode: WorkerId) -> None:
+        self._prefill = prefill
         self._decode = decode
         self._lock = threading.Lock()
         self._route: Route | None = None
@@ -102,6 +103,7 @@ class Link:
             if route is None:
                 return None
             return LinkReport(
+                prefill=self._prefill,
                 decode=self._decode,
                 transport=route.transport,
                 reason=route.reason,

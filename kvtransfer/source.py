@@ -176,7 +176,9 @@ class Source:
                 channel = self._channels[decode] = Channel(
                     layout=self._memory.layout,
                     pool_bytes=self._memory.num_bytes,
-                    link=self._links.setdefault(decode.worker_id, Link(decode.worker_id)),
+                    link=self._links.setdefault(
+                        decode.worker_id, Link(self._worker.worker_id, decode.worker_id)
+                    ),
                     dial=partial(self._dial, decode, ways),
                     limits=self._limits,
                     name=decode.worker_id,

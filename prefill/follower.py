@@ -15,9 +15,11 @@ from engine.collectives import StepGroup
 from engine.meeting.joining import Meeting
 from kvtransfer.interface import KVSource, Push
 from prefill.forward import Forward
+from prefill.link_teller import LinkTeller
 from prefill.lockstep import (
     REPORTS_PER_ROW,
     EndPush,
+    LinkNews,
     Orders,
     Part,
     PushOutcome,
@@ -117,6 +119,8 @@ class FollowerLoop:
             lead = Row.from_ints(group.exchange(row.to_ints())[0])
             if lead.say == Say.LEAVING:
                 return True
+            if lead.ask_links:
+                group.begin_gather(shares.take_links().to_words(), root=0).wait()
             orders = Orders()
             if lead.order_words:
                 (words,) = group.begin_broadcast([0] * lead.order_words, root=0).wait()
@@ -154,6 +158,7 @@ class Shares:
         self._pushes: dict[int, Push] = {}
         self._failed: set[int] = set()
         self._next = 0
+        self._links = LinkTeller()
 
     def open(self, grant: Grant) -> None:
         number, self._next = self._next, self._next + 1
@@ -195,6 +200,9 @@ class Shares:
             if report.outcome == PushOutcome.ENDED:
                 self._forget(report.push)
         return reports
+
+    def take_links(self) -> LinkNews:
+        return LinkNews() if self._source is None else self._links.take(self._source.links())
 
     def close(self) -> None:
         """Abort whatever is open; nothing of this rank's blocks is read afterwards."""

@@ -9,10 +9,11 @@ import threading
 from collections.abc import Callable, Collection, Sequence
 
 from kvtransfer.interface import KVSource, Push
-from prefill.lockstep import EndPush, PushOutcome, PushReport
+from prefill.lockstep import EndPush, LinkNews, PushOutcome, PushReport
 from protocol.errors import TransferError, WorkerLost
-from protocol.ids import BlockId
+from protocol.ids import BlockId, WorkerId
 from protocol.kv import Grant
+from protocol.workers import LinkReport
 
 OnEnded = Callable[[TransferError | None], None]
 
@@ -28,6 +29,7 @@ class JointSource:
         self.connected = False
         self._opened: list[Grant] = []
         self._ended: list[EndPush] = []
+        self._links_of_others: dict[tuple[WorkerId, WorkerId], LinkReport] = {}
 
     def open(self, grant: Grant) -> Push:
         """As ``KVSource.open``.
@@ -46,8 +48,16 @@ class JointSource:
         self._opened.append(grant)
         return push
 
+    def links(self) -> tuple[LinkReport, ...]:
+        """This rank's, and those of the others as they were told last. Thread-safe."""
+        return (*self._source.links(), *self._links_of_others.values())
+
     def close(self) -> None:
         self._source.close()
+
+    @property
+    def others_send(self) -> bool:
+        return bool(self._senders)
 
     @property
     def awaits_others(self) -> bool:
@@ -69,6 +79,11 @@ class JointSource:
         if push.is_over:
             del self._open[report.push]
 
+    def hear_links(self, news: LinkNews) -> None:
+        # Replaced and not changed, since another thread may be reading it.
+        told = {(link.prefill, link.decode): link for link in news.links}
+        self._links_of_others = self._links_of_others | told
+
     def enter_group(self) -> None:
         """The ranks have met: followers count pushes anew."""
         self._next = 0
@@ -77,6 +92,7 @@ class JointSource:
     def leave_group(self) -> None:
         """The other ranks' shares are lost; they close their connections by themselves."""
         self.connected = False
+        self._links_of_others = {}
         self.take_orders()
         for push in self._open.values():
             push.lose_others()

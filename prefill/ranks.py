@@ -7,20 +7,23 @@ all ranks meet again.
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Generator, Sequence
 from typing import Final, Protocol
 
 from engine.collectives import StepGroup
 from engine.meeting.joining import Meeting
 from prefill.joint_push import JointSource
-from prefill.lockstep import Orders, Part, Row, Say
+from prefill.lockstep import LinkNews, Orders, Part, Row, Say
 from protocol.errors import Cancelled, DeadlineExceeded, WorkerLost
 from runtime.log import get_log
+from runtime.worker_process import Beat
 
 log = get_log(__name__)
 
 IDLE_PACE_S: Final = 0.5  # a rank that dies without work is noticed so soon
 AWAITING_PACE_S: Final = 0.01
+LINKS_S: Final = 1.0  # how often the others are asked how their KV travels
 
 
 class Ranks(Protocol):
@@ -109,6 +112,7 @@ class LeadRank:
         self._source = source
         self._on_membership = on_membership
         self._group: StepGroup | None = None
+        self._links_due = Beat(LINKS_S)
         self.drain_asked = False
 
     @property
@@ -140,7 +144,12 @@ class LeadRank:
         orders = Orders(opened=opened, ended=ended, parts=tuple(parts))
         words = orders.to_words() if orders else []
         with self.computing():
-            self._exchange(group, Row(order_words=len(words)))
+            ask_links = self._source.others_send and self._links_due.due(time.monotonic())
+            self._exchange(group, Row(order_words=len(words), ask_links=ask_links))
+            if ask_links:
+                _, *others = group.begin_gather(LinkNews().to_words(), root=0).wait()
+                for told in others:
+                    self._source.hear_links(LinkNews.from_words(told))
             if words:
                 group.begin_broadcast(words, root=0).wait()
 

@@ -204,7 +204,7 @@ class PrefillRank:
         registration = Registration(
             settings.bus.scheduler,
             info=lambda: info if ranks.together else None,
-            load=lambda: structs.replace(loop.load, links=own_source.links()),
+            load=lambda: structs.replace(loop.load, links=source.links()),
             prefix=feed.take,
             key=self._key,
         )

@@ -63,8 +63,9 @@ class ExpertTraffic(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LinkReport(msgspec.Struct, frozen=True, kw_only=True):
-    """How KV goes from one prefill worker to one decode rank, by the prefill worker's account."""
+    """How KV goes from one prefill worker, or a rank of it, to one decode rank, by its account."""
 
+    prefill: WorkerId
     decode: WorkerId
     transport: str
     reason: str  # why this transport

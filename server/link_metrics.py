@@ -1,4 +1,6 @@
-"""How KV goes from prefill workers to decode ranks, for /metrics, by each prefill worker's account.
+"""How KV goes from prefill workers to decode ranks, for /metrics, by each prefill rank's account.
+
+A worker's first rank has the worker's name, the others that and their number: ``prefill-0/1``.
 
 headrace_link_info{prefill,decode,transport,reason}           1: what was chosen, and why
 headrace_link_bytes_total{prefill,decode}                     KV written
@@ -32,7 +34,7 @@ def link_metrics(members: Iterable[WorkerState]) -> Iterable[Metric]:
     lost = CounterMetricFamily("headrace_link_lost", "Times that the link has ended", labels=_PAIR)
     for state in members:
         for link in state.load.links:
-            pair = [state.info.ref.worker_id, link.decode]
+            pair = [link.prefill, link.decode]
             info.add_metric([*pair, link.transport, link.reason], 1)
             moved.add_metric(pair, link.bytes)
             seconds.add_metric(pair, link.seconds)

@@ -20,7 +20,8 @@ from prefill.joint_push import JointSource
 from prefill.lockstep import Part
 from prefill.ranks import LeadRank
 from protocol.errors import TransferError, WorkerLost
-from protocol.ids import BlockId
+from protocol.ids import BlockId, WorkerId
+from protocol.workers import LinkReport
 from tests.support.ranks import free_address
 from tests.unit.prefill.test_joint_push import BROKEN, ScriptedSource, grant_of, part_of
 
@@ -174,6 +175,19 @@ def test_a_followers_broken_share_reaches_the_leaders_push(lead: Lead, follower:
         return False
 
     lead.until(failed, "the push has failed")
+
+
+def test_a_followers_links_are_told_with_the_leaders(lead: Lead, follower: Follower) -> None:
+    own, other = (
+        LinkReport(prefill=WorkerId(name), decode=WorkerId("d/0"), transport="shm", reason="near")
+        for name in ("p", "p/1")
+    )
+    lead.step()
+    lead.own.reached = (own,)
+    follower.sources[0].reached = (other,)
+    lead.until(lambda: lead.source.links() == (own, other), "the follower's link")
+    lead.ranks.lose()
+    assert lead.source.links() == (own,)
 
 
 def test_a_follower_that_cannot_compute_ends_the_life_and_both_meet_again(

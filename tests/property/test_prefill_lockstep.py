@@ -37,6 +37,7 @@ rows = st.builds(
     Row,
     say=st.sampled_from(Say),
     order_words=counts,
+    ask_links=st.booleans(),
     reports=st.lists(reports, max_size=REPORTS_PER_ROW).map(tuple),
 )
 parts = st.builds(
@@ -101,11 +102,12 @@ def test_damaged_orders_are_refused_or_are_orders(told: Orders, data: st.DataObj
 
 @given(st.lists(st.integers(-3, 40), min_size=ROW_WIDTH, max_size=ROW_WIDTH))
 def test_numbers_that_are_no_row_are_refused(numbers: list[int]) -> None:
-    say, words, count, *_ = numbers
-    outcomes = numbers[4::2][: max(count, 0)]
+    say, words, ask_links, count, *_ = numbers
+    outcomes = numbers[5::2][: max(count, 0)]
     fine = (
         say in (0, 1)
         and words >= 0
+        and ask_links in (0, 1)
         and 0 <= count <= REPORTS_PER_ROW
         and all(outcome in (0, 1) for outcome in outcomes)
     )

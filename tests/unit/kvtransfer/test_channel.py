@@ -90,7 +90,7 @@ def a_channel(ours: socket.socket, outlet: Outlet) -> Channel:
         pool_bytes=1 << 20,
         dial=lambda: line,
         limits=TransferLimits(),
-        link=Link(WorkerId("decode-0/0")),
+        link=Link(WorkerId("prefill-0"), WorkerId("decode-0/0")),
         name="test",
         on_ended=lambda _: None,
     )

@@ -12,13 +12,13 @@ ROUTE = Route("tcp", "h:1", "same host", "same host, auto")
 
 
 def a_link() -> Link:
-    link = Link(WorkerId("decode-0/0"))
+    link = Link(WorkerId("prefill-0"), WorkerId("decode-0/0"))
     link.up(ROUTE)
     return link
 
 
 def test_a_link_that_has_never_come_up_reports_nothing() -> None:
-    assert Link(WorkerId("decode-0/0")).report() is None
+    assert Link(WorkerId("prefill-0"), WorkerId("decode-0/0")).report() is None
 
 
 def test_a_report_adds_up_and_outlives_a_lost_connection() -> None:

@@ -12,6 +12,7 @@ from prefill.lockstep import REPORTS_PER_ROW, EndPush, Part, PushOutcome, PushRe
 from protocol.errors import TransferAborted, TransferError, WorkerLost
 from protocol.ids import AttemptRef, BlockId, RequestId
 from protocol.kv import Grant, KVLayout
+from protocol.workers import LinkReport
 from tests.support.transfers import a_grant, a_worker
 
 LAYOUT = KVLayout(
@@ -59,12 +60,16 @@ class ScriptedSource:
     def __init__(self) -> None:
         self.pushes: list[ScriptedPush] = []
         self.refuses = False
+        self.reached: tuple[LinkReport, ...] = ()
 
     def open(self, grant: Grant) -> Push:
         if self.refuses:
             raise BROKEN
         self.pushes.append(ScriptedPush())
         return self.pushes[-1]
+
+    def links(self) -> tuple[LinkReport, ...]:
+        return self.reached
 
     def close(self) -> None:
         pass
@@ -225,11 +230,6 @@ def test_a_follower_whose_share_fails_says_so_sends_no_more_and_aborts(
     assert shares.take_reports() == (ENDED,)
 
 
-def test_a_follower_that_cannot_open_ends_its_share_all_the_same(own: ScriptedSource) -> None:
-    own.refuses = True
-    shares = Shares(own)
-    shares.open(grant_of("a"))
-    shares.send(part_of("a"), range(2))
 @pytest.mark.parametrize(
     ("error", "warns"), [(BROKEN, True), (TransferAborted("the client hung up"), False)]
 )
@@ -245,6 +245,11 @@ def test_a_follower_warns_of_a_fault_and_not_of_a_push_that_was_given_up(
     assert shares.take_reports() == (FAILED,)
 
 
+def test_a_follower_that_cannot_open_ends_its_share_all_the_same(own: ScriptedSource) -> None:
+    own.refuses = True
+    shares = Shares(own)
+    shares.open(grant_of("a"))
+    shares.send(part_of("a"), range(2))
     shares.end(EndPush(0, "the share failed"))
     assert shares.take_reports() == (FAILED, ENDED)
 
