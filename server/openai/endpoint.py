@@ -114,6 +114,7 @@ class GenerationEndpoint:
     ) -> RequestOutcome:
         if self._open.count > self._open.limit:
             raise Overloaded("too many open requests")
+        deadline = arrived + time_allowed_s(scope, at_most=self._request_timeout_s)
         body = await read_json_body(scope, receive, timeout_s=self._services.limits.body_timeout_s)
         state = scope["state"]
         answer = await self._plan(
@@ -129,7 +130,7 @@ class GenerationEndpoint:
             self._services,
             self._metrics,
             arrived=arrived,
-            deadline=arrived + time_allowed_s(scope, at_most=self._request_timeout_s),
+            deadline=deadline,
             trace=state.get("trace"),
         )
         ignored = ",".join(answer.ignored).encode()
@@ -143,7 +144,11 @@ class GenerationEndpoint:
                     quota.give_back_tokens(asked_tokens - answer.used_tokens(), monotonic())
                     run.account()
 
-            begun = self._background.begin(answer, answer.form, collect)
+            try:
+                begun = self._background.begin(answer, answer.form, collect)
+            except ServingError:
+                quota.give_back_tokens(asked_tokens, monotonic())
+                raise
             await _send_json(send, begun, headers)
             return "ok"
         exchange = exchange_of(scope, send)

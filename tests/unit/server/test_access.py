@@ -106,6 +106,29 @@ def test_a_token_limit_counts_what_was_used_in_the_end(tmp_path: Path) -> None:
     assert answers[1].headers["x-ratelimit-limit-tokens"] == "13"
 
 
+def test_a_refused_request_uses_no_tokens(tmp_path: Path) -> None:
+    file = keys_file(tmp_path, "k tokens_per_minute=13")
+    wrong = ("k", {"x-request-timeout": "soon"})
+    answers = send(file, wrong, wrong, wrong, ("k", {}))
+    assert [answer.status_code for answer in answers] == [400, 400, 400, 200]
+
+
+def test_a_background_response_that_cannot_be_begun_uses_no_tokens(tmp_path: Path) -> None:
+    settings = GatewaySettings(api_keys_file=keys_file(tmp_path, "k tokens_per_minute=500"))
+
+    async def remaining() -> int:
+        app = create_app(ScriptedGenerator(text=TEXT), TEXT, settings)  # without tasks to run it in
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+            body = {"model": "tiny", "input": "hi", "background": True, "max_output_tokens": 400}
+            headers = {"authorization": "Bearer k"}
+            refused = await client.post("/v1/responses", json=body, headers=headers)
+            assert refused.status_code == 400
+            return int(refused.headers["x-ratelimit-remaining-tokens"])
+
+    assert anyio.run(remaining) == 500
+
+
 def test_a_background_response_gives_back_the_tokens_that_it_did_not_use(tmp_path: Path) -> None:
     settings = GatewaySettings(api_keys_file=keys_file(tmp_path, "k tokens_per_minute=500"))
     generator = ScriptedGenerator(text=TEXT, reply="Hello")
