@@ -108,6 +108,10 @@ class Quota:
         if self._tokens is not None:
             self._tokens.give_back(float(count), now)
 
+    def goes_on(self) -> None:
+        """A request that has begun is answered and not over: it needs an ``end`` more."""
+        self.running += 1
+
     def end(self) -> None:
         self.running -= 1
 

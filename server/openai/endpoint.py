@@ -141,11 +141,13 @@ class GenerationEndpoint:
                 try:
                     await run.collect_into(texts)
                 finally:
+                    quota.end()
                     quota.give_back_tokens(asked_tokens - answer.used_tokens(), monotonic())
                     run.account()
 
             try:
                 begun = self._background.begin(answer, answer.form, collect)
+                quota.goes_on()
             except ServingError:
                 quota.give_back_tokens(asked_tokens, monotonic())
                 raise

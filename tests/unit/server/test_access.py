@@ -153,6 +153,32 @@ def test_a_background_response_gives_back_the_tokens_that_it_did_not_use(tmp_pat
     assert anyio.run(remaining) > 400
 
 
+def test_a_background_response_counts_as_open_until_it_ends(tmp_path: Path) -> None:
+    settings = GatewaySettings(api_keys_file=keys_file(tmp_path, "k concurrency=1"))
+    generator = ScriptedGenerator(text=TEXT, reply="Hello", block_at=2)
+
+    async def statuses() -> list[int]:
+        async with anyio.create_task_group() as tasks:
+            app = create_app(generator, TEXT, settings, tasks=tasks)
+            transport = httpx.ASGITransport(app=app)
+            headers = {"authorization": "Bearer k"}
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://gateway", headers=headers
+            ) as client:
+                body = {"model": "tiny", "input": "hi", "background": True}
+                answers = [await client.post("/v1/responses", json=body) for _ in range(2)]
+                begun = answers[0].json()["id"]
+                answers.append(await client.post(f"/v1/responses/{begun}/cancel"))
+                with anyio.fail_after(10):
+                    while not generator.closed:
+                        await anyio.lowlevel.checkpoint()
+                answers.append(await client.post("/v1/responses", json=body))
+            tasks.cancel_scope.cancel()
+        return [answer.status_code for answer in answers]
+
+    assert anyio.run(statuses) == [200, 429, 200, 200]
+
+
 def test_requests_at_a_time_are_counted_until_they_end() -> None:
     quota = Quota(KeyLimits(concurrency=2))
     quota.begin(0.0)
