@@ -108,14 +108,14 @@ def _unseen(script: Script, sides: Sides) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print only the line of JSON")
-    parser.add_argument("--quick", action="store_true", help="shorter runs, with fewer percentiles")
-    parser.add_argument("--runs", type=int, default=3, help="of each case (default: 3)")
+    parser.add_argument("--quick", action="store_true", help="one short run of each case")
+    parser.add_argument("--runs", type=int, help="of each case (default: 3, quick: 1)")
     chosen = parser.parse_args()
     figures: dict[str, Figure] = {}
     bars = []
     for name, script in CASES.items():
         outcomes = []
-        for _ in range(chosen.runs):
+        for _ in range(chosen.runs or (1 if chosen.quick else 3)):
             with tempfile.TemporaryDirectory(prefix="headrace-") as folder:
                 outcomes.append(measure(script, 8 if chosen.quick else 15, Path(folder)))
         worst = max(outcomes, key=lambda outcome: outcome.worst)
