@@ -13,7 +13,6 @@ other threads only post work to its inbox.
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
@@ -21,17 +20,16 @@ from decode.intake import Arrived, Intake, Lost
 from decode.interruption import Interruption
 from decode.load import LoadAccount
 from decode.lockstep import RankState, StepPlan, StepRow, decide
+from decode.outputs import Outputs
 from decode.rebalance import ExpertMoves
 from decode.scheduler import DecodeScheduler, DecodeStep
 from decode.swap import SwapSpace
 from decode.two_batches import TwoBatches
 from engine.collectives import StepGroup
 from engine.experts.meter import ExchangeMeter
-from engine.experts.replicas import request_key
 from engine.meeting.joining import Meeting
 from engine.model_runner import ModelRunner, SequenceStep, batch_from
-from engine.sampling.sampler import Sampled, Sampler
-from engine.sampling.stopping import finish_reason
+from engine.sampling.sampler import Sampler
 from kvtransfer.interface import SinkEvent
 from protocol.errors import Cancelled, DeadlineExceeded, ServingError, WorkerLost
 from protocol.ids import AttemptRef, BlockId, WorkerRef
@@ -42,12 +40,9 @@ from protocol.messages import (
     Granted,
     RequestFailed,
     Reserve,
-    StepTokens,
     ToDecode,
-    TokenDelta,
 )
 from protocol.reports import report_of
-from protocol.requests import GenerateRequest
 from runtime.clients import Clients
 from runtime.log import get_log
 from runtime.mailbox import Inbox, Outbox
@@ -57,15 +52,6 @@ log = get_log(__name__)
 
 IDLE_WAIT_S = 0.5
 SWEEP_S = 1.0
-
-
-@dataclass(slots=True, kw_only=True)
-class _Running:
-    """A committed request. ``num_output`` counts the first token, which prefill sampled."""
-
-    request: GenerateRequest
-    key: int  # ``engine.experts.replicas.request_key``
-    num_output: int
 
 
 class DecodeLoop:
@@ -111,11 +97,10 @@ class DecodeLoop:
         self._device = device
         self._inbox: Inbox[Callable[[], None]] = Inbox()
         self._clients = Clients(silent_s=GATEWAY_SILENT_S)
-        self._running: dict[AttemptRef, _Running] = {}
+        self._outputs = Outputs(worker, self._clients, outbox)
         self._stopped = threading.Event()
         self._sweep = Beat(SWEEP_S)
         self._interruption = Interruption(meter)
-        self._step = 0
         self.account = LoadAccount(scheduler, intake, meter)
         self.epoch: int | None = None  # of the group; None while this rank cannot serve
         self.members: tuple[int, ...] = ()  # the group's seats that are taken
@@ -152,7 +137,7 @@ class DecodeLoop:
         leaving: tuple[int, ...] = ()
         while not self._stopped.is_set():
             try:
-                held = bool(self._running or len(self._intake))
+                held = bool(len(self._outputs) + len(self._intake))
                 group = self._meeting.form(self._stopped.is_set, leaving, briefly=held)
             except (WorkerLost, DeadlineExceeded, Cancelled) as error:
                 log.warning("the group is not complete", reason=str(error))
@@ -195,7 +180,10 @@ class DecodeLoop:
     def _leave(self, error: ServingError) -> None:
         """There is no group to go on in: every request here ends, and its client is told."""
         self._forget_group()
-        for ref in list(self._running):
+        self._end_all(error)
+
+    def _end_all(self, error: ServingError) -> None:
+        for ref in self._outputs.refs:
             self._fail(ref, error)
         for ref in self._intake.abort_all():
             self._tell_failed(ref, error)
@@ -251,7 +239,7 @@ class DecodeLoop:
                         token_ids=(token,),
                         start=position,
                         block_table=table.blocks,
-                        key=self._running[ref].key,
+                        key=self._outputs.key_of(ref),
                     )
                     for ref, token, position, table in zip(
                         step.refs, step.token_ids, step.positions, step.tables, strict=True
@@ -275,31 +263,10 @@ class DecodeLoop:
                 self._fail(ref, lost)
             raise lost from error
         self._scheduler.advance(step, sampled.token_ids)
-        self._emit(step, sampled)
-
-    def _emit(self, step: DecodeStep, sampled: Sampled) -> None:
-        """One frame for each gateway, with the new tokens of all its requests."""
-        self._step += 1
-        deltas: dict[bytes, list[TokenDelta]] = {}
-        for row, ref in enumerate(step.refs):
-            if ref in sampled.errors:
-                self._fail(ref, sampled.errors[ref])
-                continue
-            running = self._running[ref]
-            offset, running.num_output = running.num_output, running.num_output + 1
-            token_id, logprobs = sampled.token_ids[row], sampled.logprobs[row]
-            reason = finish_reason(running.request.stop, token_id, running.num_output)
-            peer = self._clients.owner(ref)
-            if peer is not None:
-                told = None if logprobs is None else (logprobs,)
-                delta = TokenDelta(ref, offset, (token_id,), told, reason)
-                deltas.setdefault(peer, []).append(delta)
-            if reason is not None:
-                self._end(ref)
-        self._outbox.put(
-            (peer, StepTokens(worker=self._worker, step=self._step, deltas=tuple(mine)))
-            for peer, mine in deltas.items()
-        )
+        for ref, failure in sampled.errors.items():
+            self._fail(ref, failure)
+        for ref in self._outputs.tell(step.refs, sampled):
+            self._end(ref)
 
     # What is posted ------------------------------------------------------------------------------
 
@@ -334,16 +301,14 @@ class DecodeLoop:
         if not arrived.on_device:
             self._land(arrived.block_ids)
         outputs = (*request.output_token_ids, hand_off.token_id)
-        self._running[request.ref] = _Running(
-            request=request, key=request_key(request.request_id), num_output=len(outputs)
-        )
+        self._outputs.begin(request, len(outputs))
         try:
             self._sampler.admit(request, outputs)
         except ServingError as error:
             self._fail(request.ref, error)
 
     def _cancel(self, ref: AttemptRef) -> None:
-        if ref in self._running:
+        if ref in self._outputs:
             self._end(ref)
         else:
             self._intake.cancel(ref)
@@ -353,7 +318,7 @@ class DecodeLoop:
 
     def _end(self, ref: AttemptRef) -> None:
         """Free everything that a committed request holds here."""
-        del self._running[ref]
+        self._outputs.end(ref)
         self._scheduler.finish(ref)
         self._swap.discard(ref)
         self._sampler.retire(ref)
@@ -381,7 +346,7 @@ class DecodeLoop:
     def _row(self, step: DecodeStep, epoch: int) -> StepRow:
         state = RankState.SERVING
         if self._intake.draining:
-            busy = self._running or len(self._intake)
+            busy = len(self._outputs) + len(self._intake)
             state = RankState.DRAINING if busy else RankState.LEAVING
         rebalancing, placement, started_with = self._experts.row()
         return StepRow(
