@@ -7,7 +7,6 @@ here exactly once: its push is over (committed, failed or aborted) and its block
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import msgspec
 from torch import Tensor
@@ -15,10 +14,10 @@ from torch import Tensor
 from engine.kvcache.block_pool import BlockPool
 from engine.kvcache.prefix_index import PrefixIndex
 from engine.sampling.sampler import Sampled, Sampler
-from engine.sampling.stopping import finish_reason
-from kvtransfer.interface import KVSource, Push
+from kvtransfer.interface import KVSource
 from prefill.flow import Flow
 from prefill.forward import Forward, part_of
+from prefill.held import Held
 from prefill.lockstep import Part
 from prefill.pace import Pace
 from prefill.prefix_feed import PrefixFeed
@@ -44,13 +43,11 @@ from protocol.messages import (
     GatewayAlive,
     HandOff,
     Prefill,
-    PrefillDone,
-    PrefillTimes,
     RequestFailed,
     ToPrefill,
 )
 from protocol.reports import report_of
-from protocol.requests import GenerateRequest, TokenLogprobs
+from protocol.requests import GenerateRequest
 from runtime.clients import Clients
 from runtime.log import get_log
 from runtime.mailbox import Inbox, Outbox
@@ -61,19 +58,6 @@ log = get_log(__name__)
 SWEEP_S = 1.0
 MAX_TOMBSTONES = 4096
 NO_STEP = PrefillStep(chunks=())
-
-
-@dataclass(slots=True, kw_only=True)
-class _Held:
-    """One request between ``Prefill`` and the end of its push."""
-
-    request: GenerateRequest
-    push: Push
-    arrived_at: float
-    started_at: float | None = None
-    failed: TransferError | None = None
-    ending: bool = False  # its push has been told to
-    scores: list[TokenLogprobs] = field(default_factory=list[TokenLogprobs])  # of its own tokens
 
 
 class PrefillLoop:
@@ -107,7 +91,7 @@ class PrefillLoop:
         self._vocab_size = vocab_size
         self._inbox: Inbox[Callable[[], None]] = Inbox()
         self._clients = Clients(silent_s=GATEWAY_SILENT_S)
-        self._held: dict[AttemptRef, _Held] = {}
+        self._held: dict[AttemptRef, Held] = {}
         self._cancelled: dict[AttemptRef, None] = {}
         self._stopped = threading.Event()
         self._draining = False
@@ -214,7 +198,7 @@ class PrefillLoop:
             self._answer(peer, self._failure(request.ref, error, stage="prefill"))
             return
         self._clients.own(peer, request.ref)
-        self._held[request.ref] = _Held(request=request, push=push, arrived_at=now)
+        self._held[request.ref] = Held(request=request, push=push, arrived_at=now)
 
     def _check(self, request: GenerateRequest) -> None:
         if self._draining:
@@ -294,31 +278,20 @@ class PrefillLoop:
                 self._finish(chunk.ref, held, sampled, row, now)
             row += chunk.final
 
-    def _finish(self, ref: AttemptRef, held: _Held, sampled: Sampled, row: int, now: float) -> None:
-        token_id = sampled.token_ids[row]
-        num_outputs = len(held.request.output_token_ids) + 1
-        reason = finish_reason(held.request.stop, token_id, num_outputs)
-        hand_off = HandOff(token_id=token_id, finish_reason=reason)
+    def _finish(self, ref: AttemptRef, held: Held, sampled: Sampled, row: int, now: float) -> None:
+        done = held.done(
+            self._worker,
+            token_id=sampled.token_ids[row],
+            logprobs=sampled.logprobs[row],
+            cached_tokens=self._scheduler.cached_tokens(ref),
+            now=now,
+        )
+        hand_off = HandOff(token_id=done.token_id, finish_reason=done.finish_reason)
         held.ending = True
         held.push.finish(
             encode(hand_off), lambda error: self._inbox.put(lambda: self._push_ended(ref, error))
         )
-        started = held.started_at or now
-        self._tell_owner(
-            ref,
-            PrefillDone(
-                ref=ref,
-                worker=self._worker,
-                token_id=token_id,
-                logprobs=sampled.logprobs[row],
-                finish_reason=reason,
-                cached_tokens=self._scheduler.cached_tokens(ref),
-                times=PrefillTimes(queue_s=started - held.arrived_at, compute_s=now - started),
-                prompt_logprobs=(
-                    None if held.request.sampling.prompt_logprobs is None else tuple(held.scores)
-                ),
-            ),
-        )
+        self._tell_owner(ref, done)
 
     # Ends ----------------------------------------------------------------------------------------
 
