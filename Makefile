@@ -44,7 +44,7 @@ test-slow: $(VENV)/.dev
 check: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/mypy $(PACKAGES) benchmarks
+	$(VENV)/bin/mypy $(PACKAGES) benchmarks tests
 	$(VENV)/bin/lint-imports
 
 format: $(VENV)/.dev

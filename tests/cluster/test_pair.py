@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def prompts(vocab_size: int, lengths: Sequence[int]) -> list[list[int]]:
 
 
 def reference(folder: Path, prompt: list[int], max_tokens: int) -> list[int]:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     out = model.generate(
         torch.tensor([prompt]),
         max_new_tokens=max_tokens,
@@ -29,7 +30,8 @@ def reference(folder: Path, prompt: list[int], max_tokens: int) -> list[int]:
         eos_token_id=None,
         pad_token_id=0,
     )
-    return out[0, len(prompt) :].tolist()
+    tokens: list[int] = out[0, len(prompt) :].tolist()
+    return tokens
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])

@@ -329,14 +329,13 @@ def _fence(host: Host, other: str) -> None:
 
 def main() -> int:
     """The exit code."""
-    knocks = {"ask": ask, "knock": knock}
-    if len(sys.argv) > 1 and sys.argv[1] in knocks:
-        first, second, *rest = sys.argv[2:]
-        if sys.argv[1] == "ask":
-            ask(first, second, *rest)
-        else:
-            knocks[sys.argv[1]](first, int(second))  # type: ignore[operator]
-        return 0
+    match sys.argv[1:]:
+        case ["ask", *asked]:
+            ask(*asked)
+            return 0
+        case ["knock", address, port]:
+            knock(address, int(port))
+            return 0
     argparse.ArgumentParser(description=__doc__).parse_args()
     with (
         tempfile.TemporaryDirectory(prefix="headrace-") as folder,

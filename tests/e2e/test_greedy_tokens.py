@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -35,18 +36,21 @@ def completion(url: str, model: str, prompt: list[int], **fields: object) -> dic
 
 
 def token_ids(answer: dict[str, object]) -> list[int]:
-    return answer["choices"][0]["token_ids"]  # type: ignore[index]
+    tokens: list[int] = answer["choices"][0]["token_ids"]  # type: ignore[index]
+    return tokens
 
 
 def greedy(model: PreTrainedModel, prompt: list[int], num_tokens: int = NEW_TOKENS) -> list[int]:
-    out = model.generate(
+    generate: Any = model.generate  # which its types do not know
+    out = generate(
         torch.tensor([prompt]),
         max_new_tokens=num_tokens,
         do_sample=False,
         eos_token_id=None,
         pad_token_id=0,
     )
-    return out[0, len(prompt) :].tolist()
+    tokens: list[int] = out[0, len(prompt) :].tolist()
+    return tokens
 
 
 def a_prompt(length: int, vocabulary: int, seed: int = 0) -> list[int]:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import msgspec
@@ -42,7 +43,7 @@ def wanted(folder: Path) -> list[list[int]]:
     """What transformers generates for each stream's prompt."""
     import torch
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
     model.generation_config.eos_token_id = None
     found = []
     for seed in range(STREAMS):

@@ -5,6 +5,7 @@ from prefill.push_times import PushTotals, TimedSource
 from protocol.errors import TransferError
 from protocol.ids import BlockId, Incarnation, WorkerId, WorkerRef
 from protocol.kv import Grant
+from protocol.workers import LinkReport
 from tests.support.transfers import a_grant
 
 RANK = WorkerRef(WorkerId("decode-0"), Incarnation(1))
@@ -20,6 +21,9 @@ class Recording:
     def open(self, grant: Grant) -> Push:
         self.calls.append(grant)
         return self
+
+    def links(self) -> tuple[LinkReport, ...]:
+        return ()
 
     def close(self) -> None:
         self.calls.append("close")

@@ -66,7 +66,7 @@ async def test_a_connection_learns_that_its_listener_is_gone_after_reading_what_
             await listener.send(peer, cancel_of("last words"))
 
             def arrived() -> bool:
-                return bool(connection._socket.get(zmq.EVENTS) & zmq.POLLIN)
+                return bool(int(connection._socket.get(zmq.EVENTS)) & zmq.POLLIN)
 
             await eventually(arrived, "the last words")
             listener._socket.close(linger=0)

@@ -16,7 +16,12 @@ async def taken(outbox: Outbox[int]) -> list[int]:
 
 async def test_a_closed_outbox_gives_what_was_put_before_and_ends() -> None:
     outbox: Outbox[int] = Outbox()
-    engine = threading.Thread(target=lambda: [outbox.put([n]) for n in range(100)])
+
+    def count() -> None:
+        for number in range(100):
+            outbox.put([number])
+
+    engine = threading.Thread(target=count)
     engine.start()
     await anyio.to_thread.run_sync(engine.join)
     outbox.close()
