@@ -172,6 +172,12 @@ class DecodeLoop:
         return None
 
     def _enter(self, group: StepGroup) -> None:
+        if self.epoch is not None and group.epoch > self.epoch + 1:
+            # Others had a group meanwhile, and gateways have heard that it was without this rank:
+            # its requests are elsewhere, as are those that came before it stood still.
+            for work in self._inbox.drain():
+                work()
+            self._end_all(WorkerLost("the group went on without this rank", stage="decode"))
         self.epoch, self.members = group.epoch, group.members
         self._interruption.met(group)
         self._two_batches.reset()

@@ -24,7 +24,7 @@ from engine.kvcache.mirror import HostMirror
 from engine.kvcache.prefix_index import PrefixIndex
 from engine.kvcache.storage import KVStorage
 from engine.loading import LoadedModel, load
-from engine.meeting.joining import RankMeeting
+from engine.meeting.joining import Meeting, RankMeeting
 from engine.model_runner import ModelRunner
 from engine.rendezvous import Rendezvous
 from engine.sampling.sampler import Sampler
@@ -169,8 +169,11 @@ def running_pair(
     max_batch_tokens: int = 64,
     split_dense_experts: int = 0,
     mirrored: bool = False,
+    meeting: Meeting | None = None,
 ) -> Iterator[Pair]:
-    """``mirrored``: engines and transports on separate memory, as on a GPU."""
+    """``mirrored``: engines and transports on separate memory, as on a GPU. ``meeting``: how the
+    decode rank comes by its group; None: as a rank alone.
+    """
     device = torch.device("cpu")
     single = ExpertGroup.single(device)
 
@@ -195,6 +198,7 @@ def running_pair(
         gateway,
         decode_blocks,
         mirrored=mirrored,
+        meeting=meeting or RankMeeting(Rendezvous(single, "unused"), patience_s=WAIT_S),
     )
     threads = [threading.Thread(target=loop.run) for loop in (prefill, decode)]
     for thread in threads:
@@ -263,7 +267,7 @@ def _prefill(
 
 
 def _decode(
-    model: LoadedModel, gateway: Gateway, num_blocks: int, *, mirrored: bool
+    model: LoadedModel, gateway: Gateway, num_blocks: int, *, mirrored: bool, meeting: Meeting
 ) -> tuple[DecodeLoop, DecodeScheduler]:
     worker = WorkerRef(WorkerId("decode-0/0"), new_incarnation())
     memory = allocate_shared(model.layout, num_blocks)
@@ -295,9 +299,7 @@ def _decode(
             rule=RebalanceRule(window=100, interval=100, above=1.0),
         ),
         meter=model.meter,
-        meeting=RankMeeting(
-            Rendezvous(ExpertGroup.single(torch.device("cpu")), "unused"), patience_s=WAIT_S
-        ),
+        meeting=meeting,
         least_ranks=1,
         two_batches=TwoBatches("never", possible=False),
         outbox=gateway,  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """Prefill worker and decode rank together, against generation by transformers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from engine.backends import alone
+from engine.collectives import ExpertGroup, StepGroup
 from tests.cluster.pair import BLOCK_TOKENS, running_pair
 
 NEW_TOKENS = 24
@@ -100,6 +102,56 @@ def test_a_request_of_one_token_ends_at_prefill_and_frees_its_grant(
         ref = pair.start(pair.a_request(prompt, 1))
         assert len(pair.finish(ref)[0]) == 1
         assert pair.gateway.finished[ref] == "length"
+        pair.assert_nothing_is_held()
+
+
+class Regrouping:
+    """The meetings of a rank alone, which are when the test wants one."""
+
+    def __init__(self) -> None:
+        self._group = ExpertGroup.single(torch.device("cpu"))
+        self._epoch = 0
+        self._missed: int | None = None
+
+    def again(self, *, missed: int) -> None:
+        """``missed``: how many groups there have been meanwhile without this rank."""
+        self._missed = missed
+
+    @property
+    def newcomers(self) -> bool:
+        return self._missed is not None
+
+    def form(
+        self, given_up: Callable[[], bool], leaving: Collection[int], *, briefly: bool
+    ) -> StepGroup:
+        missed, self._missed = self._missed or 0, None
+        self._epoch += 1 + missed
+        return StepGroup(self._group, epoch=self._epoch, members=(0,), connection=alone())
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("missed", [0, 1])
+def test_requests_go_on_in_the_next_group_unless_there_was_one_without_this_rank(
+    tiny_checkpoint: Checkpoints, missed: int
+) -> None:
+    meeting = Regrouping()
+    with running_pair(tiny_checkpoint("llama"), meeting=meeting) as pair:
+        (prompt,) = prompts(pair.model.config.vocab_size, [20])
+        ref = pair.start(pair.a_request(prompt, 400))
+        waiting = pair.a_request(prompt, 4)
+        pair.reserve(waiting)
+        pair.gateway.wait_for(lambda gateway: len(gateway.tokens[ref]) > 2)
+        meeting.again(missed=missed)
+        if missed:
+            pair.gateway.wait_for(lambda gateway: len(gateway.failed) == 2)
+            assert pair.gateway.failed == {ref: "worker_lost", waiting.ref: "worker_lost"}
+            assert ref not in pair.gateway.finished
+        else:
+            pair.finish(ref)
+            assert not pair.gateway.failed
+            pair.cancel(waiting.ref)
         pair.assert_nothing_is_held()
 
 
