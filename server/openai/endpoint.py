@@ -25,8 +25,8 @@ from server.generation import Deliver, TokenChunk
 from server.metrics import HttpMetrics, RequestOutcome, outcome_of
 from server.openai.answer import Answer, Kind, Services
 from server.openai.choice import Choice, run_choice
-from server.openai.errors import HttpError, describe
-from server.openai.request_span import request_span
+from server.openai.errors import ErrorAnswer, HttpError, describe
+from server.openai.request_span import refused_span, request_span
 from server.openai.sse import DONE, EventStream, Outcome, StreamTimes, unless_hung_up
 from server.openai.streaming import AnswerStream, ChoiceStream
 from server.quotas import UNLIMITED, Quota
@@ -97,7 +97,10 @@ class GenerationEndpoint:
             with bind(**logged_ids(scope)):
                 outcome = await self._answer(scope, receive, send, arrived, quota)
         except (ServingError, HttpError) as error:
-            outcome = outcome_of(describe(error).status)
+            refusal = describe(error)
+            outcome = outcome_of(refusal.status)
+            if "run" not in state:
+                self._trace_refusal(state.get("trace"), arrived, refusal)
             raise
         finally:
             if admitted:
@@ -108,6 +111,20 @@ class GenerationEndpoint:
             self._metrics.request_time.observe(monotonic() - arrived)
             if outcome == "disconnected":
                 self._metrics.disconnects.inc()
+
+    def _trace_refusal(
+        self, trace: TraceContext | None, arrived: float, refusal: ErrorAnswer
+    ) -> None:
+        spans = self._services.spans
+        if spans is not None and (trace is None or trace.sampled):
+            span = refused_span(
+                self._kind,
+                trace=trace,
+                seconds=monotonic() - arrived,
+                status=int(refusal.status),
+                code=refusal.code,
+            )
+            spans.exporter.add(span)
 
     async def _answer(
         self, scope: Scope, receive: Receive, send: Send, arrived: float, quota: Quota
@@ -125,7 +142,7 @@ class GenerationEndpoint:
         )
         asked_tokens = answer.most_tokens()
         quota.take_tokens(asked_tokens, monotonic())
-        run = AnswerRun(
+        run = state["run"] = AnswerRun(
             answer,
             self._services,
             self._metrics,

@@ -231,6 +231,22 @@ async def test_a_trace_that_its_caller_does_not_record_gets_no_spans() -> None:
     assert not any(spans_by_worker(collector).values())
 
 
+async def test_a_refused_request_is_a_span_in_its_callers_trace_too() -> None:
+    collector = Collector()
+    exporter = collector.exporter()
+    headers = {"traceparent": f"00-{TRACE.trace_id}-{TRACE.parent_id}-01"}
+    async with asked_of(exporter) as (client, _):
+        body = {**BODY, "temperature": "secret"}
+        answer = await client.post("/v1/completions", json=body, headers=headers)
+        assert answer.status_code == 400
+    await exporter.export()
+    (span,) = spans_by_worker(collector)["headrace-gateway", ""]
+    assert span["parentSpanId"] == TRACE.parent_id
+    assert answer.headers["traceparent"].split("-")[2] == span["spanId"]
+    assert span["status"] == {"code": 2, "message": "refused: invalid_value"}
+    assert "secret" not in json.dumps(collector.received)
+
+
 async def test_a_request_that_failed_says_why_in_its_span_and_in_the_stage_where_it_ended() -> None:
     collector = Collector()
     exporter = collector.exporter()
