@@ -8,6 +8,7 @@ Invariant: ``encode`` gives what the tokenizer alone would give, whatever was en
 """
 
 import json
+import re
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import chain, pairwise
@@ -52,7 +53,8 @@ def word_cache(tokenizer: Tokenizer) -> "WordCache | None":
         _merges_alone(stages["model"])
         and _composes_no_space(stages["normalizer"])
         and _cuts_at_spaces(stages["pre_tokenizer"])
-        and not any(t.lstrip or t.rstrip or t.single_word or " " in t.content for t in added)
+        and not any(t.lstrip or t.rstrip or t.single_word for t in added)
+        and (stages["normalizer"] is None or not any(t.normalized for t in added))
     ):
         return WordCache(tokenizer)
     return None
@@ -63,7 +65,13 @@ class WordCache:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._known: dict[str, tuple[int, ...]] = {}  # words that end in no space, after a space
+        # Added tokens are taken out of a text first, the longest of those that begin at a place.
+        added = tokenizer.get_added_tokens_decoder()
+        self._added_ids = {token.content: token_id for token_id, token in added.items()}
+        longest_first = sorted(self._added_ids, key=len, reverse=True)
+        self._added = re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+        self._words: dict[str, tuple[int, ...]] = {}  # after a space, and ending in none
+        self._openings: dict[str, tuple[int, ...]] = {}  # the first word after an added token
 
     def encode(self, text: str) -> list[int]:
         """What ``tokenizer.encode`` gives for ``text`` without special tokens around it."""
@@ -71,16 +79,31 @@ class WordCache:
             (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
             ids: list[int] = encoding.ids
             return ids
+        first, *rest = self._added.split(text)
+        ids = self._encode_plain(first)
+        for literal, plain in zip(rest[::2], rest[1::2], strict=True):
+            ids.append(self._added_ids[literal])
+            ids += self._encode_plain(plain)
+        return ids
+
+    def _encode_plain(self, text: str) -> list[int]:
+        """``text`` has no added token in it, and nothing or one of them on either side."""
+        if not text:
+            return []
         words = text.split(" ")
-        found: list[Sequence[int] | None] = [*map(self._known.get, words)]
-        found[0] = None  # no space before it
+        found: list[Sequence[int] | None] = [*map(self._words.get, words)]
+        found[0] = None
+        if len(words) == 1 or _stands_alone(words[0]):
+            found[0] = self._openings.get(words[0])
+        elif not words[0]:
+            found[0] = ()
         if None in found:
             self._ask(words, found)
         return [*chain.from_iterable(filter(None, found))]
 
     def _ask(self, words: list[str], found: list[Sequence[int] | None]) -> None:
-        """Fill what is None in ``found``. Words that do not stand alone, because the next one is
-        also a space, or a line's end comes before it, have their ids at the first of them.
+        """Fill what is None in ``found``. Words that do not stand alone, because another space or
+        the end of a line is between them, have their ids at the first of them.
         """
         pieces: list[str] = []
         places: list[int] = []  # of each piece, among the words
@@ -97,26 +120,29 @@ class WordCache:
             piece = " ".join(words[first:place])
             pieces.append(" " + piece if first else piece)
             places.append(first)
-        # They are cut where a text would be cut, so one text of them all has the same words.
+        # One text of them all has the same words: it is cut where this one is cut.
         encoding = self._tokenizer.encode("".join(pieces), add_special_tokens=False)
-        ids = encoding.ids
+        ids: list[int] = encoding.ids
         starts = [start for start, _ in encoding.offsets]
         ends, end = [0], 0
-        for piece in pieces:
+        for piece in pieces[:-1]:
             end += len(piece)
             ends.append(bisect_left(starts, end, lo=ends[-1]))
-        ends[-1] = len(ids)
+        ends.append(len(ids))
         for piece, place, (low, high) in zip(pieces, places, pairwise(ends), strict=True):
             found[place] = ids[low:high]
-            if place and len(piece) <= MAX_WORD_CHARS and _stands_alone(piece):
-                self._learn(piece[1:], tuple(ids[low:high]))
+            if len(piece) <= MAX_WORD_CHARS:
+                self._learn(piece, tuple(ids[low:high]), opening=not place)
 
-    def _learn(self, word: str, ids: tuple[int, ...]) -> None:
-        if " " in word:
+    def _learn(self, piece: str, ids: tuple[int, ...], *, opening: bool) -> None:
+        """An opening that ends in a space is a whole text: else it would go on to the next word."""
+        word = piece if opening else piece[1:]
+        if " " in word or not (opening or _stands_alone(word)):
             return
-        if len(self._known) >= MAX_WORDS:
-            self._known.clear()
-        self._known[word] = ids
+        known = self._openings if opening else self._words
+        if len(known) >= MAX_WORDS:
+            known.clear()
+        known[word] = ids
 
 
 def _stands_alone(word: str) -> bool:

@@ -70,6 +70,8 @@ def trained(stages: list[pre_tokenizers.PreTokenizer]) -> Tokenizer:
 def remembered(request: pytest.FixtureRequest) -> tuple[Tokenizer, WordCache]:
     """A tokenizer and its words, which stay from one example to the next."""
     tokenizer = trained(STAGES[request.param])
+    tokenizer.add_tokens([AddedToken("<two words>", normalized=False)])
+    tokenizer.add_special_tokens([AddedToken("<|im_end|>|>", normalized=False)])
     cache = word_cache(tokenizer)
     assert cache is not None
     return tokenizer, cache
@@ -94,7 +96,7 @@ ODD = [
     "\u00a0",
     "\u3000",
 ]
-MARKS = ["<|im_end|>", "<|im_start|>user\nhi", "\n", "\t", "a" * 30]
+MARKS = ["<|im_end|>", "<|im_end|>|>", "<two words>", "<|im_start|>user\nhi", "\n", "\t", "a" * 30]
 WORDS = st.sampled_from([*PROSE, *ODD, *MARKS])
 GAPS = st.sampled_from(
     [" ", " ", " ", "", "  ", "   ", "\n", " \n", "\n ", "\t", "\r\n", " \u00a0"]
@@ -136,10 +138,19 @@ def test_prose_longer_than_what_is_remembered_has_the_tokenizers_tokens(
         lambda t: setattr(t, "pre_tokenizer", split(r"\w+\s+")),
         lambda t: setattr(t, "normalizer", normalizers.Replace(" ", "▁")),
         lambda t: setattr(t, "model", models.WordPiece({"a": 0}, unk_token="a")),
-        lambda t: t.add_tokens([AddedToken("two words")]),
+        lambda t: t.add_tokens([AddedToken("<mark>", normalized=True)]),
         lambda t: t.add_tokens([AddedToken("<mask>", lstrip=True)]),
     ],
-    ids=["metaspace", "prefix", "uncut", "unknown", "replaced", "wordpiece", "spaced", "stripping"],
+    ids=[
+        "metaspace",
+        "prefix",
+        "uncut",
+        "unknown",
+        "replaced",
+        "wordpiece",
+        "normalised",
+        "stripping",
+    ],
 )
 def test_words_that_may_see_their_neighbours_are_not_remembered(
     change: Callable[[Tokenizer], None],
