@@ -18,7 +18,7 @@ from starlette.types import Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.openai.errors import HttpError, describe
-from server.turn_transport import TurnTransport
+from server.turn_transport import Turn, TurnTransport
 
 _EXTENSION = "headrace.exchange"
 _NO_HTTP = (
@@ -140,8 +140,13 @@ def _discard(_data: bytes) -> None:
     pass
 
 
+def exchange_protocol() -> "type[ExchangeProtocol]":
+    """For ``uvicorn.Config(http=...)`` of one server, whose connections send together."""
+    return type("ExchangeProtocol", (ExchangeProtocol,), {"turn": Turn()})
+
+
 class ExchangeProtocol(HttpToolsProtocol):
-    """For ``uvicorn.Config(http=...)``."""
+    turn: Turn
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -152,7 +157,7 @@ class ExchangeProtocol(HttpToolsProtocol):
         self._rest_due: TimerHandle | None = None
 
     def connection_made(self, transport: BaseTransport) -> None:
-        super().connection_made(TurnTransport(transport, self.loop))
+        super().connection_made(TurnTransport(transport, self.loop, self.turn))
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:

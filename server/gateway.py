@@ -16,7 +16,7 @@ from runtime.keys import load_key
 from runtime.log import get_log
 from runtime.reporting import report
 from server.app import create_app
-from server.exchange import ExchangeProtocol
+from server.exchange import exchange_protocol
 from server.metrics_compat import VllmAliases
 from server.serving import open_serving
 from server.settings import GatewaySettings, SchedulerSettings
@@ -83,7 +83,7 @@ async def _serve(settings: GatewaySettings, scheduler: SchedulerSettings, text: 
                         spans=spans,
                         cluster=serving.cluster,
                     ),
-                    http=ExchangeProtocol,
+                    http=exchange_protocol(),
                     ws="none",
                     loop="none",  # this one
                     lifespan="off",

@@ -13,7 +13,7 @@ import uvicorn
 from anyio import to_thread
 
 from server.app import create_app
-from server.exchange import ExchangeProtocol
+from server.exchange import exchange_protocol
 from server.settings import GatewaySettings
 from tests.support.arithmetic import a_request
 from tests.support.model_text import byte_model_text
@@ -45,7 +45,7 @@ async def a_gateway(system: System, *, api_keys_file: Path | None = None) -> Asy
             cluster=system.serving.cluster,
         )
         server = uvicorn.Server(
-            uvicorn.Config(app, port=0, log_config=None, lifespan="off", http=ExchangeProtocol)
+            uvicorn.Config(app, port=0, log_config=None, lifespan="off", http=exchange_protocol())
         )
         tasks.start_soon(server.serve)
         await eventually(lambda: server.started, "the server")

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import uvicorn
 from starlette.types import ASGIApp
 
-from server.exchange import ExchangeProtocol
+from server.exchange import exchange_protocol
 
 DEADLINE_S = 10.0
 
@@ -30,7 +30,7 @@ def serve(app: ASGIApp) -> Generator[str]:
     """The base URL of ``app`` while the block runs."""
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        app, log_config=None, lifespan="off", loop="uvloop", http=ExchangeProtocol
+        app, log_config=None, lifespan="off", loop="uvloop", http=exchange_protocol()
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+from typing import Any
 
 import anyio
 import httpx
@@ -9,7 +10,7 @@ import pytest
 from starlette.types import Receive, Scope, Send
 
 from server.exchange import exchange_of, finish_at_once
-from server.turn_transport import TurnTransport
+from server.turn_transport import Turn, TurnTransport
 from tests.support.http_server import eventually, serve
 
 PARTS = (b"one", b"two and a half", b"3" * 300)
@@ -68,7 +69,7 @@ def test_what_is_written_in_one_turn_is_sent_in_one_piece() -> None:
         ours, theirs = socket.socketpair()
         transport, _ = await loop.create_connection(asyncio.Protocol, sock=ours)
         await loop.create_connection(Peer, sock=theirs)
-        turn = TurnTransport(transport, loop)
+        turn = TurnTransport(transport, loop, Turn())
         for part in PARTS:
             turn.write(part)
         assert sent == []
@@ -83,6 +84,35 @@ def test_what_is_written_in_one_turn_is_sent_in_one_piece() -> None:
         return sent
 
     assert anyio.run(scenario) == [b"".join(PARTS), b"last words"]
+
+
+def test_a_connection_that_cannot_send_keeps_nothing_from_the_others() -> None:
+    class Broken(asyncio.Transport):
+        def is_closing(self) -> bool:
+            return False
+
+        def write(self, data: Any) -> None:
+            raise OSError("broken")
+
+    async def scenario() -> bytes:
+        loop = asyncio.get_running_loop()
+        failures: list[dict[str, Any]] = []
+        loop.set_exception_handler(lambda _loop, failure: failures.append(failure))
+        turn = Turn()
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        whole, _ = await loop.create_connection(asyncio.Protocol, sock=ours)
+        for transport in (Broken(), whole):
+            TurnTransport(transport, loop, turn).write(b"text")
+        try:
+            with anyio.fail_after(10):
+                return await loop.sock_recv(theirs, 100)
+        finally:
+            assert len(failures) == 1
+            whole.close()
+            theirs.close()
+
+    assert anyio.run(scenario) == b"text"
 
 
 def test_requests_on_one_connection_have_bodies_of_their_own() -> None:

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from deploy.demo import demo_weights
 from server.app import create_app
-from server.exchange import ExchangeProtocol
+from server.exchange import exchange_protocol
 from server.settings import GatewaySettings
 from server.text.loading import load_model_text
 from tests.support.arithmetic import MODEL
@@ -126,7 +126,7 @@ async def a_gateway(system: System) -> AsyncGenerator[tuple[int, uvicorn.Server]
         cluster=system.serving.cluster,
     )
     with socket.create_server(("127.0.0.1", 0), backlog=AT_ONCE) as listener:
-        config = uvicorn.Config(app, http=ExchangeProtocol, lifespan="off", log_config=None)
+        config = uvicorn.Config(app, http=exchange_protocol(), lifespan="off", log_config=None)
         server = Server(config)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(server.serve, [listener])
