@@ -11,13 +11,16 @@ import json
 import re
 from bisect import bisect_left
 from collections.abc import Sequence
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from typing import Any
 
 from tokenizers import Tokenizer
 
 MAX_WORDS = 50_000  # about 10 MB; a text of new words empties the cache and does nothing worse
 MAX_WORD_CHARS = 24
+MAX_NEW_WORDS = (
+    256  # of a text; one with more of them goes to the tokenizer, and is learnt by and by
+)
 MAX_TEXT_CHARS = 65_536  # a longer one would keep other threads waiting for as long as it takes
 
 # Each covers every text, starts a match at any space after a non-space, and looks behind nothing.
@@ -76,9 +79,7 @@ class WordCache:
     def encode(self, text: str) -> list[int]:
         """What ``tokenizer.encode`` gives for ``text`` without special tokens around it."""
         if len(text) > MAX_TEXT_CHARS:
-            (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
-            ids: list[int] = encoding.ids
-            return ids
+            return encode_whole(self._tokenizer, text, add_special_tokens=False)
         first, *rest = self._added.split(text)
         ids = self._encode_plain(first)
         for literal, plain in zip(rest[::2], rest[1::2], strict=True):
@@ -97,6 +98,16 @@ class WordCache:
             found[0] = self._openings.get(words[0])
         elif not words[0]:
             found[0] = ()
+        if found.count(None) > MAX_NEW_WORDS:
+            new = {
+                word: None
+                for word, ids in zip(words[1:], found[1:], strict=True)
+                if ids is None and len(word) < MAX_WORD_CHARS and _stands_alone(word)
+            }
+            if new:
+                some = [*islice(new, MAX_NEW_WORDS)]
+                self._ask(["", *some], [(), *[None] * len(some)])
+            return encode_whole(self._tokenizer, text, add_special_tokens=False)
         if None in found:
             self._ask(words, found)
         return [*chain.from_iterable(filter(None, found))]
@@ -143,6 +154,13 @@ class WordCache:
         if len(known) >= MAX_WORDS:
             known.clear()
         known[word] = ids
+
+
+def encode_whole(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    # The batch form is the one that does not compute offsets, which is a third of the time.
+    (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+    ids: list[int] = encoding.ids
+    return ids
 
 
 def _stands_alone(word: str) -> bool:

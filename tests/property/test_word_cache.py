@@ -2,13 +2,23 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Encoding,
+    Regex,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
-from server.text.word_cache import MAX_TEXT_CHARS, WordCache, word_cache
+from server.text.word_cache import MAX_NEW_WORDS, MAX_TEXT_CHARS, WordCache, word_cache
 
 REPOSITORY = Path(__file__).parents[2]
 ENDINGS = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -120,13 +130,47 @@ def test_a_text_has_the_tokens_that_the_tokenizer_gives_it(
     assert cache.encode(text) == wanted, "now that its words are known"
 
 
-def test_prose_longer_than_what_is_remembered_has_the_tokenizers_tokens(
+def test_prose_has_the_tokenizers_tokens_however_much_of_it_is_new(
     remembered: tuple[Tokenizer, WordCache],
 ) -> None:
     tokenizer, cache = remembered
     text = (REPOSITORY / "ARCHITECTURE.md").read_text(encoding="utf-8")
-    for some in (text, text * (MAX_TEXT_CHARS // len(text) + 1)):
-        assert cache.encode(some) == alone(tokenizer, some)
+    assert len(text.split(" ")) > 2 * MAX_NEW_WORDS
+    wanted = alone(tokenizer, text)
+    for _ in range(len(text) // MAX_NEW_WORDS):
+        assert cache.encode(text) == wanted
+    longer = text * (MAX_TEXT_CHARS // len(text) + 1)
+    assert cache.encode(longer) == alone(tokenizer, longer)
+
+
+def test_a_text_of_many_new_words_becomes_known_by_and_by() -> None:
+    tokenizer = trained(STAGES["gpt2"])
+    words = [f"w{number}" for number in range(3 * MAX_NEW_WORDS)]
+    asked: list[str] = []
+
+    class Counting:
+        get_added_tokens_decoder = tokenizer.get_added_tokens_decoder
+
+        def encode(self, text: str, *, add_special_tokens: bool) -> Encoding:
+            asked.append(text)
+            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+        encode_batch_fast = tokenizer.encode_batch_fast
+
+    cache = WordCache(cast("Tokenizer", Counting()))
+    for _ in range(5):
+        assert cache.encode(" ".join(words)) == alone(tokenizer, " ".join(words))
+
+    assert sorted(" ".join(asked).split()) == sorted(words), "each of them once"
+
+
+def test_a_text_of_many_words_too_long_to_be_remembered_has_the_tokenizers_tokens(
+    remembered: tuple[Tokenizer, WordCache],
+) -> None:
+    tokenizer, cache = remembered
+    text = " ".join(f"{number}{'x' * 30}" for number in range(2 * MAX_NEW_WORDS))
+
+    assert cache.encode(text) == alone(tokenizer, text)
 
 
 @pytest.mark.parametrize(
