@@ -1,8 +1,8 @@
 """A tokenizer's answers, word by word, for tokenizers whose words do not see their neighbours.
 
-Byte-level BPE cuts a text into words before it merges anything, and every pattern in use starts a
-new word at a space that follows something else. So a text is tokenised by its words, most of which
-have been seen before, and the tokenizer is only asked for the others.
+Byte-level BPE cuts a text into words before it merges anything, and the patterns known here start
+a new word at a space that follows something else. So a text is tokenised by its words, most of
+which have been seen before, and the tokenizer is only asked for the others.
 
 Invariant: ``encode`` gives what the tokenizer alone would give, whatever was encoded before.
 """
@@ -18,9 +18,7 @@ from tokenizers import Tokenizer
 
 MAX_WORDS = 50_000  # about 10 MB; a text of new words empties the cache and does nothing worse
 MAX_WORD_CHARS = 24
-MAX_NEW_WORDS = (
-    256  # of a text; one with more of them goes to the tokenizer, and is learnt by and by
-)
+MAX_NEW_WORDS = 256  # that a text may teach; one with more goes to the tokenizer as a whole
 MAX_TEXT_CHARS = 65_536  # a longer one would keep other threads waiting for as long as it takes
 
 # Each covers every text, starts a match at any space after a non-space, and looks behind nothing.
