@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 MAX_WORDS = 50_000  # about 10 MB; a text of new words empties the cache and does nothing worse
 MAX_WORD_CHARS = 24
 MAX_NEW_WORDS = 256  # that a text may teach; one with more goes to the tokenizer as a whole
+MAX_ASKED = 32  # times for a text, once between two added tokens: likewise
 MAX_TEXT_CHARS = 65_536  # a longer one would keep other threads waiting for as long as it takes
 
 # Each covers every text, starts a match at any space after a non-space, and looks behind nothing.
@@ -79,36 +80,41 @@ class WordCache:
         if len(text) > MAX_TEXT_CHARS:
             return encode_whole(self._tokenizer, text, add_special_tokens=False)
         first, *rest = self._added.split(text)
-        ids = self._encode_plain(first)
-        for literal, plain in zip(rest[::2], rest[1::2], strict=True):
-            ids.append(self._added_ids[literal])
-            ids += self._encode_plain(plain)
+        ids: list[int] = []
+        asked = num_new = 0
+        for literal, plain in zip([None, *rest[::2]], [first, *rest[1::2]], strict=True):
+            if literal is not None:
+                ids.append(self._added_ids[literal])
+            if not plain:
+                continue
+            words = plain.split(" ")
+            found = self._find(words)
+            missing = found.count(None)
+            if missing:
+                asked, num_new = asked + 1, num_new + missing
+                if asked > MAX_ASKED or num_new > MAX_NEW_WORDS:
+                    self._learn_some(words, found)
+                    return encode_whole(self._tokenizer, text, add_special_tokens=False)
+                self._ask(words, found)
+            ids += chain.from_iterable(filter(None, found))
         return ids
 
-    def _encode_plain(self, text: str) -> list[int]:
-        """``text`` has no added token in it, and nothing or one of them on either side."""
-        if not text:
-            return []
-        words = text.split(" ")
+    def _find(self, words: list[str]) -> list[Sequence[int] | None]:
+        """The ids of the words of a text with no added token in it; None where not known."""
         found: list[Sequence[int] | None] = [*map(self._words.get, words)]
         found[0] = None
         if len(words) == 1 or _stands_alone(words[0]):
             found[0] = self._openings.get(words[0])
         elif not words[0]:
             found[0] = ()
-        if found.count(None) > MAX_NEW_WORDS:
-            new = {
-                word: None
-                for word, ids in zip(words[1:], found[1:], strict=True)
-                if ids is None and len(word) < MAX_WORD_CHARS and _stands_alone(word)
-            }
-            if new:
-                some = [*islice(new, MAX_NEW_WORDS)]
-                self._ask(["", *some], [(), *[None] * len(some)])
-            return encode_whole(self._tokenizer, text, add_special_tokens=False)
-        if None in found:
-            self._ask(words, found)
-        return [*chain.from_iterable(filter(None, found))]
+        return found
+
+    def _learn_some(self, words: list[str], found: Sequence[Sequence[int] | None]) -> None:
+        pairs = zip(words[1:], found[1:], strict=True)
+        unknown = islice((word for word, ids in pairs if ids is None), 4 * MAX_NEW_WORDS)
+        able = (word for word in unknown if len(word) < MAX_WORD_CHARS and _stands_alone(word))
+        if new := [*islice(dict.fromkeys(able), MAX_NEW_WORDS)]:
+            self._ask(["", *new], [(), *[None] * len(new)])
 
     def _ask(self, words: list[str], found: list[Sequence[int] | None]) -> None:
         """Fill what is None in ``found``. Words that do not stand alone, because another space or
@@ -155,6 +161,7 @@ class WordCache:
 
 
 def encode_whole(tokenizer: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Ids by the tokenizer alone."""
     # The batch form is the one that does not compute offsets, which is a third of the time.
     (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
     ids: list[int] = encoding.ids

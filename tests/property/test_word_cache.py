@@ -18,7 +18,7 @@ from tokenizers import (
     trainers,
 )
 
-from server.text.word_cache import MAX_NEW_WORDS, MAX_TEXT_CHARS, WordCache, word_cache
+from server.text.word_cache import MAX_ASKED, MAX_NEW_WORDS, MAX_TEXT_CHARS, WordCache, word_cache
 
 REPOSITORY = Path(__file__).parents[2]
 ENDINGS = r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -87,6 +87,20 @@ def remembered(request: pytest.FixtureRequest) -> tuple[Tokenizer, WordCache]:
     return tokenizer, cache
 
 
+class Counting:
+    """A tokenizer that notes what a cache asks it for."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.get_added_tokens_decoder = tokenizer.get_added_tokens_decoder
+        self.encode_batch_fast = tokenizer.encode_batch_fast
+        self.asked: list[str] = []
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> Encoding:
+        self.asked.append(text)
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+
 def alone(tokenizer: Tokenizer, text: str) -> list[int]:
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
     return ids
@@ -146,22 +160,23 @@ def test_prose_has_the_tokenizers_tokens_however_much_of_it_is_new(
 def test_a_text_of_many_new_words_becomes_known_by_and_by() -> None:
     tokenizer = trained(STAGES["gpt2"])
     words = [f"w{number}" for number in range(3 * MAX_NEW_WORDS)]
-    asked: list[str] = []
-
-    class Counting:
-        get_added_tokens_decoder = tokenizer.get_added_tokens_decoder
-
-        def encode(self, text: str, *, add_special_tokens: bool) -> Encoding:
-            asked.append(text)
-            return tokenizer.encode(text, add_special_tokens=add_special_tokens)
-
-        encode_batch_fast = tokenizer.encode_batch_fast
-
-    cache = WordCache(cast("Tokenizer", Counting()))
+    counting = Counting(tokenizer)
+    cache = WordCache(cast("Tokenizer", counting))
     for _ in range(5):
         assert cache.encode(" ".join(words)) == alone(tokenizer, " ".join(words))
 
-    assert sorted(" ".join(asked).split()) == sorted(words), "each of them once"
+    assert sorted(" ".join(counting.asked).split()) == sorted(words), "each of them once"
+
+
+def test_a_text_of_many_turns_asks_a_bounded_number_of_times() -> None:
+    tokenizer = trained(STAGES["gpt2"])
+    counting = Counting(tokenizer)
+    cache = WordCache(cast("Tokenizer", counting))
+    text = "".join(f"<|im_end|>q {number}x\n" for number in range(10 * MAX_ASKED))
+
+    for times in (1, 2):
+        assert cache.encode(text) == alone(tokenizer, text)
+        assert len(counting.asked) <= times * (MAX_ASKED + 1)
 
 
 def test_a_text_of_many_words_too_long_to_be_remembered_has_the_tokenizers_tokens(

@@ -5,6 +5,7 @@ from typing import Any
 import anyio
 import httpx
 import pytest
+from anyio.abc import TaskGroup
 
 from protocol.errors import ConfigError, RateLimited
 from server.access import ApiKeys
@@ -129,18 +130,23 @@ def test_a_background_response_that_cannot_be_begun_uses_no_tokens(tmp_path: Pat
     assert anyio.run(remaining) == 500
 
 
+def caller_with_a_key(
+    generator: ScriptedGenerator, settings: GatewaySettings, tasks: TaskGroup
+) -> httpx.AsyncClient:
+    return httpx.AsyncClient(
+        transport=httpx.ASGITransport(app=create_app(generator, TEXT, settings, tasks=tasks)),
+        base_url="http://gateway",
+        headers={"authorization": "Bearer k"},
+    )
+
+
 def test_a_background_response_gives_back_the_tokens_that_it_did_not_use(tmp_path: Path) -> None:
     settings = GatewaySettings(api_keys_file=keys_file(tmp_path, "k tokens_per_minute=500"))
     generator = ScriptedGenerator(text=TEXT, reply="Hello")
 
     async def remaining() -> int:
         async with anyio.create_task_group() as tasks:
-            app = create_app(generator, TEXT, settings, tasks=tasks)
-            transport = httpx.ASGITransport(app=app)
-            headers = {"authorization": "Bearer k"}
-            async with httpx.AsyncClient(
-                transport=transport, base_url="http://gateway", headers=headers
-            ) as client:
+            async with caller_with_a_key(generator, settings, tasks) as client:
                 body = {"model": "tiny", "input": "hi", "background": True}
                 begun = await client.post("/v1/responses", json={**body, "max_output_tokens": 400})
                 assert int(begun.headers["x-ratelimit-remaining-tokens"]) < 100
@@ -159,12 +165,7 @@ def test_a_background_response_counts_as_open_until_it_ends(tmp_path: Path) -> N
 
     async def statuses() -> list[int]:
         async with anyio.create_task_group() as tasks:
-            app = create_app(generator, TEXT, settings, tasks=tasks)
-            transport = httpx.ASGITransport(app=app)
-            headers = {"authorization": "Bearer k"}
-            async with httpx.AsyncClient(
-                transport=transport, base_url="http://gateway", headers=headers
-            ) as client:
+            async with caller_with_a_key(generator, settings, tasks) as client:
                 body = {"model": "tiny", "input": "hi", "background": True}
                 answers = [await client.post("/v1/responses", json=body) for _ in range(2)]
                 begun = answers[0].json()["id"]
