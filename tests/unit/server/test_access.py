@@ -145,15 +145,17 @@ def test_a_background_response_gives_back_the_tokens_that_it_did_not_use(tmp_pat
     generator = ScriptedGenerator(text=TEXT, reply="Hello")
 
     async def remaining() -> int:
-        async with anyio.create_task_group() as tasks:
-            async with caller_with_a_key(generator, settings, tasks) as client:
-                body = {"model": "tiny", "input": "hi", "background": True}
-                begun = await client.post("/v1/responses", json={**body, "max_output_tokens": 400})
-                assert int(begun.headers["x-ratelimit-remaining-tokens"]) < 100
-                with anyio.fail_after(10):
-                    while not generator.closed:
-                        await anyio.lowlevel.checkpoint()
-                after = await client.get("/v1/models")
+        async with (
+            anyio.create_task_group() as tasks,
+            caller_with_a_key(generator, settings, tasks) as client,
+        ):
+            body = {"model": "tiny", "input": "hi", "background": True}
+            begun = await client.post("/v1/responses", json={**body, "max_output_tokens": 400})
+            assert int(begun.headers["x-ratelimit-remaining-tokens"]) < 100
+            with anyio.fail_after(10):
+                while not generator.closed:
+                    await anyio.lowlevel.checkpoint()
+            after = await client.get("/v1/models")
         return int(after.headers["x-ratelimit-remaining-tokens"])
 
     assert anyio.run(remaining) > 400
@@ -164,16 +166,18 @@ def test_a_background_response_counts_as_open_until_it_ends(tmp_path: Path) -> N
     generator = ScriptedGenerator(text=TEXT, reply="Hello", block_at=2)
 
     async def statuses() -> list[int]:
-        async with anyio.create_task_group() as tasks:
-            async with caller_with_a_key(generator, settings, tasks) as client:
-                body = {"model": "tiny", "input": "hi", "background": True}
-                answers = [await client.post("/v1/responses", json=body) for _ in range(2)]
-                begun = answers[0].json()["id"]
-                answers.append(await client.post(f"/v1/responses/{begun}/cancel"))
-                with anyio.fail_after(10):
-                    while not generator.closed:
-                        await anyio.lowlevel.checkpoint()
-                answers.append(await client.post("/v1/responses", json=body))
+        async with (
+            anyio.create_task_group() as tasks,
+            caller_with_a_key(generator, settings, tasks) as client,
+        ):
+            body = {"model": "tiny", "input": "hi", "background": True}
+            answers = [await client.post("/v1/responses", json=body) for _ in range(2)]
+            begun = answers[0].json()["id"]
+            answers.append(await client.post(f"/v1/responses/{begun}/cancel"))
+            with anyio.fail_after(10):
+                while not generator.closed:
+                    await anyio.lowlevel.checkpoint()
+            answers.append(await client.post("/v1/responses", json=body))
             tasks.cancel_scope.cancel()
         return [answer.status_code for answer in answers]
 
