@@ -17,6 +17,7 @@ from prometheus_client.core import Metric
 from server.metrics import HttpMetrics, Latencies
 from server.metrics_compat import VllmAliases
 from server.serving import open_serving
+from server.spans import DroppedSpans, SpanExporter
 
 _SERIES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), "gauge": ("",)}
 _TO_WORKERS = "The gateway's way to the workers"
@@ -69,6 +70,7 @@ async def _collected() -> list[Family]:
         "tcp://127.0.0.1:0", embed_scheduler=True, registry=registry
     ) as serving:
         registry.register(VllmAliases(serving.cluster))
+        registry.register(DroppedSpans(SpanExporter("http://127.0.0.1")))
         found += [_family(metric, metric) for metric in registry.collect()]
     return found
 

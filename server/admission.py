@@ -16,7 +16,9 @@ from server.access import ApiKeys
 from server.error_bodies import error_body
 from server.messages.errors import is_message_path
 from server.openai.errors import HttpError, describe
+from server.openai.request_span import refused_span
 from server.page.files import PAGE_PATHS
+from server.spans import RequestSpan, SpanExporter
 from server.tracing import TraceContext, trace_of
 
 MAX_HEADERS = 64
@@ -36,8 +38,16 @@ class Admission:
     header show: the client's own where it sent a decent one, which is never used as a key.
     """
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int, api_keys: ApiKeys | None) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_body_bytes: int,
+        api_keys: ApiKeys | None,
+        spans: SpanExporter | None = None,
+    ) -> None:
         self._app = app
+        self._spans = spans
         self._max_body_bytes = max_body_bytes
         self._api_keys = api_keys
 
@@ -53,7 +63,7 @@ class Admission:
         scope.setdefault("state", {})
         state = scope["state"]
         state |= {"answer_id": answer_id, "request_id": request_id.decode(), "headers": headers}
-        trace = trace_of(headers)
+        trace = trace_of(headers, scope["headers"])
         state["trace"] = trace
 
         async def send_with_id(message: Message) -> None:
@@ -72,6 +82,8 @@ class Admission:
         try:
             self._check(scope, headers)
         except HttpError as error:
+            if self._spans is not None and (trace is None or trace.sampled):
+                self._spans.add(_span_of(error, trace, seconds=monotonic() - arrived))
             await send_error(send_with_id, error, path=scope["path"])
             return
         await self._app(scope, _limited(receive, self._max_body_bytes), send_with_id)
@@ -96,6 +108,18 @@ class Admission:
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self._max_body_bytes:
             raise _too_large(self._max_body_bytes)
+
+
+def _span_of(error: HttpError, trace: TraceContext | None, *, seconds: float) -> RequestSpan:
+    answer = describe(error)
+    return refused_span(
+        "admission",  # a path of the caller's choice is no name
+        trace=trace,
+        seconds=seconds,
+        status=int(answer.status),
+        code=answer.code,
+        admitted=False,
+    )
 
 
 def _limited(receive: Receive, max_bytes: int) -> Receive:
@@ -126,10 +150,16 @@ async def read_json_body(scope: Scope, receive: Receive, *, timeout_s: float) ->
         HttpError: another content type, a body over the limit, or one that comes too slowly.
     """
     headers: dict[bytes, bytes] = scope["state"]["headers"]
-    if not _JSON.match(headers.get(b"content-type", b"")) or b"content-encoding" in headers:
+    if not _JSON.match(headers.get(b"content-type", b"")):
         raise HttpError(
             HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
             "the body must be plain JSON: send content-type: application/json",
+        )
+    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        raise HttpError(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            "the body must be plain JSON: send it without content-encoding",
+            headers=(("accept-encoding", "identity"),),
         )
     parts: list[bytes] = []
     with anyio.move_on_after(timeout_s):

@@ -41,7 +41,7 @@ from server.responses.endpoints import StoredResponseEndpoints
 from server.responses.plan import ResponsePlan
 from server.responses.store import ResponseStore
 from server.settings import GatewaySettings
-from server.spans import SpanExporter
+from server.spans import DroppedSpans, SpanExporter
 from server.structured.compiler import GrammarCompiler
 from server.text.long_texts import LongTexts
 from server.text.model_text import ModelText
@@ -82,6 +82,8 @@ def create_app(
         records=cluster.records if cluster else None,
     )
     metrics = HttpMetrics(registry)
+    if spans is not None:
+        registry.register(DroppedSpans(spans))
     store = ResponseStore()
     endpoint = partial(
         GenerationEndpoint,
@@ -137,6 +139,7 @@ def create_app(
         app,
         max_body_bytes=int(settings.limits.max_body_bytes),
         api_keys=ApiKeys.read(settings.api_keys_file) if settings.api_keys_file else None,
+        spans=spans,
     )
 
 

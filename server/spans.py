@@ -6,19 +6,22 @@ worker says how long it has queued and computed, so workers need no exporter and
 agrees with ours. Nothing of a prompt or an answer is in them.
 
 Invariant: exporting never delays a request and never grows without bound, whatever the collector
-does: spans that cannot be sent in time are dropped and counted. Source: OpenTelemetry protocol,
-OTLP/HTTP, JSON encoding; names of attributes: OpenTelemetry semantic conventions for generative AI.
+or callers do: spans that cannot be sent in time are dropped and counted. Source: OpenTelemetry
+protocol, OTLP/HTTP, JSON encoding; names of attributes: OpenTelemetry semantic conventions for
+generative AI.
 """
 
 import secrets
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import anyio
 import httpx
 import orjson
+from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from runtime.log import get_log
 from server.tracing import TraceContext
@@ -27,6 +30,7 @@ log = get_log(__name__)
 
 EXPORT_S = 1.0
 MAX_WAITING = 32_768  # spans
+MAX_NOT_ADMITTED = 64  # of those that wait: whoever floods us must not crowd out the others
 MAX_AT_ONCE = 256  # spans, and the rest of a request: encoding them takes 2 ms from all streams
 SEND_S = 5.0
 LAST_SEND_S = 2.0  # for what waits when the process ends
@@ -36,6 +40,7 @@ _OK, _ERROR = 1, 2  # statuses
 Value = str | int | float
 Service = Literal["gateway", "prefill", "decode"]
 Resource = tuple[Service, str]
+DropReason = Literal["queue", "collector", "not_admitted"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +67,7 @@ class RequestSpan:
     failure: str
     stages: Sequence[StageSpan]
     attributes: Mapping[str, Value] = field(default_factory=dict[str, Value])
+    admitted: bool = True  # False: refused before anything of it was read
 
     def __len__(self) -> int:
         return 1 + len(self.stages)
@@ -75,15 +81,25 @@ class SpanExporter:
         self._client = client or httpx.AsyncClient(timeout=SEND_S)
         self._waiting: deque[RequestSpan] = deque()
         self._waiting_spans = 0
+        self._not_admitted = 0  # of those that wait
         self._lost_requests = 0  # since the collector was last well
-        self.dropped = 0  # requests
+        self.dropped: dict[DropReason, int] = dict.fromkeys(get_args(DropReason), 0)  # spans
 
     def add(self, span: RequestSpan) -> None:
+        if not span.admitted:
+            if self._not_admitted == MAX_NOT_ADMITTED:
+                self.dropped["not_admitted"] += len(span)
+                return
+            self._not_admitted += 1
         self._waiting.append(span)
         self._waiting_spans += len(span)
         while self._waiting_spans > MAX_WAITING:
-            self._pop()
-            self.dropped += 1
+            self.dropped["queue"] += len(self._pop())
+
+    @property
+    def waiting(self) -> int:
+        """Spans that have not been sent yet."""
+        return self._waiting_spans
 
     async def run(self) -> None:
         """Send what has been added, until cancelled; what waits then is sent in a short time."""
@@ -111,7 +127,7 @@ class SpanExporter:
         try:
             await self._send(orjson.dumps(_envelope(spans)))
         except (httpx.HTTPError, TimeoutError) as error:
-            self.dropped += len(batch)
+            self.dropped["collector"] += count
             if not self._lost_requests:  # one line until it is well again, not one a second
                 log.warning("spans are dropped", reason=str(error) or type(error).__name__)
             self._lost_requests += len(batch)
@@ -136,7 +152,31 @@ class SpanExporter:
     def _pop(self) -> RequestSpan:
         span = self._waiting.popleft()
         self._waiting_spans -= len(span)
+        self._not_admitted -= not span.admitted
         return span
+
+
+class DroppedSpans(Collector):
+    """What an exporter could not send, for /metrics.
+
+    headrace_dropped_spans_total{reason}    queue: more waited than there is room for;
+                                            collector: it did not take them;
+                                            not_admitted: of too many requests without a valid key
+                                            or over a limit of HTTP
+    """
+
+    def __init__(self, exporter: SpanExporter) -> None:
+        self._exporter = exporter
+
+    def collect(self) -> Iterable[Metric]:
+        family = CounterMetricFamily(
+            "headrace_dropped_spans",
+            "Spans that no collector got: queue, collector, not_admitted",
+            labels=["reason"],
+        )
+        for reason, spans in self._exporter.dropped.items():
+            family.add_metric([reason], spans)
+        yield family
 
 
 def _encoded(span: RequestSpan) -> Iterator[tuple[Resource, dict[str, Any]]]:
@@ -150,7 +190,8 @@ def _encoded(span: RequestSpan) -> Iterator[tuple[Resource, dict[str, Any]]]:
     }
     if span.trace is not None:
         whole["parentSpanId"] = span.trace.parent_id
-    yield ("gateway", ""), whole
+    state = {"traceState": span.trace.state} if span.trace and span.trace.state else {}
+    yield ("gateway", ""), {**whole, **state}
     for stage in span.stages:
         ids = (trace_id, secrets.token_hex(8))
         child = _span(ids, stage.name, _INTERNAL, start + stage.begin_s, stage.seconds)
@@ -158,7 +199,10 @@ def _encoded(span: RequestSpan) -> Iterator[tuple[Resource, dict[str, Any]]]:
             "attributes": _attributes(stage.attributes),
             "status": _status(stage.failure),
         }
-        yield (stage.service, stage.worker), {**child, **of_stage, "parentSpanId": span_id}
+        yield (
+            (stage.service, stage.worker),
+            {**child, **of_stage, **state, "parentSpanId": span_id},
+        )
 
 
 def _status(failure: str) -> dict[str, Any]:

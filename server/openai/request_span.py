@@ -6,7 +6,7 @@ It reads what the gateway has noted of the attempts; it measures nothing itself.
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 
-from server.openai.answer import Answer, Kind
+from server.openai.answer import Answer
 from server.openai.choice import Choice
 from server.page.records import AttemptRecord, Records, RequestRecord
 from server.page.stages import stages_of
@@ -58,17 +58,24 @@ def request_span(
 
 
 def refused_span(
-    kind: Kind, *, trace: TraceContext | None, seconds: float, status: int, code: str | None
+    name: str,
+    *,
+    trace: TraceContext | None,
+    seconds: float,
+    status: int,
+    code: str | None,
+    admitted: bool = True,
 ) -> RequestSpan:
     """Of a request that got an error before anything was asked of workers."""
     return RequestSpan(
-        name=kind,
+        name=name,
         trace=trace,
         started_unix_s=datetime.now(UTC).timestamp() - seconds,
         seconds=seconds,
         failure=f"refused: {code or status}",
         stages=(),
         attributes={"http.response.status_code": status},
+        admitted=admitted,
     )
 
 

@@ -460,12 +460,18 @@ def test_too_many_headers_are_431(headers: dict[str, str]) -> None:
     [
         {"content-type": "text/plain"},
         {"content-type": "application/x-www-form-urlencoded"},
-        {"content-encoding": "gzip"},
     ],
     ids=str,
 )
 def test_another_content_type_is_415(headers: dict[str, str]) -> None:
     error_of(post(CHAT, chat(), headers=headers), 415)
+
+
+def test_a_compressed_body_is_415_and_the_answer_says_what_is_wrong_with_it() -> None:
+    refused = post(CHAT, chat(), headers={"content-encoding": "gzip"})
+    assert "without content-encoding" in error_of(refused, 415)["message"]
+    assert refused.headers["accept-encoding"] == "identity"
+    assert post(CHAT, chat(), headers={"content-encoding": "identity"}).status_code == 200
 
 
 def test_json_with_a_charset_is_json() -> None:

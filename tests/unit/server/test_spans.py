@@ -1,18 +1,29 @@
 import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import anyio
 import httpx
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 
 import server.spans
 from server.app import create_app
 from server.settings import GatewaySettings
-from server.spans import MAX_WAITING, RequestSpan, SpanExporter, StageSpan
+from server.spans import (
+    MAX_NOT_ADMITTED,
+    MAX_WAITING,
+    DroppedSpans,
+    RequestSpan,
+    SpanExporter,
+    StageSpan,
+)
 from server.tracing import TraceContext
 from tests.support.arithmetic import MODEL
+from tests.support.generator import ScriptedGenerator
 from tests.support.model_text import byte_model_text
 from tests.support.system import System, a_system
 
@@ -134,11 +145,33 @@ async def test_what_cannot_be_sent_is_dropped_and_counted() -> None:
     exporter = Collector(status=503).exporter()
     exporter.add(a_span())
     assert not await exporter.export()
-    assert exporter.dropped == 1
-    room = MAX_WAITING // len(a_span())
+    of_one = len(a_span())
+    assert exporter.dropped == {"queue": 0, "collector": of_one, "not_admitted": 0}
+    room = MAX_WAITING // of_one
     for _ in range(room + 3):
         exporter.add(a_span())
-    assert exporter.dropped == 4
+    assert exporter.dropped == {"queue": 3 * of_one, "collector": of_one, "not_admitted": 0}
+    registry = CollectorRegistry()
+    registry.register(DroppedSpans(exporter))
+    shown = generate_latest(registry).decode()
+    assert f'headrace_dropped_spans_total{{reason="queue"}} {3.0 * of_one}' in shown
+
+
+async def test_spans_of_who_was_not_admitted_have_little_room_and_leave_the_others_theirs() -> None:
+    collector = Collector()
+    exporter = collector.exporter()
+    stranger = replace(a_span(trace=None), stages=(), name="admission", admitted=False)
+    for turn in (1, 2):
+        exporter.add(a_span())
+        for _ in range(MAX_NOT_ADMITTED + 5):
+            exporter.add(stranger)
+        exporter.add(a_span())
+        assert exporter.dropped == {"queue": 0, "collector": 0, "not_admitted": 5 * turn}
+        while await exporter.export() and exporter.waiting:
+            pass
+    names = [span["name"] for span in spans_by_worker(collector)["headrace-gateway", ""]]
+    assert names.count("admission") == 2 * MAX_NOT_ADMITTED
+    assert names.count("chat tiny") == 4
 
 
 async def test_a_collector_that_is_away_makes_one_line_and_its_return_another(
@@ -181,7 +214,7 @@ async def test_a_collector_that_never_answers_is_given_up(monkeypatch: pytest.Mo
     exporter.add(a_span())
     with anyio.fail_after(10):
         assert not await exporter.export()
-    assert exporter.dropped == 1
+    assert exporter.dropped["collector"] == len(a_span())
 
 
 async def test_what_waits_when_the_process_ends_is_sent() -> None:
@@ -245,6 +278,58 @@ async def test_a_refused_request_is_a_span_in_its_callers_trace_too() -> None:
     assert answer.headers["traceparent"].split("-")[2] == span["spanId"]
     assert span["status"] == {"code": 2, "message": "refused: invalid_value"}
     assert "secret" not in json.dumps(collector.received)
+
+
+@pytest.mark.parametrize(
+    ("more", "status", "why"),
+    [
+        ({"authorization": "Bearer wrong"}, 401, "refused: invalid_api_key"),
+        ({"content-length": "1000000000"}, 413, "refused: 413"),
+        ({f"x-{i}": "1" for i in range(100)}, 431, "refused: 431"),
+    ],
+)
+async def test_a_request_that_is_not_admitted_is_a_span_in_its_callers_trace(
+    more: dict[str, str], status: int, why: str, tmp_path: Path
+) -> None:
+    collector = Collector()
+    exporter = collector.exporter()
+    keys = tmp_path / "keys"
+    keys.write_text("k")
+    app = create_app(
+        ScriptedGenerator(text=byte_model_text()),
+        byte_model_text(),
+        GatewaySettings(api_keys_file=keys),
+        spans=exporter,
+    )
+    transport = httpx.ASGITransport(app=app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+        for flags in ("00", "01"):
+            trace = {"traceparent": f"00-{TRACE.trace_id}-{TRACE.parent_id}-{flags}"}
+            headers = {"authorization": "Bearer k", **trace, **more}
+            answer = await client.post("/v1/secret-path", headers=headers, content=b"{}")
+            assert answer.status_code == status
+    await exporter.export()
+    (span,) = spans_by_worker(collector)["headrace-gateway", ""]
+    assert (span["name"], span["status"]) == ("admission", {"code": 2, "message": why})
+    assert span["parentSpanId"] == TRACE.parent_id
+    assert answer.headers["traceparent"].split("-")[2] == span["spanId"]
+    assert "secret" not in json.dumps(collector.received)
+
+
+async def test_the_callers_trace_state_is_on_every_span_of_its_request() -> None:
+    collector = Collector()
+    exporter = collector.exporter()
+    trace = f"00-{TRACE.trace_id}-{TRACE.parent_id}-01"
+    headers = [("traceparent", trace), ("tracestate", "rojo=1,congo=t61"), ("tracestate", "a@b=z")]
+    async with asked_of(exporter) as (client, _):
+        answer = await client.post("/v1/completions", json=BODY, headers=headers)
+        assert answer.status_code == 200
+        refused = await client.post("/v1/completions", json={}, headers=headers)
+        assert refused.status_code == 400
+    await exporter.export()
+    spans = [span for of_it in spans_by_worker(collector).values() for span in of_it]
+    assert len(spans) > 6
+    assert {span["traceState"] for span in spans} == {"rojo=1,congo=t61,a@b=z"}
 
 
 async def test_a_request_that_failed_says_why_in_its_span_and_in_the_stage_where_it_ended() -> None:

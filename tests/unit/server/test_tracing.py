@@ -47,6 +47,47 @@ def test_what_is_no_trace_is_left_alone(given: bytes) -> None:
     assert trace_of({b"traceparent": given}) is None
 
 
+def state_of(*lines: bytes, trace: bytes = TRACE) -> str | None:
+    """What is kept of a request's ``tracestate``; None where there is no trace."""
+    headers = [(b"traceparent", trace), *((b"tracestate", line) for line in lines)]
+    ours = trace_of(dict(headers), headers)
+    return None if ours is None else ours.state
+
+
+def test_the_trace_state_is_kept_as_it_came_from_however_many_lines() -> None:
+    assert state_of() == state_of(b"", b" ,\t") == ""
+    assert state_of(b"rojo=00f067aa0ba902b7 , congo=t61rcWkgMzE", b"t/1@x*-_=a b!~") == (
+        "rojo=00f067aa0ba902b7,congo=t61rcWkgMzE,t/1@x*-_=a b!~"
+    )
+    assert state_of(b",".join(b"k%d=v" % i for i in range(32))) != ""
+    assert state_of(b"a=" + b"x" * 256) == "a=" + "x" * 256
+    assert state_of(b"a=1", trace=b"x") is None
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        (b"a",),
+        (b"a=",),
+        (b"=1",),
+        (b"A=1",),
+        (b"a=1=2",),
+        (b"a=1;b=2,c",),
+        (b"a b=1",),
+        (b"a=\xc3\xa9",),
+        (b"a=\x7f",),
+        (b"a=1,a=2",),
+        (b"a=1", b"b"),
+        (b"k" * 257 + b"=1",),
+        (b"a=" + b"x" * 257,),
+        (b",".join(b"k%d=v" % i for i in range(33)),),
+        (b"a=" + b"x" * 250, b"b=" + b"x" * 250, b"c=" + b"x" * 10),
+    ],
+)
+def test_a_trace_state_that_is_malformed_or_too_long_is_dropped(lines: tuple[bytes, ...]) -> None:
+    assert state_of(*lines) == ""
+
+
 @pytest.mark.anyio
 async def test_autoscalers_find_the_names_they_know() -> None:
     async with a_system() as system:
