@@ -157,10 +157,13 @@ class ExchangeProtocol(HttpToolsProtocol):
         self._rest_due: TimerHandle | None = None
 
     def connection_made(self, transport: BaseTransport) -> None:
-        super().connection_made(TurnTransport(transport, self.loop, self.turn))
+        self._connection = TurnTransport(transport, self.loop, self.turn)
+        super().connection_made(self._connection)
         self._expect_head()
 
     def data_received(self, data: bytes) -> None:
+        if self._connection.lingers:
+            return
         super().data_received(data)
         if self._head_is_open and self._head_due is None:
             self._expect_head()
@@ -187,6 +190,7 @@ class ExchangeProtocol(HttpToolsProtocol):
         self._head_is_open = False
         self._expect_no_head()
         self._body_is_open = True
+        self._connection.linger_s = REST_WITHIN_S
         before = self.cycle
         super().on_headers_complete()
         if self.cycle is not before:  # else it is an upgrade, which is no request
@@ -197,13 +201,18 @@ class ExchangeProtocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self._body_is_open = False
+        self._connection.linger_s = 0.0
         self._expect_no_rest()
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        if self._body_is_open and self.cycle.response_complete:
-            self._rest_due = self.loop.call_later(REST_WITHIN_S, self.transport.close)
+        if self._body_is_open and self.cycle.response_complete and not self.transport.is_closing():
+            self._rest_due = self.loop.call_later(REST_WITHIN_S, self._cut_rest)
+
+    def _cut_rest(self) -> None:
+        self._connection.linger_s = 0.0
+        self.transport.close()
 
     def _expect_no_rest(self) -> None:
         if self._rest_due is not None:

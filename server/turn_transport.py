@@ -4,7 +4,8 @@ A send costs more than all else that a token costs here. A gateway that has fall
 the frames of several steps in one turn; what they hold for one client then leaves in one piece, and
 the gateway catches up. Likewise a response's head leaves with its first event.
 
-Invariant: bytes leave in the order in which they were written, before the connection is closed.
+Invariant: bytes leave in the order in which they were written, before the connection is closed,
+and a peer that is still sending then does not lose them.
 """
 
 from asyncio import AbstractEventLoop, BaseProtocol, BaseTransport, Transport
@@ -45,6 +46,8 @@ class TurnTransport(Transport):
         self._loop = loop
         self._turn = turn
         self._parts: list[bytes] = []
+        self.linger_s = 0.0  # not 0 while the peer is expected to send more
+        self.lingers = False  # closed, and what still comes is to be ignored
 
     def write(self, data: Any) -> None:
         """Send ``data``, which must not change any more, with what else is written this turn."""
@@ -61,19 +64,29 @@ class TurnTransport(Transport):
             return
         data = parts[0] if len(parts) == 1 else b"".join(parts)
         parts.clear()
-        if not self._transport.is_closing():
+        if not self.is_closing():
             self._transport.write(data)
 
     def close(self) -> None:
+        """Closed with something unread, the peer's side would be reset, and it could lose what it
+        has been sent. So a peer that is expected to send more is still read from, for ``linger_s``
+        or until it closes. A second call closes at once.
+        """
         self.send()
-        self._transport.close()
+        if not self.linger_s or self.is_closing():
+            self._transport.close()
+            return
+        self.lingers = True
+        self._transport.write_eof()
+        self._transport.resume_reading()
+        self._loop.call_later(self.linger_s, self._transport.close)
 
     def abort(self) -> None:
         self._parts.clear()
         self._transport.abort()
 
     def is_closing(self) -> bool:
-        return self._transport.is_closing()
+        return self.lingers or self._transport.is_closing()
 
     def pause_reading(self) -> None:
         self._transport.pause_reading()

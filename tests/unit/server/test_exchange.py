@@ -198,14 +198,53 @@ def test_an_answer_before_the_whole_body_has_come_is_not_lost() -> None:
     assert received.count(b"HTTP/1.1 200 OK") == 2
 
 
+@pytest.mark.parametrize("http", [b"1.1", b"1.0"])
+def test_an_answer_that_ends_the_connection_is_not_lost_either(http: bytes) -> None:
+    body = b"x" * 2**23
+    head = b"POST /send HTTP/%b\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n"
+    with serve(answer) as url:
+        received = exchange(url, head % (http, len(body)) + body)
+    assert received.count(b"HTTP/1.1 200 OK") == 1
+    assert received.endswith(PARTS[2] + b"\r\n0\r\n\r\n")
+
+
+def test_what_comes_after_the_last_answer_of_a_connection_is_not_answered() -> None:
+    head = b"POST /send HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 9\r\n\r\n"
+    with serve(answer) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(head)
+            received = b"".join(iter(lambda: connection.recv(65536), b""))
+            connection.sendall(b"x" * 9 + b"GET /send HTTP/1.1\r\nhost: x\r\n\r\n" + b"\0" * 100)
+            connection.shutdown(socket.SHUT_WR)
+            received += b"".join(iter(lambda: connection.recv(65536), b""))
+    assert received.count(b"HTTP/1.1 ") == 1
+
+
+@pytest.mark.parametrize("more", [b"", b"connection: close\r\n"], ids=["kept", "closed"])
 def test_a_body_without_end_is_cut_off_once_it_has_its_answer(
-    monkeypatch: pytest.MonkeyPatch,
+    more: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("server.exchange.REST_WITHIN_S", 0.2)
-    head = b"POST /send HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n"
+    head = b"POST /send HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n"
+    received, cut = b"", False
     with serve(answer) as url:
-        received = exchange(url, head)
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(head + more + b"\r\n2\r\nhi\r\n")
+            while b"\r\n0\r\n\r\n" not in received:
+                received += connection.recv(65536)
+
+            def is_cut() -> bool:
+                try:
+                    connection.sendall(b"2\r\nhi\r\n")
+                except ConnectionError:
+                    return True
+                return False
+
+            cut = eventually(is_cut)
     assert received.count(b"HTTP/1.1 200 OK") == 1
+    assert cut
 
 
 @pytest.mark.parametrize(
