@@ -1,5 +1,6 @@
 """Anthropic's own client against a running system with real weights."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import anthropic
@@ -36,8 +37,11 @@ def system(start: Start) -> LocalSystem:
 
 
 @pytest.fixture
-def client(system: LocalSystem) -> Any:
-    return anthropic.Anthropic(base_url=system.url, api_key="none", max_retries=0, timeout=60)
+def client(system: LocalSystem) -> Iterator[Any]:
+    with anthropic.Anthropic(
+        base_url=system.url, api_key="none", max_retries=0, timeout=60
+    ) as client:
+        yield client
 
 
 def test_a_message_streams_the_text_that_it_also_answers_whole(client: Any) -> None:

@@ -1,5 +1,7 @@
 """The official client against a running system, and clients that hang up."""
 
+from collections.abc import Iterator
+
 import httpx
 import openai
 import pytest
@@ -18,8 +20,9 @@ def system(start: Start) -> LocalSystem:
 
 
 @pytest.fixture
-def client(system: LocalSystem) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{system.url}/v1", api_key="none", max_retries=0)
+def client(system: LocalSystem) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{system.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
 
 
 def held_blocks(system: LocalSystem) -> float:

@@ -127,18 +127,18 @@ def test_the_official_client_sees_an_error_when_its_stream_breaks(
     impatient: LocalSystem,
 ) -> None:
     eventually(lambda: ready(impatient), "ready")
-    client = openai.OpenAI(base_url=f"{impatient.url}/v1", api_key="none", max_retries=0)
-    stream = client.completions.create(
-        model="smollm2",
-        prompt="Once upon a time",
-        max_tokens=80,
-        stream=True,
-        extra_body={"ignore_eos": True},
-    )
-    with pytest.raises(openai.APIError):  # noqa: PT012  the loop is what raises
-        for count, _ in enumerate(stream):
-            if count == 3:
-                impatient.processes("decode")[0].send_signal(signal.SIGKILL)
+    with openai.OpenAI(base_url=f"{impatient.url}/v1", api_key="none", max_retries=0) as client:
+        stream = client.completions.create(
+            model="smollm2",
+            prompt="Once upon a time",
+            max_tokens=80,
+            stream=True,
+            extra_body={"ignore_eos": True},
+        )
+        with pytest.raises(openai.APIError), stream:  # noqa: PT012  the loop is what raises
+            for count, _ in enumerate(stream):
+                if count == 3:
+                    impatient.processes("decode")[0].send_signal(signal.SIGKILL)
     eventually(lambda: ready(impatient) and short_request_succeeds(impatient), "serving again")
 
 

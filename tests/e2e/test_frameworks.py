@@ -1,5 +1,7 @@
 """Libraries that applications put between themselves and a server: LangChain and LiteLLM."""
 
+import gc
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,6 +29,13 @@ QUESTION = "What is the weather like in Paris?"
 @pytest.fixture
 def system(start: Start) -> LocalSystem:
     return start("smollm2", *FLAGS)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left() -> Iterator[None]:
+    """The libraries leave connections open; found later, they would fail another test."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture
