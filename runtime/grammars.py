@@ -8,6 +8,7 @@ An end of the text is an entry of its own behind the vocabulary's last token: wh
 tokens end a request is the request's business.
 """
 
+import re
 from collections import OrderedDict
 from typing import Literal
 
@@ -28,18 +29,26 @@ WHITE_SPACE = r"(\n {0,16})| "
 MAX_CACHED_GRAMMARS = 64
 MAX_CACHED_BYTES = 4 << 20  # of their sources
 _MAX_REASON_CHARS = 300
+_REGEX_ERROR = re.compile(r"regex parse error:.*?^error: ([^\n]+)", re.DOTALL | re.MULTILINE)
+_ONE_OF = "oneOf: no value may fit two of the cases, and these may; use anyOf"
 
 
 def grammar_of(kind: Kind, source: str, *, lenient: bool = False) -> str:
-    """The form of a constraint that goes to workers; it is not checked here.
+    """The form of a constraint that goes to workers; it is hardly checked here.
 
     ``source`` is a JSON schema, a regular expression or a Lark grammar. ``lenient`` skips what of
     a schema cannot be enforced instead of failing on it.
+
+    Raises:
+        InvalidRequest: ``source`` is no JSON schema at all.
     """
     if kind == "json":
-        return llguidance.LLMatcher.grammar_from_json_schema(
-            source, overrides={"whitespace_pattern": WHITE_SPACE, "lenient": lenient}
-        )
+        try:
+            return llguidance.LLMatcher.grammar_from_json_schema(
+                source, overrides={"whitespace_pattern": WHITE_SPACE, "lenient": lenient}
+            )
+        except ValueError as error:
+            raise _refused(str(error)) from error
     if kind == "regex":
         return llguidance.LLMatcher.grammar_from_regex(source)
     return llguidance.LLMatcher.grammar_from_lark(source)
@@ -141,8 +150,14 @@ class _Tokens:
 
 
 def _refused(reason: str) -> InvalidRequest:
-    """The library's first line; what it says of its own inside is for nobody."""
-    line = reason.strip().partition("\n")[0][:_MAX_REASON_CHARS]
-    if "panic" in line or "internal" in line.lower() or not line.isprintable():
+    """The library's first line, or what is wrong with a regular expression; what it says of its own
+    inside or its options is for nobody.
+    """
+    regex = _REGEX_ERROR.search(reason)
+    line = f"invalid regular expression: {regex.group(1)}" if regex else reason.strip()
+    line = line.partition("\n")[0][:_MAX_REASON_CHARS]
+    if "coerce_one_of" in line:
+        line = _ONE_OF
+    if "panic" in line or "internal" in line.lower() or " " not in line or not line.isprintable():
         line = "it is too complex, or uses something that is not supported"
     return InvalidRequest(f"the grammar cannot be used: {line}")

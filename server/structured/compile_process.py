@@ -44,8 +44,8 @@ def main() -> None:
 
 def judge(trial: Trial, grammars: Grammars) -> Verdict:
     """Does what a worker will do: compile, and work out the first mask."""
-    grammar = grammar_of(trial.kind, trial.source, lenient=trial.lenient)
     try:
+        grammar = grammar_of(trial.kind, trial.source, lenient=trial.lenient)
         grammars.matcher(grammar).allowed()
     except InvalidRequest as error:
         return Verdict(grammar=None, reason=str(error))

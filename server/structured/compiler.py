@@ -27,6 +27,7 @@ MAX_WAITING = 32
 MAX_CACHED = 512
 MAX_CACHED_BYTES = 8 << 20
 _TOO_SLOW = f"it takes more than {TRIAL_S:g} s to compile: make it smaller"
+_TOO_LARGE = "it takes too much memory to compile: make it smaller"
 
 
 class GrammarCompiler:
@@ -61,7 +62,10 @@ class GrammarCompiler:
             verdict = await anyio.to_thread.run_sync(
                 partial(self._try, constraint), limiter=self._turn
             )
-            if verdict.reason != _TOO_SLOW:  # it may have been the machine that was
+            if verdict.reason not in (
+                _TOO_SLOW,
+                _TOO_LARGE,
+            ):  # it may have been the machine that was
                 self._keep(constraint, verdict)
         if verdict.grammar is None:
             raise InvalidRequest(f"{constraint.param}: {verdict.reason}", param=constraint.param)
@@ -83,7 +87,8 @@ class GrammarCompiler:
         except (TimeoutError, OSError, EOFError) as error:
             log.info("grammar refused", reason=type(error).__name__, bytes=len(constraint.source))
             self.close()
-            return Verdict(grammar=None, reason=_TOO_SLOW)
+            late = isinstance(error, TimeoutError)
+            return Verdict(grammar=None, reason=_TOO_SLOW if late else _TOO_LARGE)
 
     def _start(self) -> subprocess.Popen[bytes]:
         """

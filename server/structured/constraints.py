@@ -84,6 +84,11 @@ def constraint_of(
 
 
 def json_constraint(schema: object, *, param: str, lenient: bool = False) -> Constraint:
+    """``schema`` is what came as one: true, which is any JSON, or an object."""
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, dict):
+        raise invalid_field(param, "must be an object, or true for any JSON")
     return _checked("json", orjson.dumps(schema).decode(), param, lenient=lenient)
 
 

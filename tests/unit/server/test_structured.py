@@ -122,6 +122,50 @@ def test_what_cannot_be_honoured_is_refused_by_name(
     assert generator.requests == []
 
 
+@pytest.mark.parametrize(
+    ("constraint", "says"),
+    [
+        ({"regex": "((("}, "invalid regular expression: unclosed group"),
+        ({"json": {"type": "string", "pattern": "(?=a)b"}}, "look-ahead and look-behind, is not"),
+        ({"json": {"oneOf": [{"type": "number"}, {"type": "integer"}]}}, "use anyOf"),
+        ({"json": {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}}, "too complex"),
+        ({"json": "5"}, "must be an object, or true for any JSON"),
+        ({"json": "[]"}, "must be an object, or true for any JSON"),
+    ],
+    ids=json.dumps,
+)
+def test_a_refusal_says_what_is_wrong_in_the_callers_terms(
+    constraint: dict[str, Any], says: str, grammars: GrammarCompiler
+) -> None:
+    response, _ = post(grammars, structured_outputs=constraint)
+    message = response.json()["error"]["message"]
+    assert response.status_code == 400
+    assert says in message
+    assert "coerce" not in message
+
+
+@pytest.mark.parametrize(
+    ("schema", "status"), [(True, 200), ("true", 200), ({}, 200), (False, 400), ("false", 400)]
+)
+def test_a_schema_may_be_true_and_must_not_be_false(
+    schema: object, status: int, grammars: GrammarCompiler
+) -> None:
+    if not isinstance(schema, str):
+        response, _ = post(grammars, response_format=json_schema(schema))
+        assert response.status_code == status, response.text
+    if schema is not False:  # of fields that are false the extension takes none as given
+        response, _ = post(grammars, structured_outputs={"json": schema})
+        assert response.status_code == status, response.text
+
+
+def test_what_is_no_schema_at_all_does_not_end_the_process_that_compiles(
+    grammars: GrammarCompiler,
+) -> None:
+    with pytest.raises(InvalidRequest, match="cannot be used"):
+        anyio.run(grammars.compile, Constraint("json", "false", "x"))
+    assert anyio.run(grammars.compile, Constraint("json", "{}", "x"))
+
+
 def walk(grammar: str, seed: int, steps: int = 60) -> list[int]:
     """Tokens chosen at random among those that the grammar allows."""
     chance = random.Random(seed)
