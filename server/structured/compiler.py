@@ -28,6 +28,7 @@ MAX_CACHED = 512
 MAX_CACHED_BYTES = 8 << 20
 _TOO_SLOW = f"it takes more than {TRIAL_S:g} s to compile: make it smaller"
 _TOO_LARGE = "it takes too much memory to compile: make it smaller"
+_PERHAPS_THE_MACHINE = (_TOO_SLOW, _TOO_LARGE)  # which had no time or no room just then
 
 
 class GrammarCompiler:
