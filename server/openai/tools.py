@@ -77,10 +77,11 @@ def tool_use(asked: ChatRequest) -> ToolUse:
 
 
 def called(call: ToolCall, path: str, *, arguments_as_text: bool) -> dict[str, Any]:
-    """An earlier call as templates know it.
+    """An earlier call as templates know it. Arguments that are no JSON object stay the text that
+    they are: an answer that ended too early has such, and agents send it back.
 
     Raises:
-        InvalidRequest: its arguments are no JSON object.
+        InvalidRequest: it is no call of a function.
     """
     if call.type != "function":
         raise invalid_field(f"{path}.type", "must be function")
@@ -88,9 +89,8 @@ def called(call: ToolCall, path: str, *, arguments_as_text: bool) -> dict[str, A
         arguments = json.loads(call.function.arguments or "{}")
     except (ValueError, RecursionError):
         arguments = None
-    if not isinstance(arguments, dict):
-        raise invalid_field(f"{path}.function.arguments", "must be the text of a JSON object")
-    shown = call.function.arguments if arguments_as_text else arguments
+    as_text = arguments_as_text or not isinstance(arguments, dict)
+    shown = call.function.arguments if as_text else arguments
     function = {"name": call.function.name, "arguments": shown}
     return {"id": call.id or "", "type": "function", "function": function}
 

@@ -13,6 +13,7 @@ from openai import OpenAI
 from server.app import create_app
 from server.settings import GatewaySettings
 from server.structured.compiler import GrammarCompiler
+from server.text.chat_template import ChatTemplate
 from server.text.families.reasoning import ReasoningMarks
 from tests.support.generator import ScriptedGenerator
 from tests.support.http_server import serve
@@ -147,6 +148,20 @@ def test_calls_and_their_results_go_back_to_the_model(grammars: GrammarCompiler)
     assert "12:00" in prompt
 
 
+@pytest.mark.parametrize("arguments", ['{"zone": "CE', "[]", "noon", "[" * 2000])
+def test_a_call_that_was_cut_off_goes_back_to_the_model_as_it_was(
+    arguments: str, grammars: GrammarCompiler
+) -> None:
+    calls = "{% for m in messages %}{{ m.tool_calls[0].function.arguments | tojson }}{% endfor %}"
+    text = replace(TEXT, template=ChatTemplate(calls, special_tokens={}))
+    with saying("Sorry.", grammars, text=text) as (client, generator):
+        messages: Any = [calling("assistant", arguments)]
+        client.chat.completions.create(model="tiny", messages=messages, max_tokens=9)
+    ids = generator.requests[0].prompt_token_ids
+    prompt = b"".join(map(TEXT.tokenizer.piece, ids)).decode()
+    assert json.loads(prompt) == arguments
+
+
 def calling(role: str, arguments: str) -> dict[str, Any]:
     call = {"function": {"name": "a", "arguments": arguments}}
     return {"role": role, "content": "x", "tool_calls": [call]}
@@ -166,10 +181,6 @@ def calling(role: str, arguments: str) -> dict[str, Any]:
             "tool_choice.function.name",
         ),
         ({"messages": [calling("user", "{}")]}, "messages[0].tool_calls"),
-        (
-            {"messages": [calling("assistant", "[]")]},
-            "messages[0].tool_calls[0].function.arguments",
-        ),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id"),
         ({"messages": [{"role": "assistant"}]}, "messages[0].content"),
         ({"functions": []}, "functions"),
