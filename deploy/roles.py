@@ -10,10 +10,10 @@ from deploy.config import Configuration, WrongSetting
 from deploy.exits import FAILED, USAGE
 from deploy.logs import configure_logging
 from prefill.settings import PrefillSettings, rank_name
-from protocol.errors import ServingError
+from protocol.errors import ConfigError, ServingError
 from runtime.log import get_log
 from runtime.reporting import report
-from runtime.settings import REPORT_FD, inherited_fd
+from runtime.settings import REPORT_FD, ModelSettings, inherited_fd
 from server.settings import GatewaySettings, SchedulerSettings
 
 log = get_log(__name__)
@@ -44,9 +44,18 @@ def _first(error: BaseException) -> BaseException:
     return error
 
 
+def _check_named(model: ModelSettings, role: str) -> None:
+    if not model.path:
+        raise ConfigError(
+            f"no model is named: headrace {role} MODEL, which is a checkpoint directory, a .gguf "
+            "file or smollm2; or model.path in the file"
+        )
+
+
 def _run(role: str, configuration: Configuration) -> int:
     if role == "gateway":
         gateway = configuration.settings("gateway", GatewaySettings)
+        _check_named(gateway.model, role)
         scheduler = configuration.settings("scheduler", SchedulerSettings)
         configure_logging(gateway.process, role)
         from server.gateway import run as run_gateway
@@ -60,6 +69,7 @@ def _run(role: str, configuration: Configuration) -> int:
         return run_scheduler(scheduler)
     if role == "prefill":
         prefill = configuration.settings("prefill", PrefillSettings)
+        _check_named(prefill.model, role)
         ranks, rank = prefill.group.ranks, prefill.group.rank
         if ranks > 1 and rank is None:
             from deploy.up import run_prefill_ranks
@@ -70,6 +80,7 @@ def _run(role: str, configuration: Configuration) -> int:
 
         return run_prefill(prefill)
     decode = configuration.settings("decode", DecodeSettings)
+    _check_named(decode.model, role)
     if decode.group.rank is None:
         from deploy.up import run_all_ranks
 

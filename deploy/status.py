@@ -91,11 +91,14 @@ def ask(client: httpx.Client, url: str, *, experts: bool = False, links: bool = 
         ValueError: whoever answers there is not a gateway of headrace.
     """
     ready = client.get(f"{url}/ready")
-    readiness = ready.json()
-    models = client.get(f"{url}/v1/models")
-    metrics = client.get(f"{url}/metrics")
+    try:
+        readiness = ready.json()
+    except ValueError:
+        readiness = None
     if not isinstance(readiness, dict) or "ready" not in readiness:
         raise ValueError("this is not a gateway of headrace")
+    models = client.get(f"{url}/v1/models")
+    metrics = client.get(f"{url}/metrics")
     return State(
         url=url,
         healthy=client.get(f"{url}/health").is_success,

@@ -1,6 +1,7 @@
 """All cases, run one after another against one server."""
 
 from collections.abc import Iterator, Sequence
+from math import inf
 
 import httpx
 
@@ -27,6 +28,7 @@ CASES: tuple[Case, ...] = (
     *responses.CASES,
     *messages.CASES,
 )
+FIRST_ANSWER_S = 10.0  # for the list of models, which computes nothing
 # What an answer of another shape makes a check run into.
 _MISSHAPEN = (KeyError, IndexError, TypeError, ValueError, AttributeError, StopIteration)
 
@@ -52,7 +54,7 @@ def run_suite(
     with httpx.Client(
         base_url=f"{base_url.rstrip('/')}/", headers=headers, timeout=timeout_s
     ) as client:
-        server = Server(client, model or _first_model(client))
+        server = Server(client, model or first_model(client))
         for case in cases:
             yield _try(case, server)
 
@@ -73,13 +75,23 @@ def _try(case: Case, server: Server) -> Finding:
     return Finding(case=case, outcome="holds")
 
 
-def _first_model(client: httpx.Client) -> str:
+def first_model(client: httpx.Client) -> str:
+    """
+    Raises:
+        Unreachable: the server does not answer soon, or names no model.
+    """
+    url = f"{client.base_url}models"
     try:
-        answer = client.get("models")
-        answer.raise_for_status()
+        answer = client.get("models", timeout=min(FIRST_ANSWER_S, client.timeout.read or inf))
+    except (httpx.TransportError, httpx.InvalidURL) as error:
+        raise Unreachable(f"nobody answers at {url}: {error}") from error
+    if answer.status_code in (httpx.codes.UNAUTHORIZED, httpx.codes.FORBIDDEN):
+        raise Unreachable(f"{url} wants an API key (http {answer.status_code}): --api-key-file")
+    try:
         first: str = answer.json()["data"][0]["id"]
-    except (httpx.HTTPError, *_MISSHAPEN) as error:
+    except _MISSHAPEN as error:
         raise Unreachable(
-            f"{client.base_url}models does not name a model: {type(error).__name__}: {error}"
+            f"{url} lists no model (http {answer.status_code}): is this the base URL of an "
+            "OpenAI-compatible server, with its /v1?"
         ) from error
     return first

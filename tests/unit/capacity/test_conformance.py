@@ -10,7 +10,7 @@ import pytest
 
 from capacity.conformance.case import Fails, NotOffered
 from capacity.conformance.server import Server
-from capacity.conformance.suite import CASES, Unreachable, run_suite
+from capacity.conformance.suite import CASES, Unreachable, first_model, run_suite
 from deploy.conformance import conformance
 from deploy.conformance_options import add_conformance_options
 
@@ -159,6 +159,31 @@ def test_every_case_says_why_and_who_breaks() -> None:
         assert case.breaks
 
 
-def test_a_server_that_names_no_model_is_unreachable() -> None:
-    with pytest.raises(Unreachable):
-        list(run_suite("http://127.0.0.1:1/v1", api_key=None, model=None, timeout_s=1.0))
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [("http://127.0.0.1:1/v1", "nobody answers"), ("127.0.0.1:1/v1", "http://")],
+)
+def test_where_nobody_answers_is_said_before_the_first_case(url: str, says: str) -> None:
+    with pytest.raises(Unreachable, match=says):
+        list(run_suite(url, api_key=None, model=None, timeout_s=1.0))
+
+
+@pytest.mark.parametrize(
+    ("answer", "says"),
+    [
+        (httpx.Response(404, text="<html>\nnot found</html>"), r"lists no model \(http 404\)"),
+        (httpx.Response(200, json={"data": []}), r"lists no model \(http 200\)"),
+        (httpx.Response(401, json={}), "wants an API key"),
+    ],
+    ids=["html", "empty", "key"],
+)
+def test_a_server_that_names_no_model_is_told_in_one_line(
+    answer: httpx.Response, says: str
+) -> None:
+    transport = httpx.MockTransport(lambda _: answer)
+    with (
+        httpx.Client(transport=transport, base_url="http://server/v1/") as client,
+        pytest.raises(Unreachable, match=says) as told,
+    ):
+        first_model(client)
+    assert "\n" not in str(told.value)

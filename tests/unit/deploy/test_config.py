@@ -198,6 +198,15 @@ def test_wrong_usage_is_one_line_and_exit_code_2(
     assert printed.out == ""
 
 
+@pytest.mark.parametrize("role", ["gateway", "prefill", "decode"])
+def test_a_role_without_a_model_says_how_to_name_one(
+    role: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([role]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"no model is named: headrace {role} MODEL" in line
+
+
 def test_the_example_of_a_cluster_file_is_valid_for_every_role() -> None:
     found = Configuration(from_yaml(Path(__file__).parents[3] / "deploy" / "cluster.example.yaml"))
     for role, kind in ROLES.items():

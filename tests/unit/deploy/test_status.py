@@ -61,8 +61,9 @@ def test_the_table_says_how_many_of_a_groups_ranks_are_there() -> None:
     assert [row[at:].split("  ")[0] for row in rows] == ["2 of 3", "2 of 3", "2"]
 
 
-def test_another_server_is_not_taken_for_a_gateway() -> None:
-    other = httpx.MockTransport(lambda _: httpx.Response(200, json=[1]))
+@pytest.mark.parametrize("content", [b"[1]", b"<html>not found</html>", b""])
+def test_another_server_is_not_taken_for_a_gateway(content: bytes) -> None:
+    other = httpx.MockTransport(lambda _: httpx.Response(404, content=content))
     with (
         httpx.Client(transport=other) as client,
         pytest.raises(ValueError, match="not a gateway of headrace"),
