@@ -6,6 +6,7 @@ transports prove that nobody can write to them (``Quiet``). Runs on the engine t
 """
 
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -69,13 +70,16 @@ class Intake:
         layout_digest: str,
         max_model_len: int,
         max_granted: int,
+        swap_out: Callable[[AttemptRef, Sequence[BlockId]], None],
     ) -> None:
+        """``swap_out`` copies a preempted request's blocks to the host before it returns."""
         self._worker = worker
         self._scheduler = scheduler
         self._sink = sink
         self._layout_digest = layout_digest
         self._max_model_len = max_model_len
         self._max_granted = max_granted
+        self._swap_out = swap_out
         self._expected: dict[AttemptRef, _Expected] = {}
         self._cancelled: OrderedDict[AttemptRef, None] = OrderedDict()
         self._generations = 0
@@ -116,15 +120,21 @@ class Intake:
             raise Overloaded(
                 f"{self._max_granted} grants already wait for KV", retry_after_s=RETRY_AFTER_S
             )
-        blocks = self._scheduler.reserve(
-            request.ref, request.num_context_tokens, request.max_total_tokens
+        reserved = self._scheduler.reserve(
+            request.ref,
+            request.num_context_tokens,
+            request.max_total_tokens,
+            caller=request.caller,
+            priority=request.priority,
         )
+        for swap in reserved.swap_out:  # before anybody knows where to write
+            self._swap_out(swap.ref, swap.blocks)
         self._generations += 1
         return Grant(
             ref=request.ref,
             decode=self._worker,
             generation=Generation(self._generations),
-            block_ids=tuple(blocks),
+            block_ids=reserved.blocks,
             layout_digest=self._layout_digest,
             endpoint=self._sink.endpoint,
             lease_s=message.remaining_s,

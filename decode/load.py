@@ -32,6 +32,8 @@ class LoadAccount:
             queued_requests=books.granted_requests + books.waiting_requests,
             running_requests=books.running_requests + books.swapped_requests,
             free_blocks=books.reservable,
+            spare_blocks=books.spare,
+            holdings=self._scheduler.holdings(),
             total_blocks=books.total,
             cached_blocks=books.cached,
             granted_blocks=books.granted,

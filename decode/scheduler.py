@@ -3,24 +3,26 @@
 Every block is free, cached, granted (promised to a transfer), active (of a committed sequence) or
 quarantined (of an aborted transfer, until it is proven that nothing writes there): the sum is
 always the pool, and only proof, never time, ends quarantine. The oldest sequences run first; when
-blocks run out the youngest gives up its own and resumes later, so the oldest always advances and
-nothing fails. Tokens, models and transfers are not known here. All calls come from one thread,
-between steps: a step's swaps are done before the next call.
+blocks run out the youngest of the caller that holds most gives up its own and resumes later, so the
+oldest of some caller always advances and nothing fails. Who gives way to whom ``decode.callers``
+says; tokens, models and transfers are not known here. All calls come from one thread, between
+steps: a step's swaps are done before the next call.
 """
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Literal
 
+from decode.books import DecodeBooks
+from decode.callers import Account, Accounts, SequenceEntry, age
 from engine.kvcache.block_pool import BlockPool
 from engine.kvcache.block_table import BlockTable, blocks_for
 from protocol.errors import ContextLengthExceeded, Overloaded
+from protocol.holdings import Holding, standing
 from protocol.ids import AttemptRef, BlockId
 
 State = Literal["granted", "active", "swapped", "quarantined"]
-_age = attrgetter("ordinal")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +31,14 @@ class Swap:
 
     ref: AttemptRef
     blocks: tuple[BlockId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reservation:
+    """Granted blocks. ``swap_out`` comes first: before that nobody may write to ``blocks``."""
+
+    blocks: tuple[BlockId, ...]
+    swap_out: tuple[Swap, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,36 +60,9 @@ class DecodeStep:
     swap_in: list[Swap]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DecodeBooks:
-    """Blocks by state, and requests by state."""
-
-    free: int
-    cached: int
-    granted: int
-    active: int
-    quarantined: int
-    total: int
-    reservable: int  # blocks that one ``reserve`` could take now
-    granted_requests: int
-    running_requests: int
-    waiting_requests: int  # committed, beyond ``max_batch``
-    swapped_requests: int
-    quarantined_requests: int
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Sequence:
-    ref: AttemptRef
-    ordinal: int  # order of commit: the youngest has the highest
-    position: int  # of the newest token, whose KV the next step computes
-    token_id: int
-    max_total_tokens: int
-    table: BlockTable
-
-
 @dataclass(slots=True, kw_only=True)
 class _Grant:
+    account: Account
     prompt_tokens: int
     max_total_tokens: int
     blocks: list[BlockId]
@@ -91,7 +74,7 @@ class _Plan:
 
     swap_out: list[Swap] = field(default_factory=list)
     swap_in: list[Swap] = field(default_factory=list)
-    grown: list[_Sequence] = field(default_factory=list)
+    grown: list[SequenceEntry] = field(default_factory=list)
 
 
 class DecodeScheduler:
@@ -117,13 +100,14 @@ class DecodeScheduler:
         self._max_batch = max_batch
         self._headroom_blocks = headroom_blocks
         self._grants: dict[AttemptRef, _Grant] = {}
-        self._quarantined: dict[AttemptRef, list[BlockId]] = {}
-        self._sequences: dict[AttemptRef, _Sequence] = {}  # all committed ones
-        self._resident: list[_Sequence] = []  # those with blocks, oldest first
-        self._swapped: list[_Sequence] = []  # those without, oldest first
-        self._last_rows: list[_Sequence] = []
+        self._quarantined: dict[AttemptRef, _Grant] = {}
+        self._sequences: dict[AttemptRef, SequenceEntry] = {}  # all committed ones
+        self._resident: list[SequenceEntry] = []  # those with blocks, oldest first
+        self._swapped: list[SequenceEntry] = []  # those without, oldest first
+        self._last_rows: list[SequenceEntry] = []
         self._last_refs: list[AttemptRef] = []
         self._commits = 0
+        self._accounts = Accounts()
 
     def state(self, ref: AttemptRef) -> State | None:
         """Where a request is in these books; None when nothing is held for it."""
@@ -137,9 +121,17 @@ class DecodeScheduler:
         return "active" if sequence.table.blocks else "swapped"
 
     def reserve(
-        self, ref: AttemptRef, prompt_tokens: int, max_total_tokens: int
-    ) -> tuple[BlockId, ...]:
+        self,
+        ref: AttemptRef,
+        prompt_tokens: int,
+        max_total_tokens: int,
+        *,
+        caller: str = "",
+        priority: int = 0,
+    ) -> Reservation:
         """Grant blocks for a prompt's KV; ``max_total_tokens`` counts prompt and output.
+
+        Other callers' sequences may have to give way for it: do the swaps before anything else.
 
         Raises:
             ContextLengthExceeded: even alone on this rank the request would not fit.
@@ -154,25 +146,26 @@ class DecodeScheduler:
                 f"for {room}",
                 stage="reserve",
             )
+        account = self._accounts.find(caller, priority)
         needed = blocks_for(prompt_tokens, self._block_tokens)
-        if needed > self._reservable():
-            raise Overloaded(
-                f"{needed} KV blocks wanted, {self._reservable()} can be reserved",
-                stage="reserve",
-                wanted=needed,
-                available=self._reservable(),
-            )
+        swap_out = self._make_room(account, needed)
         blocks = self._pool.allocate(needed)
+        account.blocks += needed
+        self._accounts.keep(account)
         self._grants[ref] = _Grant(
-            prompt_tokens=prompt_tokens, max_total_tokens=max_total_tokens, blocks=blocks
+            account=account,
+            prompt_tokens=prompt_tokens,
+            max_total_tokens=max_total_tokens,
+            blocks=blocks,
         )
-        return tuple(blocks)
+        return Reservation(blocks=tuple(blocks), swap_out=swap_out)
 
     def commit(self, ref: AttemptRef, first_token_id: int) -> None:
         """A granted request's prompt KV is complete: it joins the batch with its first token."""
         grant = self._grants.pop(ref)
-        sequence = _Sequence(
+        sequence = SequenceEntry(
             ref=ref,
+            account=grant.account,
             ordinal=self._commits,
             position=grant.prompt_tokens,
             token_id=first_token_id,
@@ -189,7 +182,7 @@ class DecodeScheduler:
         self._grow(plan)
         if not plan.swap_out:
             self._resume(plan)
-        rows = self._resident[: self._max_batch]
+        rows = self._rows()
         same_rows = rows == self._last_rows
         if not same_rows:
             self._last_rows, self._last_refs = rows, [sequence.ref for sequence in rows]
@@ -226,9 +219,11 @@ class DecodeScheduler:
         sequence = self._sequences.pop(ref)
         if sequence.table.blocks:
             self._remove(self._resident, sequence)
-            self._pool.release(sequence.table.take_all())
+            self._give_back(sequence.account, sequence.table.take_all())
         else:
             self._remove(self._swapped, sequence)
+            sequence.account.swapped -= 1
+        self._accounts.drop(sequence.account)
 
     def cancel(self, ref: AttemptRef) -> State | None:
         """Withdraw a request in whatever state; the state it was in.
@@ -251,7 +246,7 @@ class DecodeScheduler:
         grant = self._grants.pop(ref, None)
         if grant is None:
             return False
-        self._quarantined[ref] = grant.blocks
+        self._quarantined[ref] = grant
         return True
 
     def quiet(self, ref: AttemptRef) -> bool:
@@ -260,10 +255,11 @@ class DecodeScheduler:
         The proof is the transport's ``Quiet``, or a ``Committed`` that crossed the abort. False
         when ``ref`` is not quarantined: proof that comes twice changes nothing.
         """
-        blocks = self._quarantined.pop(ref, None)
-        if blocks is None:
+        grant = self._quarantined.pop(ref, None)
+        if grant is None:
             return False
-        self._pool.release(blocks)
+        self._give_back(grant.account, grant.blocks)
+        self._accounts.drop(grant.account)
         return True
 
     def books(self) -> DecodeBooks:
@@ -274,9 +270,10 @@ class DecodeScheduler:
             cached=self._pool.num_cached,
             granted=sum(len(grant.blocks) for grant in self._grants.values()),
             active=sum(len(sequence.table.blocks) for sequence in self._resident),
-            quarantined=sum(map(len, self._quarantined.values())),
+            quarantined=sum(len(grant.blocks) for grant in self._quarantined.values()),
             total=self._pool.num_blocks,
-            reservable=self._reservable(),
+            reservable=0 if self._swapped else self._spare(),
+            spare=self._spare(),
             granted_requests=len(self._grants),
             running_requests=running,
             waiting_requests=len(self._resident) - running,
@@ -285,58 +282,111 @@ class DecodeScheduler:
         )
         parts = books.free + books.cached + books.granted + books.active + books.quarantined
         assert parts == books.total, f"blocks do not add up: {books}"
+        held = books.granted + books.active + books.quarantined
+        assert self._accounts.blocks == held, f"accounts do not add up to {held}"
         return books
 
-    def _reservable(self) -> int:
-        if self._swapped:
-            return 0  # what becomes free is for those that were running before
+    def holdings(self) -> tuple[Holding, ...]:
+        """What callers hold, where one that holds nothing might get more than what is free."""
+        scarce = self._spare() * (len(self._accounts) + 1) < self._pool.num_blocks
+        return self._accounts.holdings(self._resident) if self._swapped or scarce else ()
+
+    def _spare(self) -> int:
         headroom = self._headroom_blocks * (len(self._resident) + len(self._grants))
         return max(0, self._pool.num_available - headroom)
 
+    def _make_room(self, account: Account, needed: int) -> tuple[Swap, ...]:
+        """Preempt who has to give way, if so many blocks are not free for ``account``.
+
+        Raises:
+            Overloaded: nobody has to, or not so many; nobody was preempted.
+        """
+        room = self._spare()
+        if self._swapped:  # what becomes free is for those that were running before
+            first = self._accounts.first_back(self._swapped)
+            room = room if standing(account) < standing(first.account) else 0
+        if needed <= room:
+            return ()
+        giving_way = self._accounts.giving_way(
+            self._resident,
+            account,
+            wanted=needed,
+            missing=needed - room,
+            total=self._pool.num_blocks,
+        )
+        if not giving_way:
+            raise Overloaded(
+                f"{needed} KV blocks wanted, {room} can be reserved",
+                stage="reserve",
+                wanted=needed,
+                available=room,
+            )
+        return tuple(map(self._preempt, giving_way))
+
+    def _rows(self) -> list[SequenceEntry]:
+        return self._accounts.rows(self._resident, self._max_batch)
+
     def _grow(self, plan: _Plan) -> None:
-        """Give each row a slot for its newest token, oldest first, at the youngest's cost."""
+        """Give each row a slot for its newest token, oldest first, at the cost of the youngest of
+        the caller that holds most.
+        """
+        rows = self._rows()
         row = 0
-        while row < min(len(self._resident), self._max_batch):
-            sequence = self._resident[row]
+        while row < len(rows):
+            sequence = rows[row]
             if sequence.position == sequence.table.capacity_tokens:
-                while not self._pool.num_available and len(self._resident) > row:
-                    self._preempt_youngest(plan)
-                if len(self._resident) == row:
-                    break  # it was the youngest itself
+                if not self._pool.num_available:
+                    plan.swap_out.append(self._preempt(self._accounts.first_out(self._resident)))
+                    rows, row = self._rows(), 0  # others may have come into the batch
+                    continue
                 sequence.table.append(self._pool.allocate(1)[0])
+                sequence.account.blocks += 1
                 plan.grown.append(sequence)
             assert sequence.position < sequence.max_total_tokens, (
                 f"{sequence.ref} should have ended"
             )
             row += 1
 
-    def _preempt_youngest(self, plan: _Plan) -> None:
-        sequence = self._resident.pop()
+    def _preempt(self, sequence: SequenceEntry) -> Swap:
+        self._remove(self._resident, sequence)
         blocks = sequence.table.take_all()
-        self._pool.release(blocks)
-        insort(self._swapped, sequence, key=_age)
+        self._give_back(sequence.account, blocks)
+        sequence.account.swapped += 1
+        insort(self._swapped, sequence, key=age)
         filled = blocks_for(sequence.position, self._block_tokens)
-        plan.swap_out.append(Swap(ref=sequence.ref, blocks=tuple(blocks[:filled])))
+        return Swap(ref=sequence.ref, blocks=tuple(blocks[:filled]))
 
     def _resume(self, plan: _Plan) -> None:
-        """Bring swapped sequences back, oldest first, while there is room to go on growing."""
+        """Bring swapped sequences back, in turn, while there is room to go on growing."""
         while self._swapped:
-            sequence = self._swapped[0]
+            sequence = self._accounts.first_back(self._swapped)
             needed = blocks_for(sequence.position + 1, self._block_tokens)
             headroom = self._headroom_blocks * len(self._resident)
-            row = bisect_left(self._resident, sequence.ordinal, key=_age)
-            if row >= self._max_batch or needed + headroom > self._pool.num_available:
+            if needed + headroom > self._pool.num_available or not self._would_run(sequence):
                 return
-            sequence.table = BlockTable(self._block_tokens, self._pool.allocate(needed))
-            del self._swapped[0]
-            self._resident.insert(row, sequence)
+            blocks = self._pool.allocate(needed)
+            sequence.table = BlockTable(self._block_tokens, blocks)
+            sequence.stays_until = sequence.position + needed
+            sequence.account.blocks += needed
+            sequence.account.swapped -= 1
+            self._remove(self._swapped, sequence)
+            insort(self._resident, sequence, key=age)
             filled = blocks_for(sequence.position, self._block_tokens)
-            plan.swap_in.append(
-                Swap(ref=sequence.ref, blocks=tuple(sequence.table.blocks[:filled]))
-            )
+            plan.swap_in.append(Swap(ref=sequence.ref, blocks=tuple(blocks[:filled])))
+
+    def _would_run(self, sequence: SequenceEntry) -> bool:
+        if len(self._resident) < self._max_batch:
+            return True
+        with_it = self._resident.copy()
+        insort(with_it, sequence, key=age)
+        return sequence in self._accounts.rows(with_it, self._max_batch)
+
+    def _give_back(self, account: Account, blocks: list[BlockId]) -> None:
+        self._pool.release(blocks)
+        account.blocks -= len(blocks)
 
     @staticmethod
-    def _remove(ordered: list[_Sequence], sequence: _Sequence) -> None:
-        index = bisect_left(ordered, sequence.ordinal, key=_age)
+    def _remove(ordered: list[SequenceEntry], sequence: SequenceEntry) -> None:
+        index = bisect_left(ordered, sequence.ordinal, key=age)
         assert ordered[index] is sequence, f"{sequence.ref} is not where its age says"
         del ordered[index]

@@ -241,6 +241,7 @@ def _make_engine(  # noqa: PLR0917  partially applied
         host=host_of(settings.bind),
         cluster_key=None if key is None else key.derive("kv"),
     )
+    swap = SwapSpace(storage)
     events = asyncio.get_running_loop()
     experts = _expert_moves(settings, loaded, group)
     loop = DecodeLoop(
@@ -254,8 +255,9 @@ def _make_engine(  # noqa: PLR0917  partially applied
             layout_digest=layout.digest(),
             max_model_len=max_model_len,
             max_granted=settings.max_granted_requests,
+            swap_out=swap.put,
         ),
-        swap=SwapSpace(storage),
+        swap=swap,
         runner=ModelRunner(loaded.model, storage),
         sampler=Sampler(
             loaded.config.vocab_size, group.device, read_grammars(Path(settings.model.path))

@@ -4,6 +4,7 @@ from typing import Literal
 
 import msgspec
 
+from protocol.holdings import Holding
 from protocol.ids import WorkerId, WorkerRef
 from protocol.kv import KVLayout
 
@@ -84,6 +85,8 @@ class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):
     running_requests: int = 0
     queued_tokens: int = 0  # prefill: prompt tokens that wait or are being computed
     free_blocks: int = 0  # what a request could take now: evictable ones in, headroom out
+    spare_blocks: int = 0  # decode: the same, with those kept for requests that are swapped out
+    holdings: tuple[Holding, ...] = ()  # decode: by caller, where they have to share blocks
     total_blocks: int = 0  # of which the following, and the rest are free
     cached_blocks: int = 0
     granted_blocks: int = 0

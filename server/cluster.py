@@ -166,8 +166,9 @@ class Cluster:
     def waiting_requests(self) -> int:
         return sum(len(line) for line in self._lines.values())
 
-    def decode_ranks(self, attempt: Attempt) -> list[WorkerState]:
-        """Ranks to ask for a reservation, best first; none while all are full.
+    def decode_ranks(self, attempt: Attempt, *, behind: bool) -> list[WorkerState]:
+        """Ranks to ask for a reservation, best first; none while all are full. ``behind``: others
+        wait before it, and only callers that hold too much may give way for it.
 
         Raises:
             NoWorkerAvailable: not even later: nobody serves the model now.
@@ -184,6 +185,7 @@ class Cluster:
             self._demand(attempt),
             unreported=self._unreported.since_report,
             avoid=attempt.avoid,
+            behind=behind,
         )
 
     def prefill_worker(self, attempt: Attempt) -> WorkerState:
@@ -291,5 +293,7 @@ class Cluster:
             request_id=request.request_id,
             model=request.model,
             prompt_tokens=request.num_context_tokens,
+            caller=request.caller,
+            priority=request.priority,
             hit_tokens=hits,
         )

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from protocol.errors import ContextLengthExceeded
+from protocol.holdings import room_from_others, room_kept
 from protocol.ids import RequestId, WorkerId, WorkerRef
 from protocol.workers import WorkerState
 
@@ -21,6 +22,8 @@ class Demand:
     request_id: RequestId
     model: str
     prompt_tokens: int
+    caller: str = ""
+    priority: int = 0
     hit_tokens: Mapping[WorkerRef, int] = field(default_factory=dict[WorkerRef, int])
 
 
@@ -62,8 +65,11 @@ def decode_order(
     *,
     unreported: Mapping[WorkerRef, Work],
     avoid: Collection[WorkerId] = (),
+    behind: bool = False,
 ) -> list[WorkerState]:
-    """Decode ranks that seem to have room for the prompt, the best first; none if all are full.
+    """Decode ranks that seem to have room for the prompt, the best first; where none has, those
+    where other callers would have to give way for it. None if all are full for this caller. With
+    ``behind`` others wait before the request: what is free is theirs.
 
     Ranks step together, so the busiest sets the pace of its whole group: fewest requests come
     first, and among equals the one with most free blocks.
@@ -79,8 +85,11 @@ def decode_order(
             f" any decode rank has; shorten it, or start the ranks with more blocks"
         )
 
+    def begun(state: WorkerState) -> int:
+        return unreported.get(state.info.ref, NO_WORK).blocks
+
     def free_blocks(state: WorkerState) -> int:
-        return state.load.free_blocks - unreported.get(state.info.ref, NO_WORK).blocks
+        return state.load.free_blocks - begun(state)
 
     def cost(state: WorkerState) -> tuple[int, int, bytes]:
         load = state.load
@@ -88,8 +97,31 @@ def decode_order(
         requests += unreported.get(state.info.ref, NO_WORK).requests
         return requests, -free_blocks(state), _tie(demand, state)
 
-    roomy = [state for state in eligible if free_blocks(state) >= blocks_needed(state, demand)]
-    return sorted(roomy, key=cost)
+    able = eligible if not behind else []
+    able = [state for state in able if free_blocks(state) >= blocks_needed(state, demand)]
+    if not able:
+        able = [
+            state
+            for state in eligible
+            if state.load.holdings
+            and _room_by_turn(state, demand, behind=behind) - begun(state)
+            >= blocks_needed(state, demand)
+        ]
+    return sorted(able, key=cost)
+
+
+def _room_by_turn(rank: WorkerState, demand: Demand, *, behind: bool) -> int:
+    """Blocks that the caller might have, because others must give way or are not before it."""
+    load, caller, priority = rank.load, demand.caller, demand.priority
+    room = room_from_others(
+        load.holdings, caller=caller, priority=priority, total_blocks=load.total_blocks
+    )
+    if behind:
+        return room
+    kept = room_kept(
+        load.holdings, caller=caller, priority=priority, spare_blocks=load.spare_blocks
+    )
+    return room + kept
 
 
 def uncached_tokens(worker: WorkerRef, demand: Demand) -> int:

@@ -64,7 +64,7 @@ async def reserve(attempt: Attempt, cluster: Cluster) -> Grant:
     with cluster.line(attempt).place(attempt) as place:
         while True:
             await place.turn()
-            for rank in cluster.decode_ranks(attempt):
+            for rank in cluster.decode_ranks(attempt, behind=place.is_behind):
                 remaining_s = cluster.remaining_s(attempt)
                 await cluster.ask(
                     attempt, rank, Reserve(request=attempt.request, remaining_s=remaining_s)

@@ -1,7 +1,9 @@
 """Who waits while every decode rank is full: a bounded line, in the order of priority and fairness.
 
-Only the first in line tries again, and only when something has changed since its last try. A
-request that finds nobody waiting does not join before it has been turned away once.
+Only one tries at a time, and only when something has changed since its last try: the first in
+line, and when it has been turned away the first of each other caller, for which those that hold
+more than their part of a rank may have to give way. A request that finds nobody waiting does not
+join before it has been turned away once.
 
 Among equal priorities callers share what becomes free: each place has a virtual time, its caller's
 last one plus the work it asks for, and the smallest goes first, so one caller's thousand requests
@@ -12,6 +14,7 @@ A request that would wait longer than it may is refused at once, with the time t
 """
 
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from operator import attrgetter
@@ -35,6 +38,9 @@ class WaitingLine:
         self._places: list[Place] = []  # by ``order``
         self._virtual_time = 0.0
         self._last_of_caller: dict[str, float] = {}
+        self._waiting_of_caller: Counter[str] = Counter()
+        self._trying: Place | None = None
+        self._round = 0  # the change that those who wait are told of, one after another
         self._joined = 0
         self._served = 0
         self._served_at = 0.0
@@ -53,11 +59,43 @@ class WaitingLine:
     def changed(self) -> None:
         """A decode rank may have room now: let the first in line try."""
         self.changes += 1
-        if self._places:
-            self._places[0].attempt.wake()
+        self._offer()
 
     def __len__(self) -> int:
         return len(self._places)
+
+    def has_turn(self, place: "Place") -> bool:
+        return self._trying is place
+
+    def turned_away(self, place: "Place") -> None:
+        """``place`` has tried in vain, and the next may."""
+        if self._trying is place:
+            self._trying = None
+        self._offer()
+
+    def _offer(self) -> None:
+        """Wake whoever may try next, unless somebody does."""
+        if self._trying is not None:
+            return
+        self._trying = self._next_in_round()
+        if self._trying is None and self._round != self.changes:
+            self._round = self.changes
+            self._trying = self._next_in_round()
+        if self._trying is not None:
+            self._trying.attempt.wake()
+
+    def _next_in_round(self) -> "Place | None":
+        """The first of each caller, in order, until one of them has not tried in this round."""
+        seen: set[str] = set()
+        for place in self._places:
+            caller = place.attempt.request.caller
+            if caller not in seen:
+                if place.has_seen < self._round:
+                    return place
+                seen.add(caller)
+                if len(seen) == len(self._waiting_of_caller):
+                    break
+        return None
 
     def is_first(self, place: "Place") -> bool:
         return self._places[0] is place
@@ -92,17 +130,29 @@ class WaitingLine:
             )
             if len(before) == len(self._places) or len(self._places) == 1:
                 raise full  # the only one, which is the first, may be getting its room just now
-            self._send_away(self._places.pop(), full)
+            self._send_away(self._places[-1], full)
         self._last_of_caller[request.caller] = place.order[1]
         self._joined += 1
         insort(self._places, place, key=_order)
+        self._waiting_of_caller[request.caller] += 1
+        self._offer()
 
     def _send_away(self, last: "Place", why: Overloaded) -> None:
         """Its caller is not charged for work that is not done."""
         request = last.attempt.request
         if self._last_of_caller.get(request.caller) == last.order[1]:
             self._last_of_caller[request.caller] = last.order[1] - request.max_total_tokens
+        self._remove(last)
         last.attempt.fail(why)
+
+    def _remove(self, place: "Place") -> None:
+        self._places.remove(place)
+        caller = place.attempt.request.caller
+        self._waiting_of_caller[caller] -= 1
+        if not self._waiting_of_caller[caller]:
+            del self._waiting_of_caller[caller]
+        if self._trying is place:
+            self._trying = None
 
     @property
     def predicted_wait_s(self) -> float:
@@ -129,12 +179,12 @@ class WaitingLine:
         if place not in self._places:
             return
         was_first = self.is_first(place)
-        self._places.remove(place)
+        self._remove(place)
         if place.attempt.grant is not None:
             self._note_served(place)
         if was_first and self._places:
             self._places[0].has_seen = -1  # whatever it has tried, others were before it
-            self._places[0].attempt.wake()
+        self._offer()
 
 
 class Place:
@@ -159,11 +209,15 @@ class Place:
         if not self._joined and (self._tried or len(self._line)):
             self._line.join(self)
             self._joined = True
-        while self._joined and not self._may_try():
+        elif self._joined:
+            self._line.turned_away(self)
+        while self._joined and not self._line.has_turn(self):
             await self.attempt.changed()
             self.attempt.raise_failure()
         self._tried = True
         self.has_seen = self._line.changes
 
-    def _may_try(self) -> bool:
-        return self._line.is_first(self) and self.has_seen != self._line.changes
+    @property
+    def is_behind(self) -> bool:
+        """Others wait before it, for whatever becomes free."""
+        return self._joined and not self._line.is_first(self)

@@ -273,6 +273,7 @@ def _decode(
     memory = allocate_shared(model.layout, num_blocks)
     storage = KVStorage(model.layout, num_blocks, device=torch.device("cpu"), buffer=buffer(memory))
     scheduler = DecodeScheduler(BlockPool(num_blocks), block_tokens=BLOCK_TOKENS, max_batch=32)
+    swap = SwapSpace(storage)
     sink = make_sink(memory, worker, lambda event: loop.post_transfer(event))  # noqa: PLW0108
     loop = DecodeLoop(
         worker=worker,
@@ -285,8 +286,9 @@ def _decode(
             layout_digest=model.layout.digest(),
             max_model_len=min(model.config.max_model_len, num_blocks * BLOCK_TOKENS),
             max_granted=64,
+            swap_out=swap.put,
         ),
-        swap=SwapSpace(storage),
+        swap=swap,
         runner=ModelRunner(model.model, storage),
         sampler=Sampler(model.config.vocab_size, "cpu"),
         experts=ExpertMoves(

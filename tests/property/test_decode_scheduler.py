@@ -2,7 +2,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from decode.scheduler import DecodeScheduler
+from decode.scheduler import DecodeScheduler, Swap
 from engine.kvcache.block_pool import BlockPool
 from protocol.errors import Overloaded
 from protocol.ids import AttemptRef, BlockId, RequestId
@@ -16,7 +16,8 @@ Memory = dict[int, tuple[AttemptRef, int]]
 
 class DecodeMachine(RuleBasedStateMachine):
     """A rank whose memory remembers which token is where: whatever is granted, aborted, preempted
-    and cancelled, a step finds every earlier token of its rows, and everyone finishes."""
+    and cancelled, whoever calls, a step finds every earlier token of its rows, and everyone
+    finishes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,18 +32,25 @@ class DecodeMachine(RuleBasedStateMachine):
         self.limits: dict[AttemptRef, int] = {}
         self.count = 0
 
-    @rule(prompt=st.integers(1, ROOM - 1), output=st.integers(1, ROOM))
-    def reserve(self, prompt: int, output: int) -> None:
+    @rule(
+        prompt=st.integers(1, ROOM - 1),
+        output=st.integers(1, ROOM),
+        caller=st.sampled_from(["", "", "one", "another"]),
+        priority=st.sampled_from([0, 0, 0, 1]),
+    )
+    def reserve(self, prompt: int, output: int, caller: str, priority: int) -> None:
         ref = AttemptRef(RequestId(f"r{self.count}"), 0)
         self.count += 1
         total = min(prompt + output, ROOM)
         try:
-            blocks = self.scheduler.reserve(ref, prompt, total)
+            reserved = self.scheduler.reserve(ref, prompt, total, caller=caller, priority=priority)
         except Overloaded:
             assert self.granted or self.quarantined or self.lengths, "an idle rank refused"
             return
-        assert len(blocks) == -(-prompt // BLOCK_TOKENS)
-        self.granted[ref] = (blocks, prompt, total)
+        for swap in reserved.swap_out:
+            self.put_aside(swap)
+        assert len(reserved.blocks) == -(-prompt // BLOCK_TOKENS)
+        self.granted[ref] = (reserved.blocks, prompt, total)
 
     @precondition(lambda self: self.granted)
     @rule(data=st.data())
@@ -83,16 +91,14 @@ class DecodeMachine(RuleBasedStateMachine):
     def step(self) -> None:
         plan = self.scheduler.schedule()
         for swap in plan.swap_out:
-            self.host[swap.ref] = [
-                [self.memory.get(block * BLOCK_TOKENS + at) for at in range(BLOCK_TOKENS)]
-                for block in swap.blocks
-            ]
+            self.put_aside(swap)
         for swap in plan.swap_in:
             for block, contents in zip(swap.blocks, self.host.pop(swap.ref), strict=True):
                 for at, token in enumerate(contents):
                     if token is not None:
                         self.memory[block * BLOCK_TOKENS + at] = token
         assert len(plan.refs) <= 3
+        assert plan.refs or plan.swap_out or not self.lengths or self.granted or self.quarantined
         assert len(set(plan.slots)) == len(plan.slots)
         for row, ref in enumerate(plan.refs):
             position = plan.positions[row]
@@ -114,6 +120,12 @@ class DecodeMachine(RuleBasedStateMachine):
         assert books.quarantined == sum(map(len, self.quarantined.values()))
         assert books.swapped_requests == len(self.host)
         assert books.running_requests + books.waiting_requests + len(self.host) == len(self.lengths)
+
+    def put_aside(self, swap: Swap) -> None:
+        self.host[swap.ref] = [
+            [self.memory.get(block * BLOCK_TOKENS + at) for at in range(BLOCK_TOKENS)]
+            for block in swap.blocks
+        ]
 
     def end_if_full(self, ref: AttemptRef) -> None:
         if self.lengths[ref] >= self.limits[ref]:

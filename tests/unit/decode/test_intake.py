@@ -11,7 +11,7 @@ from engine.kvcache.block_pool import BlockPool
 from kvtransfer.interface import Committed, Quiet, TransferFailed
 from protocol.codec import encode
 from protocol.errors import DeadlineExceeded, TransferTimeout
-from protocol.ids import Generation, Incarnation, RequestId, WorkerId, WorkerRef
+from protocol.ids import AttemptRef, Generation, Incarnation, RequestId, WorkerId, WorkerRef
 from protocol.kv import Grant, KVEndpoint
 from protocol.messages import Granted, HandOff, Rejected, Reserve
 from protocol.requests import GenerateRequest, SamplingParams, StopConditions
@@ -42,6 +42,7 @@ class RecordingSink:
 @dataclass
 class Rank:
     sink: RecordingSink
+    swapped_out: list[AttemptRef]
     scheduler: DecodeScheduler
     intake: Intake
 
@@ -52,6 +53,7 @@ class Rank:
 @pytest.fixture
 def rank() -> Rank:
     sink = RecordingSink()
+    swapped_out: list[AttemptRef] = []
     scheduler = DecodeScheduler(
         BlockPool(NUM_BLOCKS), block_tokens=BLOCK_TOKENS, max_batch=4, headroom_blocks=0
     )
@@ -62,11 +64,14 @@ def rank() -> Rank:
         layout_digest="l",
         max_model_len=NUM_BLOCKS * BLOCK_TOKENS,
         max_granted=3,
+        swap_out=lambda ref, _: swapped_out.append(ref),
     )
-    return Rank(sink, scheduler, intake)
+    return Rank(sink, swapped_out, scheduler, intake)
 
 
-def a_reserve(name: str = "r", *, prompt: int = 6, max_tokens: int = 4) -> Reserve:
+def a_reserve(
+    name: str = "r", *, prompt: int = 6, max_tokens: int = 4, caller: str = ""
+) -> Reserve:
     request = GenerateRequest(
         request_id=RequestId(name),
         attempt=0,
@@ -74,6 +79,7 @@ def a_reserve(name: str = "r", *, prompt: int = 6, max_tokens: int = 4) -> Reser
         prompt_token_ids=tuple(range(prompt)),
         sampling=SamplingParams(),
         stop=StopConditions(max_tokens=max_tokens),
+        caller=caller,
     )
     return Reserve(request=request, remaining_s=10.0)
 
@@ -211,3 +217,20 @@ def test_a_rank_tells_its_room_before_its_first_step(rank: Rank) -> None:
     account = LoadAccount(rank.scheduler, rank.intake, ExchangeMeter(torch.device("cpu")))
 
     assert account.load.free_blocks == account.load.total_blocks == NUM_BLOCKS
+
+
+def test_who_gives_way_is_swapped_out_before_the_grant_is_known(rank: Rank) -> None:
+    for name in "ab":
+        grant = granted(rank, a_reserve(name, prompt=BLOCK_TOKENS * NUM_BLOCKS // 2, max_tokens=1))
+        assert isinstance(rank.intake.hear(committed(grant)), Arrived)
+        rank.scheduler.commit(grant.ref, 7)
+    expected = len(rank.sink.expected)
+    grant = granted(rank, a_reserve("c", prompt=1, caller="another"))
+    assert [ref.request_id for ref in rank.swapped_out] == ["b"]
+    assert rank.sink.expected[expected:] == [grant]
+    account = LoadAccount(rank.scheduler, rank.intake, ExchangeMeter(torch.device("cpu")))
+    assert account.load.free_blocks == 0 < account.load.spare_blocks
+    assert {held.caller: held.swapped_requests for held in account.load.holdings} == {
+        "": 1,
+        "another": 0,
+    }

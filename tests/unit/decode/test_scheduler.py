@@ -42,7 +42,7 @@ def running(plan: DecodeStep) -> list[str]:
 
 def test_a_committed_request_steps_with_its_first_token_after_its_prompt() -> None:
     scheduler = a_scheduler()
-    blocks = scheduler.reserve(a_ref("a"), 6, 20)
+    blocks = scheduler.reserve(a_ref("a"), 6, 20).blocks
     assert len(blocks) == 2
     assert step(scheduler).refs == [], "granted is not committed"
     scheduler.commit(a_ref("a"), 42)
@@ -154,7 +154,7 @@ def test_headroom_is_kept_for_sequences_that_run_but_not_for_the_first() -> None
     with pytest.raises(Overloaded):
         scheduler.reserve(a_ref("b"), 9, 16)
     scheduler.finish(a_ref("a"))
-    assert len(scheduler.reserve(a_ref("b"), 15, 16)) == 4
+    assert len(scheduler.reserve(a_ref("b"), 15, 16).blocks) == 4
 
 
 def test_a_request_that_could_outgrow_the_rank_is_refused_with_the_numbers() -> None:

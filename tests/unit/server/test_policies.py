@@ -3,6 +3,7 @@
 import pytest
 
 from protocol.errors import ContextLengthExceeded
+from protocol.holdings import Holding
 from protocol.ids import RequestId, WorkerId, WorkerRef
 from protocol.workers import WorkerLoad, WorkerState
 from server.policies import Demand, Work, decode_order, prefill_order
@@ -118,3 +119,42 @@ def test_work_that_ended_since_the_last_report_makes_room() -> None:
     ledger = UnreportedWork()
     ledger.ended(full.info.ref, Work(requests=1, blocks=5))
     assert names(decode_order([full], a_demand(), unreported=ledger.since_report)) == ["full"]
+
+
+def a_crowded_rank(name: str, *, spare_blocks: int = 0) -> WorkerState:
+    """``many`` holds all of it, and has requests swapped out."""
+    held = Holding(caller="many", priority=0, blocks=100, yielding=90, swapped_requests=2)
+    load = WorkerLoad(spare_blocks=spare_blocks, total_blocks=100, holdings=(held,))
+    return WorkerState(info=a_worker_info(name, "decode", num_blocks=100), load=load)
+
+
+def order_for(
+    caller: str, ranks: list[WorkerState], prompt_tokens: int = 64, *, behind: bool = False
+) -> list[str]:
+    demand = Demand(
+        request_id=RequestId("r"), model=MODEL, prompt_tokens=prompt_tokens, caller=caller
+    )
+    return names(decode_order(ranks, demand, unreported={}, behind=behind))
+
+
+def test_a_full_rank_is_asked_for_a_caller_for_whom_others_must_give_way() -> None:
+    assert order_for("few", [a_crowded_rank("full")]) == ["full"]
+    assert order_for("few", [a_crowded_rank("full")], behind=True) == ["full"]
+    assert order_for("many", [a_crowded_rank("full", spare_blocks=9)]) == []
+    assert order_for("few", [a_crowded_rank("full")], 51 * 16) == [], "its part is 50 blocks"
+
+
+def test_nobody_has_to_give_way_while_there_is_room_elsewhere() -> None:
+    assert order_for("few", [a_crowded_rank("full"), a_rank("roomy")]) == ["roomy"]
+
+
+def test_what_is_free_is_for_whoever_waits_before() -> None:
+    assert order_for("few", [a_rank("roomy")], behind=True) == []
+
+
+def test_reservations_since_the_last_report_count_where_others_give_way() -> None:
+    rank = a_crowded_rank("full")
+    demand = Demand(request_id=RequestId("r"), model=MODEL, prompt_tokens=160, caller="few")
+    for blocks, order in ((40, ["full"]), (41, [])):
+        unreported = {rank.info.ref: Work(blocks=blocks)}
+        assert names(decode_order([rank], demand, unreported=unreported)) == order

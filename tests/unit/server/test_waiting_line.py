@@ -135,3 +135,73 @@ def test_a_request_that_would_wait_too_long_is_refused_with_the_time_to_come_bac
     assert refused.value.retry_after_s == pytest.approx(3.0)
     line.join(Place(line, an_attempt(deadline=clock.time + 7.0)))
     line.join(Place(line, an_attempt(priority=1, deadline=clock.time + 4.0)))
+
+
+async def turns_of(places: Sequence[Place], tries: list[str], rounds: int) -> None:
+    """Everybody tries in vain, ``rounds`` times; ``tries`` has who did, and whether behind."""
+
+    async def try_forever(place: Place) -> None:
+        while True:
+            await place.turn()
+            name = place.attempt.request.caller
+            tries.append(f"{name} behind" if place.is_behind else name)
+
+    async with anyio.create_task_group() as tasks:
+        for place in places:
+            tasks.start_soon(try_forever, place)
+        await anyio.wait_all_tasks_blocked()
+        tries.clear()
+        for _ in range(rounds):
+            places[0]._line.changed()
+            await anyio.wait_all_tasks_blocked()
+        tasks.cancel_scope.cancel()
+
+
+def test_after_the_first_in_line_the_first_of_each_other_caller_tries() -> None:
+    line = WaitingLine(capacity=10, clock=StoppedClock())
+    places = [Place(line, an_attempt(caller)) for caller in ("many", "many", "many", "few")]
+    for place in places:
+        line.join(place)
+        place._joined = True
+    tries: list[str] = []
+    anyio.run(turns_of, places, tries, 2)
+    assert tries == ["many", "few behind", "many", "few behind"]
+
+
+def test_of_one_callers_requests_only_the_first_in_line_tries() -> None:
+    line = WaitingLine(capacity=10, clock=StoppedClock())
+    places = [Place(line, an_attempt("many")) for _ in range(3)]
+    for place in places:
+        line.join(place)
+        place._joined = True
+    tries: list[str] = []
+    anyio.run(turns_of, places, tries, 2)
+    assert tries == ["many", "many"]
+
+
+def test_changes_during_a_try_do_not_keep_the_next_from_trying() -> None:
+    line = WaitingLine(capacity=10, clock=StoppedClock())
+    first, second = (Place(line, an_attempt(caller)) for caller in ("a", "b"))
+    for place in (first, second):
+        line.join(place)
+        place._joined = True
+    assert line.has_turn(first)
+    first.has_seen = line.changes
+    line.changed()
+    line.turned_away(first)
+    assert line.has_turn(second)
+    second.has_seen = line.changes
+    line.turned_away(second)
+    assert line.has_turn(first), "something has changed since its try"
+
+
+def test_whoever_leaves_in_the_middle_of_a_try_lets_the_next_one_try() -> None:
+    line = WaitingLine(capacity=10, clock=StoppedClock())
+    first, second = (Place(line, an_attempt(caller)) for caller in ("a", "b"))
+    for place in (first, second):
+        line.join(place)
+    assert line.has_turn(first)
+    line._leave(first)
+    assert line.has_turn(second)
+    line._leave(second)
+    assert len(line) == 0
