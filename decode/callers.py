@@ -108,9 +108,9 @@ class Accounts:
         """Sequences to preempt so that ``account`` gets ``wanted`` blocks, ``missing`` of which are
         not there; empty where it may not ask for so much.
 
-        Others of its priority give way only while they hold more than their part, and only to one that
-        stays within. A sequence that has just been brought back stays until it has a token for each
-        block that was copied. A caller's own swapped requests come before its new ones.
+        Others of its priority give way only while they hold more than their part, and only to one
+        that stays within. A sequence that has just been brought back stays until it has a token for
+        each block that was copied. A caller's own swapped requests come before its new ones.
         """
         if account.swapped:
             return []

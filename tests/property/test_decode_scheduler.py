@@ -5,6 +5,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from decode.scheduler import DecodeScheduler, Swap
 from engine.kvcache.block_pool import BlockPool
 from protocol.errors import Overloaded
+from protocol.holdings import fair_part
 from protocol.ids import AttemptRef, BlockId, RequestId
 
 BLOCK_TOKENS = 2
@@ -47,6 +48,12 @@ class DecodeMachine(RuleBasedStateMachine):
         except Overloaded:
             assert self.granted or self.quarantined or self.lengths, "an idle rank refused"
             return
+        if reserved.swap_out and priority == 0:
+            after = {(held.caller, held.priority): held for held in self.scheduler.holdings()}
+            others = [held for key, held in after.items() if key != (caller, priority)]
+            mine = after[caller, priority]
+            assert mine.blocks <= fair_part(NUM_BLOCKS, priority, others)
+            assert not mine.swapped_requests
         for swap in reserved.swap_out:
             self.put_aside(swap)
         assert len(reserved.blocks) == -(-prompt // BLOCK_TOKENS)
