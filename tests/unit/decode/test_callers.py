@@ -2,24 +2,10 @@
 
 import pytest
 
-from decode.scheduler import DecodeScheduler, DecodeStep, Reservation
-from engine.kvcache.block_pool import BlockPool
+from decode.scheduler import DecodeScheduler, Reservation
 from protocol.errors import Overloaded
 from protocol.holdings import Holding, fair_part, room_from_others, room_kept
-from protocol.ids import AttemptRef, RequestId
-
-BLOCK_TOKENS = 4
-TOKEN = 7
-
-
-def a_scheduler(num_blocks: int, *, max_batch: int = 8) -> DecodeScheduler:
-    return DecodeScheduler(
-        BlockPool(num_blocks), block_tokens=BLOCK_TOKENS, max_batch=max_batch, headroom_blocks=0
-    )
-
-
-def a_ref(name: str) -> AttemptRef:
-    return AttemptRef(RequestId(name), 0)
+from tests.support.decode_books import BLOCK_TOKENS, TOKEN, a_ref, a_scheduler, running, step
 
 
 def reserve(
@@ -38,17 +24,6 @@ def reserve(
 def join(scheduler: DecodeScheduler, name: str, blocks: int, *, priority: int = 0) -> None:
     reserve(scheduler, name, blocks, priority=priority)
     scheduler.commit(a_ref(name), TOKEN)
-
-
-def step(scheduler: DecodeScheduler) -> DecodeStep:
-    plan = scheduler.schedule()
-    scheduler.advance(plan, [TOKEN] * len(plan.refs))
-    scheduler.books()
-    return plan
-
-
-def running(plan: DecodeStep) -> list[str]:
-    return [ref.request_id for ref in plan.refs]
 
 
 def gave_way(reservation: Reservation) -> list[str]:

@@ -1,43 +1,13 @@
 import pytest
 
-from decode.scheduler import DecodeScheduler, DecodeStep
-from engine.kvcache.block_pool import BlockPool
+from decode.scheduler import DecodeScheduler
 from protocol.errors import ContextLengthExceeded, Overloaded
-from protocol.ids import AttemptRef, RequestId
-
-BLOCK_TOKENS = 4
-TOKEN = 7
-
-
-def a_scheduler(
-    num_blocks: int = 32, *, max_batch: int = 8, headroom_blocks: int = 0
-) -> DecodeScheduler:
-    return DecodeScheduler(
-        BlockPool(num_blocks),
-        block_tokens=BLOCK_TOKENS,
-        max_batch=max_batch,
-        headroom_blocks=headroom_blocks,
-    )
-
-
-def a_ref(name: str) -> AttemptRef:
-    return AttemptRef(RequestId(name), 0)
+from tests.support.decode_books import BLOCK_TOKENS, TOKEN, a_ref, a_scheduler, running, step
 
 
 def join(scheduler: DecodeScheduler, name: str, prompt_tokens: int, max_total: int = 64) -> None:
     scheduler.reserve(a_ref(name), prompt_tokens, max_total)
     scheduler.commit(a_ref(name), TOKEN)
-
-
-def step(scheduler: DecodeScheduler) -> DecodeStep:
-    plan = scheduler.schedule()
-    scheduler.advance(plan, [TOKEN] * len(plan.refs))
-    scheduler.books()
-    return plan
-
-
-def running(plan: DecodeStep) -> list[str]:
-    return [ref.request_id for ref in plan.refs]
 
 
 def test_a_committed_request_steps_with_its_first_token_after_its_prompt() -> None:
