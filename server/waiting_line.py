@@ -57,7 +57,7 @@ class WaitingLine:
             self._leave(place)
 
     def changed(self) -> None:
-        """A decode rank may have room now: let the first in line try."""
+        """A decode rank may have room now: let those in line try, one after another."""
         self.changes += 1
         self._offer()
 

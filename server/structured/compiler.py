@@ -63,10 +63,7 @@ class GrammarCompiler:
             verdict = await anyio.to_thread.run_sync(
                 partial(self._try, constraint), limiter=self._turn
             )
-            if verdict.reason not in (
-                _TOO_SLOW,
-                _TOO_LARGE,
-            ):  # it may have been the machine that was
+            if verdict.reason not in _PERHAPS_THE_MACHINE:
                 self._keep(constraint, verdict)
         if verdict.grammar is None:
             raise InvalidRequest(f"{constraint.param}: {verdict.reason}", param=constraint.param)
