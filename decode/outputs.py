@@ -12,6 +12,7 @@ from engine.sampling.sampler import Sampled
 from engine.sampling.stopping import finish_reason
 from protocol.ids import AttemptRef, WorkerRef
 from protocol.messages import StepTokens, TokenDelta
+from protocol.plain_tokens import pack_token
 from protocol.requests import GenerateRequest
 from runtime.clients import Clients
 from runtime.mailbox import Outbox
@@ -63,6 +64,7 @@ class Outputs:
         """
         self._step += 1
         deltas: dict[bytes, list[TokenDelta]] = {}
+        plain: dict[bytes, bytearray] = {}
         ended = []
         for row, ref in enumerate(refs):
             if ref in sampled.errors:
@@ -72,14 +74,27 @@ class Outputs:
             token_id, logprobs = sampled.token_ids[row], sampled.logprobs[row]
             reason = finish_reason(running.request.stop, token_id, running.num_output)
             peer = self._clients.owner(ref)
-            if peer is not None:
+            stream = running.request.stream
+            if peer is None:
+                pass
+            elif stream and logprobs is None and reason is None:
+                plain.setdefault(peer, bytearray()).extend(pack_token(stream, offset, token_id))
+            else:
                 told = None if logprobs is None else (logprobs,)
                 delta = TokenDelta(ref, offset, (token_id,), told, reason)
                 deltas.setdefault(peer, []).append(delta)
             if reason is not None:
                 ended.append(ref)
         self._outbox.put(
-            (peer, StepTokens(worker=self._worker, step=self._step, deltas=tuple(mine)))
-            for peer, mine in deltas.items()
+            (
+                peer,
+                StepTokens(
+                    worker=self._worker,
+                    step=self._step,
+                    deltas=tuple(deltas.get(peer, ())),
+                    plain=bytes(plain.get(peer, b"")),
+                ),
+            )
+            for peer in {**deltas, **plain}
         )
         return ended

@@ -109,11 +109,17 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
 
 
 class StepTokens(Message, frozen=True, kw_only=True):
-    """All tokens that one engine step made for one gateway: one frame a step."""
+    """All tokens that one engine step made for one gateway: one frame a step.
+
+    ``plain`` has the records (``protocol.plain_tokens``) of tokens that are neither their request's
+    last nor told with probabilities, of requests whose gateway gave them a number; ``deltas`` has
+    all others.
+    """
 
     worker: WorkerRef
     step: int
     deltas: tuple[TokenDelta, ...]
+    plain: bytes = b""
 
 
 class RequestFailed(Message, frozen=True, kw_only=True):

@@ -65,6 +65,7 @@ class GenerateRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     namespace: str = DEFAULT_NAMESPACE  # prefix cache hits never cross namespaces
     caller: str = ""  # callers that wait share what becomes free
     priority: int = 0  # higher waits less
+    stream: int = 0  # the gateway's own number of the attempt, for ``plain_tokens``; 0: it has none
     output_token_ids: tuple[int, ...] = ()  # by earlier attempts: read as if they were prompt
 
     @property

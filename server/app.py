@@ -55,6 +55,7 @@ def create_app(
     settings: GatewaySettings,
     *,
     registry: CollectorRegistry | None = None,
+    metrics: HttpMetrics | None = None,
     times: StreamTimes | None = None,
     spans: SpanExporter | None = None,
     grammars: GrammarCompiler | None = None,
@@ -81,7 +82,7 @@ def create_app(
         spans=Spans(exporter=spans, records=cluster.records) if spans and cluster else None,
         records=cluster.records if cluster else None,
     )
-    metrics = HttpMetrics(registry)
+    metrics = metrics or HttpMetrics(registry)
     if spans is not None:
         registry.register(DroppedSpans(spans))
     store = ResponseStore()

@@ -12,6 +12,8 @@ import asyncio
 from collections.abc import Callable, Collection
 from typing import Literal
 
+import msgspec
+
 from protocol.errors import DeadlineExceeded, WorkerLost
 from protocol.ids import RequestId, WorkerId, WorkerRef
 from protocol.kv import Grant
@@ -23,12 +25,14 @@ from protocol.messages import (
     RequestFailed,
     TokenDelta,
 )
+from protocol.plain_tokens import PlainToken
 from protocol.reports import error_of
 from protocol.requests import GenerateRequest
 from runtime.clock import Clock
 from server.cluster_view import Pair
-from server.generation import Deliver, TokenChunk
+from server.generation import Deliver, SteadyText, TokenChunk
 from server.policies import Demand, Work
+from server.step_writer import StepWriter
 
 Stage = Literal["queue", "reserve", "prefill", "transfer", "decode"]
 SWEEP_S = 0.05
@@ -42,7 +46,10 @@ class Attempt:
         "_deliver",
         "_early",
         "_next_offset",
+        "_steady",
         "_waiter",
+        "_writer",
+        "_written",
         "answer_by",
         "avoid",
         "deadline",
@@ -62,7 +69,6 @@ class Attempt:
         "undelivered",
         "within",
         "work",
-        "written",
     )
 
     def __init__(
@@ -91,11 +97,13 @@ class Attempt:
         self.enough = False  # ``deliver`` wants no more, or the last token has been delivered
         self.failure: Exception | None = None
         self.undelivered = False  # ``deliver`` has raised: that is no worker's failure
-        self.written = list(request.output_token_ids)  # delivered, by this and earlier attempts
+        self._written = list(request.output_token_ids)
         self.on_decoding: Callable[[], None] = _nothing  # decode's first tokens have come
         self._deliver: Deliver | None = None
         self._early: list[TokenDelta] = []  # what decode said before prefill was heard
-        self._next_offset = len(self.written) + 1  # of decode's tokens, which follow prefill's
+        self._next_offset = len(self._written) + 1  # of decode's tokens, which follow prefill's
+        self._steady: SteadyText | None = None  # ``deliver`` may be passed by
+        self._writer: StepWriter | None = None  # that writes this attempt's tokens now
         self._waiter: asyncio.Future[None] | None = None
 
     # -- for the readers ---------------------------------------------------------------------
@@ -131,6 +139,7 @@ class Attempt:
         """Hand on decode's next tokens; False if they are stale. A gap fails the attempt."""
         if delta.ref.attempt != self.ref.attempt or worker != self.decode or self.enough:
             return False
+        self.leave_writer()
         if delta.offset != self._next_offset:
             if delta.offset > self._next_offset:
                 self.fail(WorkerLost("tokens were lost between worker and gateway", stage="decode"))
@@ -144,7 +153,7 @@ class Attempt:
 
     def _hand_on(self, delta: TokenDelta, deliver: Deliver) -> None:
         self.finished = delta.finish_reason is not None
-        self.written += delta.token_ids
+        self._written += delta.token_ids
         try:
             more = deliver(
                 TokenChunk(
@@ -160,6 +169,56 @@ class Attempt:
             if self.finished or not more:
                 self.enough = True
                 self.wake()
+            elif more is not True:
+                self._steady = more
+
+    def enter_writer(self, writer: StepWriter, token: PlainToken, worker: WorkerRef) -> bool:
+        """Whether ``writer`` writes the attempt's tokens from now on, ``token`` the first of them.
+
+        That one knows the attempt by its number, and looks at no worker: only the rank that
+        granted the blocks has anything of this attempt.
+        """
+        steady = self._steady
+        if (
+            steady is None
+            or self._writer is not None
+            or token.offset != self._next_offset
+            or worker != self.decode
+            or self.enough
+            or self.failure is not None
+            or not writer.takes(steady.around)
+        ):
+            return False
+        descriptor = steady.lend(self.leave_writer)
+        if descriptor is None:
+            return False
+        self._writer = writer
+        writer.enter(
+            token.stream,
+            offset=token.offset,
+            descriptor=descriptor,
+            around=steady.around,
+            at=steady.delivered_at,
+        )
+        return True
+
+    def leave_writer(self) -> None:
+        """Whatever is said, read or written next of the attempt finds all its tokens here."""
+        if self._writer is None:
+            return
+        assert self._steady is not None
+        steady, self._steady = self._steady, None
+        written = self._writer.leave(self.request.stream)
+        self._writer = None
+        self._written += written.token_ids
+        self._next_offset += len(written.token_ids)
+        steady.give_back(len(written.token_ids), written.at, written.unsent)
+
+    @property
+    def written(self) -> list[int]:
+        """What has been delivered, by this and earlier attempts."""
+        self.leave_writer()
+        return self._written
 
     def worker_lost(self, worker: WorkerRef) -> None:
         """Fail, unless what was wanted of ``worker`` has been done."""
@@ -168,6 +227,7 @@ class Attempt:
 
     def fail(self, error: Exception) -> None:
         """End the attempt; the first failure counts."""
+        self.leave_writer()
         if self.failure is None:
             self.failure = error
         self.wake()
@@ -228,8 +288,8 @@ class Attempt:
 
     def begin(self, first: PrefillDone, deliver: Deliver) -> bool:
         """Deliver prefill's token; whether more are wanted, and to come."""
-        continued = bool(self.written)
-        self.written.append(first.token_id)
+        continued = bool(self._written)
+        self._written.append(first.token_id)
         self.undelivered = True  # unless the caller takes it
         more = deliver(
             TokenChunk(
@@ -252,7 +312,7 @@ class Attempt:
             ServingError: the attempt has failed. What came before has been delivered.
         """
 
-        def begin(chunk: TokenChunk) -> bool:
+        def begin(chunk: TokenChunk) -> bool | SteadyText:
             """For the first tokens only: the others cost no call more."""
             self._deliver, self.stage = deliver, "decode"
             self.on_decoding()
@@ -279,16 +339,27 @@ def _nothing() -> None:
 class Attempts:
     """The attempts of this gateway that are in flight, one a request."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, writer: StepWriter | None = None) -> None:
         self._clock = clock
+        self.writer = writer
         self.by_request: dict[RequestId, Attempt] = {}
+        self.by_stream: dict[int, Attempt] = {}
 
     def open(self, attempt: Attempt) -> Attempt:
         self.by_request[attempt.ref.request_id] = attempt
+        stream = 0 if self.writer is None else self.writer.number()
+        if stream:
+            attempt.request = msgspec.structs.replace(attempt.request, stream=stream)
+            self.by_stream[stream] = attempt
         return attempt
 
     def close(self, attempt: Attempt) -> None:
+        attempt.leave_writer()
         self.by_request.pop(attempt.ref.request_id, None)
+        stream = attempt.request.stream
+        if self.writer is not None and stream in self.by_stream:
+            del self.by_stream[stream]
+            self.writer.release(stream)
 
     def worker_lost(self, worker: WorkerRef) -> None:
         for attempt in list(self.by_request.values()):

@@ -26,6 +26,7 @@ from server.page.membership import Seen, changes, seen
 from server.page.records import Records
 from server.policies import Demand, Work
 from server.prefix_directory import PrefixDirectory
+from server.step_writer import StepWriter
 from server.unreported import UnreportedWork
 from server.waiting_line import WaitingLine
 from server.worker_links import WorkerLinks
@@ -49,6 +50,7 @@ class Cluster:
         max_waiting: int,
         patience_s: float = 0.0,
         key: ClusterKey | None = None,
+        writer: StepWriter | None = None,
     ) -> None:
         """``patience_s``: how long an interrupted stream waits for workers to go on with it."""
         self.clock = clock
@@ -58,7 +60,7 @@ class Cluster:
         self.retries = 0
         self.migrations = 0
         self.topology_changed = anyio.Event()
-        self.attempts = Attempts(clock)
+        self.attempts = Attempts(clock, writer)
         self.links = WorkerLinks(
             gateway_id=gateway_id,
             attempts=self.attempts,

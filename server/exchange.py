@@ -9,6 +9,7 @@ Invariant: what is written is sent as uvicorn's own ``send`` would have sent it,
 with what else is written to the connection in that turn of the event loop.
 """
 
+import os
 from asyncio import BaseTransport, TimerHandle
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
@@ -42,8 +43,9 @@ class Exchange(Protocol):
         """The client has gone; what is written goes nowhere."""
         ...
 
-    quiet: bool
-    """Made false by every write. Whoever wants to know how long it has been quiet makes it true."""
+    def has_been_quiet(self) -> bool:
+        """Whether nothing has been written since the last call."""
+        ...
 
     def listen(self, on_change: Callable[[], None] | None) -> None:
         """Call ``on_change``, from now on, when ``clear`` becomes true or the client is lost."""
@@ -52,6 +54,20 @@ class Exchange(Protocol):
     def write(self, data: bytes) -> None:
         """Send ``data``, not empty, as the next part of a body that ``send`` has started. While
         the exchange is not clear it stays in this process's memory.
+        """
+        ...
+
+    def lend(self, recall: Callable[[], None]) -> int | None:
+        """A file descriptor of the client's socket, for writing chunks of the body to: for one
+        borrower at a time, and None unless the exchange is clear, the body has begun in chunks and
+        all of it has been sent. Before anything else happens to the exchange ``recall`` is called,
+        which must call ``end_loan``.
+        """
+        ...
+
+    def end_loan(self, unsent: bytes, *, wrote: bool) -> None:
+        """Close the descriptor that was lent, and write on with ``unsent``, framing included.
+        ``wrote`` says whether anything has been written to it.
         """
         ...
 
@@ -79,32 +95,48 @@ def finish_at_once(sending: Awaitable[None]) -> None:
 class _PlainExchange:
     clear = True
     lost = False
-    quiet = True
 
     def __init__(self, send: Send) -> None:
         self._send = send
+        self._quiet = True
+
+    def has_been_quiet(self) -> bool:
+        quiet, self._quiet = self._quiet, True
+        return quiet
 
     def listen(self, on_change: Callable[[], None] | None) -> None:
         pass
 
     def write(self, data: bytes) -> None:
-        self.quiet = False
+        self._quiet = False
         finish_at_once(self._send({"type": "http.response.body", "body": data, "more_body": True}))
+
+    def lend(self, _recall: Callable[[], None]) -> int | None:
+        return None
+
+    def end_loan(self, unsent: bytes, *, wrote: bool) -> None:
+        raise RuntimeError("nothing was lent")
 
     def abort(self) -> None:
         pass
 
 
 class _UvicornExchange:
-    __slots__ = ("_cycle", "_on_change", "_write", "clear", "lost", "quiet")
+    __slots__ = (
+        *("_connection", "_cycle", "_lent", "_on_change", "_quiet", "_recall", "_write"),
+        *("clear", "lost"),
+    )
 
-    def __init__(self, cycle: RequestResponseCycle) -> None:
+    def __init__(self, cycle: RequestResponseCycle, connection: TurnTransport) -> None:
         self._cycle = cycle
+        self._connection = connection
         self._on_change: Callable[[], None] | None = None
         self._write: Callable[[bytes], None] | None = None  # once a body has begun
         self.clear = not cycle.flow.write_paused
         self.lost = False
-        self.quiet = True
+        self._quiet = True
+        self._lent = -1
+        self._recall: Callable[[], None] | None = None  # while the descriptor is lent
 
     @property
     def over(self) -> bool:
@@ -114,7 +146,13 @@ class _UvicornExchange:
         self._on_change = on_change
         self._cycle.flow.resume_reading()  # a hang-up is read; a large body may have paused it
 
+    def has_been_quiet(self) -> bool:
+        self._call_in_loan()
+        quiet, self._quiet = self._quiet, True
+        return quiet
+
     def change(self, *, clear: bool, lost: bool) -> None:
+        self._call_in_loan()
         self.clear, self.lost = clear, lost
         if lost:
             self._write = _discard
@@ -122,7 +160,9 @@ class _UvicornExchange:
             self._on_change()
 
     def write(self, data: bytes) -> None:
-        self.quiet = False
+        if self._recall is not None:
+            self._recall()
+        self._quiet = False
         write = self._write or self._begin()
         write(b"%x\r\n%b\r\n" % (len(data), data))
 
@@ -132,7 +172,29 @@ class _UvicornExchange:
         self._write = cycle.transport.write if cycle.chunked_encoding else _discard
         return self._write
 
+    def lend(self, recall: Callable[[], None]) -> int | None:
+        if self._recall is not None or not self.clear or self._write in (None, _discard):
+            return None
+        descriptor = self._connection.idle_descriptor()
+        if descriptor is None:
+            return None
+        self._lent, self._recall = os.dup(descriptor), recall
+        return self._lent
+
+    def end_loan(self, unsent: bytes, *, wrote: bool) -> None:
+        self._recall = None
+        os.close(self._lent)
+        if wrote:
+            self._quiet = False
+        if unsent:
+            self._connection.write(unsent)
+
+    def _call_in_loan(self) -> None:
+        if self._recall is not None:
+            self._recall()
+
     def abort(self) -> None:
+        self._call_in_loan()
         self._cycle.transport.abort()
 
 
@@ -194,7 +256,7 @@ class ExchangeProtocol(HttpToolsProtocol):
         before = self.cycle
         super().on_headers_complete()
         if self.cycle is not before:  # else it is an upgrade, which is no request
-            exchange = _UvicornExchange(self.cycle)
+            exchange = _UvicornExchange(self.cycle, self._connection)
             self._exchanges = [e for e in self._exchanges if not e.over] + [exchange]
             extensions: dict[str, Any] = self.scope.setdefault("extensions", {})
             extensions[_EXTENSION] = exchange

@@ -17,14 +17,17 @@ from runtime.log import get_log
 from runtime.reporting import report
 from server.app import create_app
 from server.exchange import exchange_protocol
+from server.metrics import HttpMetrics
 from server.metrics_compat import VllmAliases
 from server.serving import open_serving
 from server.settings import GatewaySettings, SchedulerSettings
 from server.spans import SpanExporter
+from server.step_writer import StepWriter
 from server.structured.compiler import GrammarCompiler
 from server.text.loading import load_model_text
 from server.text.long_texts import LongTexts
 from server.text.model_text import ModelText
+from server.text.token_texts import TokenTexts
 
 log = get_log(__name__)
 
@@ -46,6 +49,7 @@ def run(settings: GatewaySettings, scheduler: SchedulerSettings) -> int:
 
 async def _serve(settings: GatewaySettings, scheduler: SchedulerSettings, text: ModelText) -> None:
     registry = CollectorRegistry()
+    metrics = HttpMetrics(registry)
     with (
         bound(settings) as listeners,
         GrammarCompiler(text.tokenizer.vocabulary()) as grammars,
@@ -61,6 +65,7 @@ async def _serve(settings: GatewaySettings, scheduler: SchedulerSettings, text: 
                 lease_s=scheduler.lease_s,
                 heartbeat_s=scheduler.heartbeat_s,
                 registry=registry,
+                writer=StepWriter(TokenTexts(text.tokenizer), metrics.token_gap),
             ) as serving,
             anyio.create_task_group() as background,
         ):
@@ -77,6 +82,7 @@ async def _serve(settings: GatewaySettings, scheduler: SchedulerSettings, text: 
                         text,
                         settings,
                         registry=registry,
+                        metrics=metrics,
                         grammars=grammars,
                         long_texts=long_texts,
                         tasks=background,

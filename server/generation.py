@@ -46,8 +46,38 @@ class Readiness:
     reason: str
 
 
-# Takes the next tokens, at once and without waiting; False when no more of them are wanted.
-Deliver = Callable[[TokenChunk], bool]
+class SteadyText(Protocol):
+    """A stream whose tokens have nothing more to say than their text, each the same way, so that
+    ``server.step_writer`` can write them. That one asks, and gives back what it was lent when a
+    token comes of which this is not true, or when it is told to.
+    """
+
+    around: tuple[bytes, bytes]
+    """What comes before and after the text of each token, quoted as JSON."""
+
+    @property
+    def delivered_at(self) -> float:
+        """When the last tokens were delivered, monotonic seconds."""
+        ...
+
+    def lend(self, recall: Callable[[], None]) -> int | None:
+        """A file descriptor to write chunks of HTTP/1.1 to, good until it is given back; None if
+        the socket is not to be had now. ``recall`` is called when it is wanted back, and must
+        give it back at once.
+        """
+        ...
+
+    def give_back(self, tokens: int, at: float, unsent: bytes) -> None:
+        """``tokens`` were written meanwhile, the last of them ``at`` that time, but for the end of
+        their bytes, ``unsent``.
+        """
+        ...
+
+
+Deliver = Callable[[TokenChunk], "bool | SteadyText"]
+"""Takes the next tokens, at once and without waiting; False when no more of them are wanted. With a
+``SteadyText`` the next may be written without it, until that has been given back.
+"""
 
 
 class Generator(Protocol):

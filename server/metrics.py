@@ -15,6 +15,7 @@ overloaded (503), server_error (other 5xx, or an error event) or disconnected. N
 anything of a caller's.
 """
 
+from array import array
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from http import HTTPStatus
@@ -42,12 +43,16 @@ class Latencies(Collector):
         self._name = name
         self._help = help_text
         self._bounds = tuple(bounds)
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
+        self._counts = array("q", [0] * (len(bounds) + 1))
+        self._sum = array("d", [0.0])
 
     def observe(self, seconds: float) -> None:
         self._counts[bisect_left(self._bounds, seconds)] += 1
-        self._sum += seconds
+        self._sum[0] += seconds
+
+    def memory(self) -> "tuple[array[int], array[float]]":
+        """Observations by bucket, and their sum, for compiled code to add to."""
+        return self._counts, self._sum
 
     def counts(self) -> tuple[int, ...]:
         """Observations by bucket since the start, the last one above all ``bounds``."""
@@ -61,7 +66,7 @@ class Latencies(Collector):
         labels = [*map(str, self._bounds), "+Inf"]
         buckets = list(zip(labels, map(float, accumulate(self._counts)), strict=True))
         family = HistogramMetricFamily(self._name, self._help)
-        family.add_metric([], buckets=buckets, sum_value=self._sum)
+        family.add_metric([], buckets=buckets, sum_value=self._sum[0])
         yield family
 
 

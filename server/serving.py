@@ -23,6 +23,7 @@ from server.cluster_watch import ClusterWatch
 from server.generation import Deliver, Readiness, ServedModel
 from server.request_flow import run_request
 from server.scheduler import FAMILY, HEARTBEAT_S, LEASE_S, Scheduler
+from server.step_writer import StepWriter
 
 MAX_WAITING_REQUESTS = 512
 
@@ -74,13 +75,14 @@ async def open_serving(
     lease_s: float = LEASE_S,
     heartbeat_s: float = HEARTBEAT_S,
     registry: CollectorRegistry | None = None,
+    writer: StepWriter | None = None,
 ) -> AsyncGenerator[Serving]:
     """Serve with the workers that announce themselves at the address ``scheduler``.
 
     With ``embed_scheduler`` the scheduler runs here and listens at that address; port 0 takes a
     free one, see ``Serving.scheduler_address``. Otherwise it is another process. ``patience_s`` is
     how long an interrupted stream waits for workers that can go on with it. ``registry`` gets what
-    the gateway knows of the cluster.
+    the gateway knows of the cluster. ``writer`` writes what it can of streams.
 
     Raises:
         ConfigError: the scheduler cannot listen there.
@@ -103,6 +105,7 @@ async def open_serving(
             max_waiting=max_waiting,
             patience_s=patience_s,
             key=key,
+            writer=writer,
         )
         if registry is not None:
             registry.register(ClusterMetrics(cluster))

@@ -67,6 +67,17 @@ class TurnTransport(Transport):
         if not self.is_closing():
             self._transport.write(data)
 
+    def idle_descriptor(self) -> int | None:
+        """The socket's, while all that was written has left; None if not, or if bytes written to
+        it would not reach the peer as they are (TLS).
+        """
+        transport = self._transport
+        if self._parts or self.is_closing() or transport.get_write_buffer_size():
+            return None
+        if transport.get_extra_info("sslcontext") is not None:
+            return None
+        return int(transport.get_extra_info("socket").fileno())
+
     def close(self) -> None:
         """Closed with something unread, the peer's side would be reset, and it could lose what it
         has been sent. So a peer that is expected to send more is still read from, for ``linger_s``

@@ -5,7 +5,8 @@ worker has failed, and the worker counts as absent until a new link stands. Fram
 the attempts they are about; what is stale or about nobody is dropped and counted here.
 """
 
-from collections.abc import Callable, Iterable
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 import anyio
@@ -21,13 +22,15 @@ from protocol.messages import (
     Granted,
     Message,
     StepTokens,
+    TokenDelta,
 )
+from protocol.plain_tokens import RECORD_BYTES, PlainToken, plain_token
 from protocol.workers import WorkerInfo
 from runtime.bus import Connection
 from runtime.clock import Clock
 from runtime.keys import ClusterKey
 from runtime.log import get_log
-from server.attempts import Attempts
+from server.attempts import Attempt, Attempts
 
 log = get_log(__name__)
 
@@ -57,6 +60,7 @@ class WorkerLinks:
         self._on_change = on_change
         self._scopes: dict[WorkerRef, anyio.CancelScope] = {}
         self._up: dict[WorkerRef, Connection[FromWorker]] = {}
+        self._plain: list[tuple[WorkerRef, bytes]] = []  # in this turn of the event loop
         self.stale_frames = 0
 
     def follow(self, workers: Iterable[WorkerInfo]) -> None:
@@ -111,26 +115,80 @@ class WorkerLinks:
                 self._down(worker)
 
     def _down(self, worker: WorkerRef) -> None:
+        self._write_plain()
         if self._up.pop(worker, None) is not None:
             log.info("worker link down", worker=worker.worker_id)
             self._attempts.worker_lost(worker)
             self._on_change()
 
     def _step(self, worker: WorkerRef, frame: StepTokens) -> None:
-        """The hot path: every token of every stream passes here."""
-        by_request = self._attempts.by_request
-        if frame.worker != worker:
-            self.stale_frames += len(frame.deltas)
+        """The hot path: every token of every stream passes here. Plain ones wait for the end of
+        the turn, because a gateway that has fallen behind finds several steps in one.
+        """
+        if frame.worker != worker or len(frame.plain) % RECORD_BYTES:
+            self.stale_frames += len(frame.deltas) + len(frame.plain) // RECORD_BYTES
             return
-        for delta in frame.deltas:
-            attempt = by_request.get(delta.ref.request_id)
-            if attempt is None or not attempt.take(delta, worker):
+        if frame.plain:
+            if not self._plain:
+                asyncio.get_running_loop().call_soon(self._write_plain)
+            self._plain.append((worker, frame.plain))
+        if frame.deltas:
+            self._write_plain()
+            for delta in frame.deltas:
+                self._take(delta, worker)
+
+    def _take(self, delta: TokenDelta, worker: WorkerRef) -> None:
+        attempt = self._attempts.by_request.get(delta.ref.request_id)
+        if attempt is None or not attempt.take(delta, worker):
+            self.stale_frames += 1
+
+    def _write_plain(self) -> None:
+        if not self._plain:
+            return
+        frames, self._plain = self._plain, []
+        records = bytearray().join(frame for _, frame in frames)
+        workers = [w for w, frame in frames for _ in range(len(frame) // RECORD_BYTES)]
+        entered = bytearray()  # what is to be written after all
+        streams: set[int] = set()
+        by_stream, writer = self._attempts.by_stream, self._attempts.writer
+        for place in self._unwritten(records):
+            token = plain_token(records, place)
+            attempt = by_stream.get(token.stream)
+            if attempt is None:
                 self.stale_frames += 1
+            elif token.stream in streams or (
+                writer is not None and attempt.enter_writer(writer, token, workers[place])
+            ):
+                streams.add(token.stream)
+                entered += records[place * RECORD_BYTES : (place + 1) * RECORD_BYTES]
+            else:
+                self._take_plain(attempt, token, workers[place])
+        for place in self._unwritten(entered):
+            token = plain_token(entered, place)
+            attempt = by_stream[token.stream]
+            assert attempt.decode is not None
+            self._take_plain(attempt, token, attempt.decode)
+
+    def _unwritten(self, records: bytearray) -> Sequence[int]:
+        """The records that the step writer has left, in order; by place."""
+        writer = self._attempts.writer
+        if writer is None:
+            return range(len(records) // RECORD_BYTES)
+        left, behind = writer.write(records) if records else ((), ())
+        for stream in behind:
+            self._attempts.by_stream[stream].leave_writer()
+        return left
+
+    def _take_plain(self, attempt: Attempt, token: PlainToken, worker: WorkerRef) -> None:
+        delta = TokenDelta(attempt.ref, token.offset, (token.token_id,), None, None)
+        if not attempt.take(delta, worker):
+            self.stale_frames += 1
 
     def _hear(self, worker: WorkerRef, message: FromWorker) -> None:
         if isinstance(message, StepTokens):
             self._step(worker, message)
             return
+        self._write_plain()
         attempt = self._attempts.by_request.get(_request_of(message))
         if attempt is None or not attempt.hear(message):
             self.stale_frames += 1

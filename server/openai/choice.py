@@ -114,6 +114,11 @@ class Choice:
         """The stop string that ended the text, if one did."""
         return None if self._stops is None else self._stops.matched
 
+    @property
+    def only_spells(self) -> bool:
+        """Nothing is done with its tokens but to spell them, and no character is open."""
+        return self._plain and self._detokenizer.between_characters
+
     def accept(self, chunk: TokenChunk) -> str:
         """The text that may be shown now; empty while a character or stop string is open."""
         if self._plain and self.completion_tokens and chunk.finish_reason is None:

@@ -219,8 +219,8 @@ class EventStream:
         times = self._times
         exchange = self._exchange
         now = monotonic()
-        if not exchange.quiet:
-            exchange.quiet, self._quiet_since = True, now
+        if not exchange.has_been_quiet():
+            self._quiet_since = now
         quiet_s = now - self._quiet_since
         if not exchange.clear:
             if quiet_s > times.write_stall_s:

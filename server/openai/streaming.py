@@ -13,18 +13,22 @@ from time import monotonic
 
 import orjson
 
-from server.generation import TokenChunk
+from server.generation import SteadyText, TokenChunk
 from server.metrics import Latencies
 from server.openai.answer import Answer, Events
 from server.openai.choice import Choice
 from server.openai.events import AnswerEvents
 from server.openai.sse import EventStream
 
+_NOT_STEADY = (b"", b"")
+
 
 class ChoiceStream:
-    """One choice on its way to the client; ``deliver`` takes its tokens."""
+    """One choice on its way to the client; ``deliver`` takes its tokens. In the steady state it is
+    a ``SteadyText``.
+    """
 
-    __slots__ = ("_after", "_before", "_choice", "_exchange", "_gaps", "_observe", "_others")
+    __slots__ = ("_alone", "_choice", "_exchange", "_gaps", "_observe", "_others", "around")
 
     def __init__(
         self,
@@ -42,21 +46,34 @@ class ChoiceStream:
         self._exchange = others.stream.exchange
         self._gaps = gaps
         self._observe = observe
-        self._before: bytes | None = None  # None: not, or not yet, in the steady state
-        self._after = b""
+        self._alone = others.has_one_choice
+        self.around: tuple[bytes, bytes] = _NOT_STEADY
 
-    def deliver(self, chunk: TokenChunk) -> bool:
+    def deliver(self, chunk: TokenChunk) -> bool | SteadyText:
         choice = self._choice
         text = choice.accept(chunk)
         exchange = self._exchange
-        if self._before is None or choice.finish_reason is not None or not exchange.clear:
+        around = self.around
+        if around is _NOT_STEADY or choice.finish_reason is not None or not exchange.clear:
             return self._deliver_any(text)
         now = monotonic()
         self._gaps.observe(now - choice.delivered_at)
         choice.delivered_at = now
         if text:
-            exchange.write(b"".join((self._before, orjson.dumps(text), self._after)))
-        return True
+            exchange.write(b"".join((around[0], orjson.dumps(text), around[1])))
+        return self if self._alone and choice.only_spells else True
+
+    @property
+    def delivered_at(self) -> float:
+        return self._choice.delivered_at
+
+    def lend(self, recall: Callable[[], None]) -> int | None:
+        return self._exchange.lend(recall)
+
+    def give_back(self, tokens: int, at: float, unsent: bytes) -> None:
+        self._choice.completion_tokens += tokens
+        self._choice.delivered_at = at
+        self._exchange.end_loan(unsent, wrote=tokens > 0)
 
     def _deliver_any(self, text: str) -> bool:
         choice, others = self._choice, self._others
@@ -66,7 +83,7 @@ class ChoiceStream:
             return False
         around = others.events.around_text(choice) if others.has_opened(choice) else None
         if around is not None:
-            self._before, self._after = around
+            self.around = around
         return True
 
 
@@ -81,6 +98,10 @@ class AnswerStream:
         self._unopened = {choice.index for choice in answer.choices}
         self._unfinished = len(answer.choices)
         self._gathered: dict[Choice, str] = {}
+
+    @property
+    def has_one_choice(self) -> bool:
+        return len(self._unopened) == 1  # of an answer that has not begun
 
     def has_opened(self, choice: Choice) -> bool:
         """Something of it has been written."""

@@ -14,6 +14,11 @@ _new_utf8_decoder = codecs.getincrementaldecoder("utf-8")
 
 
 class Detokenizer(Protocol):
+    @property
+    def between_characters(self) -> bool:
+        """Nothing is held: the next token's text, if it has one by itself, is what it adds."""
+        ...
+
     def push(self, token_id: int) -> str:
         """The characters that are complete now; empty while one is still being spelt."""
         ...
@@ -50,6 +55,10 @@ class _ByteLevel:
         self._decoder = _new_utf8_decoder(errors="replace")
         self._open = False  # a character has begun and is not complete
 
+    @property
+    def between_characters(self) -> bool:
+        return not self._open
+
     def push(self, token_id: int) -> str:
         if token_id in self._skipped:
             return ""
@@ -79,6 +88,10 @@ class _ByteFallback:
         self._run = b""
         self._strips = tokenizer.strips_leading_space
         self._at_start = True
+
+    @property
+    def between_characters(self) -> bool:
+        return not (self._run or self._at_start)
 
     def push(self, token_id: int) -> str:
         if token_id in self._skipped:

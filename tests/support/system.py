@@ -9,6 +9,7 @@ from protocol.errors import ServingError
 from protocol.requests import GenerateRequest
 from server.generation import TokenChunk
 from server.serving import Serving, open_serving
+from server.step_writer import StepWriter
 from tests.support.polling import eventually
 from tests.support.workers import Fabric, Pace, SimulatedDecode, SimulatedPrefill, serve_workers
 
@@ -98,6 +99,7 @@ async def a_system(
     max_waiting: int = 8,
     patience_s: float = 0.0,
     pace: Pace | None = None,
+    writer: StepWriter | None = None,
 ) -> AsyncGenerator[System]:
     fabric = Fabric()
     pace = pace or Pace()
@@ -122,6 +124,7 @@ async def a_system(
             patience_s=patience_s,
             heartbeat_s=0.05,
             lease_s=LONG_S,
+            writer=writer,
         ) as serving,
         serve_workers(serving.scheduler_address, [*prefills, *decodes]) as add,
     ):

@@ -37,6 +37,7 @@ from protocol.messages import (
     TokenDelta,
     ToPrefill,
 )
+from protocol.plain_tokens import pack_token
 from protocol.reports import report_of
 from protocol.requests import GenerateRequest
 from protocol.workers import PrefixEvents, WorkerInfo, WorkerLoad
@@ -289,17 +290,31 @@ class SimulatedDecode(_Worker):
     def _step(self) -> list[tuple[bytes, StepTokens]]:
         self._steps += 1
         deltas: dict[bytes, list[TokenDelta]] = {}
+        plain: dict[bytes, bytearray] = {}
         for ref, running in list(self._running.items()):
             token = next_token(running.last, running.offset)
             finish = finish_of(running.request, token, running.offset + 1)
-            delta = TokenDelta(ref, running.offset, (token,), None, finish)
-            deltas.setdefault(running.peer, []).append(delta)
+            stream = running.request.stream
+            if stream and finish is None:
+                record = pack_token(stream, running.offset, token)
+                plain.setdefault(running.peer, bytearray()).extend(record)
+            else:
+                delta = TokenDelta(ref, running.offset, (token,), None, finish)
+                deltas.setdefault(running.peer, []).append(delta)
             running.last, running.offset = token, running.offset + 1
             if finish is not None:
                 self._release(ref)
         return [
-            (peer, StepTokens(worker=self.ref, step=self._steps, deltas=tuple(of_peer)))
-            for peer, of_peer in deltas.items()
+            (
+                peer,
+                StepTokens(
+                    worker=self.ref,
+                    step=self._steps,
+                    deltas=tuple(deltas.get(peer, ())),
+                    plain=bytes(plain.get(peer, b"")),
+                ),
+            )
+            for peer in {**deltas, **plain}
         ]
 
 

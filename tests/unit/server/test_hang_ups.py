@@ -6,22 +6,16 @@ import os
 import random
 import socket
 import struct
-from collections.abc import AsyncGenerator, Generator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import anyio
 import pytest
-import uvicorn
-from prometheus_client import CollectorRegistry
 
-from deploy.demo import demo_weights
-from server.app import create_app
-from server.exchange import exchange_protocol
-from server.settings import GatewaySettings
-from server.text.loading import load_model_text
 from tests.support.arithmetic import MODEL
+from tests.support.gateway import a_gateway, a_writer
 from tests.support.polling import eventually
-from tests.support.system import System, a_system
+from tests.support.system import a_system
 from tests.support.workers import Pace
 
 pytestmark = pytest.mark.anyio
@@ -42,7 +36,13 @@ def anyio_backend() -> str:
 @pytest.mark.parametrize("clients", [60, pytest.param(2000, marks=pytest.mark.slow)])
 async def test_clients_that_hang_up_at_any_moment_leave_nothing_behind(clients: int) -> None:
     async with (
-        a_system(ranks=RANKS, num_blocks=BLOCKS, max_waiting=AT_ONCE, pace=PACE) as system,
+        a_system(
+            ranks=RANKS,
+            num_blocks=BLOCKS,
+            max_waiting=AT_ONCE,
+            pace=PACE,
+            writer=a_writer(),
+        ) as system,
         a_gateway(system) as (port, server),
     ):
         for number in range(5):  # whatever is made once, by the first who ask, is there now
@@ -112,30 +112,3 @@ def a_socket() -> Generator[socket.socket]:
     with socket.socket() as connection:
         connection.setblocking(False)
         yield connection
-
-
-@asynccontextmanager
-async def a_gateway(system: System) -> AsyncGenerator[tuple[int, uvicorn.Server]]:
-    """The real application over the system: its port, and its server."""
-    text = load_model_text(demo_weights())
-    app = create_app(
-        system.serving,
-        text,
-        GatewaySettings(),
-        registry=CollectorRegistry(),
-        cluster=system.serving.cluster,
-    )
-    with socket.create_server(("127.0.0.1", 0), backlog=AT_ONCE) as listener:
-        config = uvicorn.Config(app, http=exchange_protocol(), lifespan="off", log_config=None)
-        server = Server(config)
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(server.serve, [listener])
-            await eventually(lambda: server.started, "the server has started")
-            yield listener.getsockname()[1], server
-            server.should_exit = True
-
-
-class Server(uvicorn.Server):
-    @contextmanager
-    def capture_signals(self) -> Generator[None]:
-        yield  # signals are the test runner's

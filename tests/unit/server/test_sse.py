@@ -155,7 +155,7 @@ class Wire:
     def __init__(self, *, clear: bool) -> None:
         self.clear = clear
         self.lost = False
-        self.quiet = True
+        self.writes_looked_at = 0
         self.aborted = False
         self.body = b""
         self.writes = 0
@@ -173,6 +173,16 @@ class Wire:
         assert data
         self.writes += 1
         self.body += data
+
+    def has_been_quiet(self) -> bool:
+        before, self.writes_looked_at = self.writes_looked_at, self.writes
+        return before == self.writes
+
+    def lend(self, recall: Callable[[], None]) -> int | None:
+        return None
+
+    def end_loan(self, unsent: bytes, *, wrote: bool) -> None:
+        raise AssertionError("nothing was lent")
 
     def abort(self) -> None:
         self.aborted = True
