@@ -4,9 +4,7 @@ One block of bytes for the whole vocabulary, and where each token's part begins 
 code reads it by address (``server.step_writer``).
 """
 
-from collections.abc import Iterator
-from contextlib import suppress
-from itertools import accumulate
+from array import array
 
 import numpy as np
 import numpy.typing as npt
@@ -21,17 +19,19 @@ class TokenTexts:
     """
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
-        quoted = list(_quoted(tokenizer))
-        self.block: npt.NDArray[np.uint8] = np.frombuffer(bytearray().join(quoted), np.uint8)
-        self.starts: npt.NDArray[np.int64] = np.fromiter(
-            accumulate(map(len, quoted), initial=0), np.int64, len(quoted) + 1
-        )
+        block, starts = bytearray(), array("q", [0])
+        for token_id in range(tokenizer.vocab_size):
+            if text := _own_text(tokenizer, token_id):
+                block += orjson.dumps(text)
+            starts.append(len(block))
+        self.block: npt.NDArray[np.uint8] = np.frombuffer(block, np.uint8)
+        self.starts: npt.NDArray[np.int64] = np.frombuffer(starts, np.int64)
 
 
-def _quoted(tokenizer: TextTokenizer) -> Iterator[bytes]:
-    for token_id in range(tokenizer.vocab_size):
-        text = ""
-        if token_id not in tokenizer.special_ids and not tokenizer.is_byte_piece(token_id):
-            with suppress(UnicodeDecodeError):
-                text = tokenizer.piece(token_id).decode()
-        yield orjson.dumps(text) if text else b""
+def _own_text(tokenizer: TextTokenizer, token_id: int) -> str:
+    if token_id in tokenizer.special_ids or tokenizer.is_byte_piece(token_id):
+        return ""
+    try:
+        return tokenizer.piece(token_id).decode()
+    except UnicodeDecodeError:
+        return ""

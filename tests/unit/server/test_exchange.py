@@ -1,7 +1,9 @@
 """Writing past ASGI's ``send``: the same bytes, on every kind of exchange."""
 
 import asyncio
+import os
 import socket
+import time
 from typing import Any
 
 import anyio
@@ -51,6 +53,83 @@ def test_the_bytes_are_those_that_send_would_have_sent(line: bytes, has_body: bo
         through_send = exchange(url, line % b"/send" + rest)
     assert direct.partition(b"x-a: b")[2] == through_send.partition(b"x-a: b")[2] != b""
     assert (PARTS[1] in direct) == has_body
+
+
+async def lending(scope: Scope, _receive: Receive, send: Send) -> None:
+    """The same answer; the part in the middle past the exchange, where that can be had."""
+    exchange = exchange_of(scope, send)
+    recalled: list[str] = []
+
+    def recall() -> None:
+        recalled.append("yes")
+        exchange.end_loan(b"", wrote=True)
+
+    assert exchange.lend(recall) is None  # the body has not begun
+    finish_at_once(send(HEAD))
+    exchange.write(PARTS[0])
+    assert exchange.lend(recall) is None  # that has not left yet
+    await anyio.sleep(0.05)
+    descriptor = exchange.lend(recall)
+    if descriptor is None:
+        exchange.write(PARTS[1])
+    else:
+        assert exchange.lend(recall) is None  # to one at a time
+        os.write(descriptor, b"%x\r\n%b\r\n" % (len(PARTS[1]), PARTS[1]))
+    exchange.write(PARTS[2])
+    assert len(recalled) == (descriptor is not None)
+    assert not exchange.has_been_quiet()
+    assert exchange.has_been_quiet()
+    assert (descriptor is not None) == (scope["path"] == "/lends")
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+@pytest.mark.parametrize(
+    ("line", "path"),
+    [
+        (b"GET %b HTTP/1.1", b"/lends"),
+        (b"GET %b HTTP/1.0", b"/lends"),  # in chunks, as uvicorn sends it to these too
+        (b"HEAD %b HTTP/1.1", b"/no-body"),
+    ],
+    ids=["1.1", "1.0", "HEAD"],
+)
+def test_a_socket_is_lent_once_all_has_left(line: bytes, path: bytes) -> None:
+    rest = b"\r\nhost: x\r\nconnection: close\r\n\r\n"
+    with serve(lending) as url:
+        lent = exchange(url, line % path + rest)
+    with serve(answer) as url:
+        expected = exchange(url, line % b"/send" + rest)
+    assert lent.partition(b"x-a: b")[2] == expected.partition(b"x-a: b")[2] != b""
+
+
+def test_a_client_that_hangs_up_ends_the_loan() -> None:
+    ended: list[bool] = []
+
+    async def app(scope: Scope, _receive: Receive, send: Send) -> None:
+        exchange = exchange_of(scope, send)
+        finish_at_once(send(HEAD))
+        exchange.write(PARTS[0])
+        await anyio.sleep(0.05)
+
+        def recall() -> None:
+            assert descriptor is not None
+            os.fstat(descriptor)  # still ours, and no other connection's
+            exchange.end_loan(b"", wrote=False)
+            ended.append(exchange.lost)
+
+        descriptor = exchange.lend(recall)
+        exchange.listen(lambda: None)
+        with anyio.fail_after(10):
+            while not exchange.lost:  # noqa: ASYNC110  uvicorn tells it by no event
+                await anyio.sleep(0.01)
+
+    with serve(app) as url:
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.sendall(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+            connection.recv(100)
+            time.sleep(0.2)
+        assert eventually(lambda: bool(ended))
+    assert ended == [False]
 
 
 def test_what_is_written_in_one_turn_is_sent_in_one_piece() -> None:
