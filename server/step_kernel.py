@@ -73,12 +73,7 @@ def _put_event(scratch: Any, at: int, before: Any, text: Any, after: Any) -> Any
     return _put_line_end(scratch, at)
 
 
-@njit(
-    "void(int64[::1], int64[:, ::1], uint8[:, ::1], int32[:, ::1], int64[::1], uint8[::1],"
-    " uint8[::1], float64[::1], int64[::1], float64[::1], int32[:, ::1], int64[::1])",
-    cache=True,
-)
-def write_tokens(  # noqa: PLR0917  numba has no keywords in signatures
+def _write_tokens(  # noqa: PLR0917  numba has no keywords in signatures
     records: Any,
     rows: Any,
     around: Any,
@@ -155,3 +150,17 @@ def write_tokens(  # noqa: PLR0917  numba has no keywords in signatures
             told[BEHIND, behind] = slot
             behind += 1
     words[LEFT], words[BEHIND] = left, behind
+
+
+def _compiled() -> Any:
+    signature = (
+        "void(int64[::1], int64[:, ::1], uint8[:, ::1], int32[:, ::1], int64[::1], uint8[::1],"
+        " uint8[::1], float64[::1], int64[::1], float64[::1], int32[:, ::1], int64[::1])"
+    )
+    try:
+        return njit(signature, cache=True)(_write_tokens)
+    except RuntimeError:  # no folder to keep it in can be written to: it is compiled at each start
+        return njit(signature)(_write_tokens)
+
+
+write_tokens = _compiled()

@@ -147,11 +147,14 @@ class WorkerLinks:
             return
         frames, self._plain = self._plain, []
         records = bytearray().join(frame for _, frame in frames)
+        left = self._unwritten(records)
+        if not left:
+            return
         workers = [w for w, frame in frames for _ in range(len(frame) // RECORD_BYTES)]
         entered = bytearray()  # what is to be written after all
         streams: set[int] = set()
         by_stream, writer = self._attempts.by_stream, self._attempts.writer
-        for place in self._unwritten(records):
+        for place in left:
             token = plain_token(records, place)
             attempt = by_stream.get(token.stream)
             if attempt is None:
