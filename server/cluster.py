@@ -52,7 +52,9 @@ class Cluster:
         key: ClusterKey | None = None,
         writer: StepWriter | None = None,
     ) -> None:
-        """``patience_s``: how long an interrupted stream waits for workers to go on with it."""
+        """``patience_s``: how long an interrupted stream waits for workers to go on with it, and
+        how long after workers were there new requests wait for them to be back.
+        """
         self.clock = clock
         self.patience_s = patience_s
         self.view = ClusterView()
@@ -71,6 +73,8 @@ class Cluster:
         )
         self._max_waiting = max_waiting
         self._members: tuple[WorkerState, ...] = ()
+        self._served_until: dict[str, float] = {}  # by model that lacks workers, and had them
+        self._tasks = tasks
         self._seen = Seen()
         self._prefixes = PrefixDirectory()
         self.expert_reports: dict[WorkerRef, ExpertReport] = {}
@@ -115,8 +119,26 @@ class Cluster:
         if self.view.pairs() != before.pairs():
             self.topology_changed.set()
             self.topology_changed = anyio.Event()
+            self._note_outages(before)
         self._note_changes()
         self._capacity_changed()
+
+    def _note_outages(self, before: ClusterView) -> None:
+        for model in {state.info.model for state in before.decode}:
+            if before.lack(model) is None and self.view.lack(model) is not None:
+                self._served_until[model] = self.clock.now()
+                self._tasks.start_soon(self._give_up_later)
+
+    async def _give_up_later(self) -> None:
+        """Let those who wait for workers try once more when there is no hope left."""
+        await self.clock.sleep(self.patience_s)
+        self._capacity_changed()
+
+    def _may_be_back(self, attempt: Attempt) -> bool:
+        """Workers for the request were there not long ago. Canaries ask for workers that are."""
+        until = self._served_until.get(attempt.request.model)
+        waits = until is not None and self.clock.now() < until + self.patience_s
+        return waits and attempt.within is None
 
     def _note_changes(self) -> None:
         before, self._seen = self._seen, seen(self._members, self.links.is_up)
@@ -169,15 +191,18 @@ class Cluster:
         return sum(len(line) for line in self._lines.values())
 
     def decode_ranks(self, attempt: Attempt, *, behind: bool) -> list[WorkerState]:
-        """Ranks to ask for a reservation, best first; none while all are full. ``behind``: others
-        wait before it, and only callers that hold too much may give way for it.
+        """Ranks to ask for a reservation, best first; none while all are full, or workers are away
+        that may be back. ``behind``: others wait before it, and only callers that hold too much may
+        give way for it.
 
         Raises:
-            NoWorkerAvailable: not even later: nobody serves the model now.
+            NoWorkerAvailable: not even later: nobody serves the model.
             ContextLengthExceeded: no rank is large enough.
         """
         lack = self.view.lack(attempt.request.model)
         if lack is not None:
+            if self._may_be_back(attempt):
+                return []
             raise self._nobody(lack)
         ranks = self.view.decode
         if attempt.within is not None:

@@ -103,7 +103,9 @@ class GatewaySettings(Settings):
     """Beyond this many requests without a decode reservation, answer 503."""
 
     migration_patience_s: NonNegativeFloat = 30.0
-    """Seconds that a stream whose workers were lost waits for others; 0 ends it at once."""
+    """Seconds that a stream whose workers were lost waits for others; 0 ends it at once. A new
+    request waits too, until this long after there was one to serve it.
+    """
 
     max_open_requests: PositiveInt = 4096
     """Beyond this many open HTTP requests, answer 503."""

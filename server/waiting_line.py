@@ -124,7 +124,7 @@ class WaitingLine:
             )
         if len(self._places) >= self._capacity:
             full = Overloaded(
-                f"every decode rank is full and {self._capacity} requests are waiting already",
+                f"no decode rank has room and {self._capacity} requests are waiting already",
                 stage="queue",
                 retry_after_s=min(MAX_RETRY_AFTER_S, max(RETRY_AFTER_S, self.predicted_wait_s)),
             )

@@ -24,7 +24,7 @@ from server.serving import open_serving
 from tests.support.arithmetic import a_request, expected_tokens, first_token
 from tests.support.polling import eventually
 from tests.support.system import LONG_S, Stream, System, a_system, tokens_of
-from tests.support.workers import SimulatedDecode
+from tests.support.workers import SimulatedDecode, SimulatedPrefill
 
 pytestmark = pytest.mark.anyio
 
@@ -334,6 +334,50 @@ async def test_a_decode_rank_that_dies_after_the_first_token_ends_the_stream_as_
         assert "decode-0/0" in str(stream.failure)
         with pytest.raises(NoWorkerAvailable):
             await system.tokens(a_request())
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+async def test_new_requests_wait_for_workers_that_were_there_just_now(role: str) -> None:
+    async with a_system(patience_s=LONG_S) as system, anyio.create_task_group() as tasks:
+        if role == "prefill":
+            system.prefill.pop().crash()
+        else:
+            system.decode.pop().crash()
+        await eventually(lambda: not system.serving.readiness().ready, "not ready")
+        streams = [Stream(system.serving, a_request()) for _ in range(3)]
+        for stream in streams:
+            tasks.start_soon(stream.run)
+        cluster = system.serving.cluster
+        await eventually(lambda: cluster.waiting_requests == 3, "three that wait")
+        with anyio.move_on_after(0.05):  # a client that hangs up
+            await system.tokens(a_request())
+        assert cluster.waiting_requests == 3
+        if role == "prefill":
+            system.prefill.append(SimulatedPrefill("prefill-1", fabric=system.fabric))
+            await system.add(system.prefill[0])
+        else:
+            system.decode.append(SimulatedDecode(fabric=system.fabric, epoch=2))
+            await system.add(system.decode[0])
+        for stream in streams:
+            await stream.end()
+            assert stream.tokens == expected_tokens((5, 6, 7), 8)
+        await system.idle()
+
+
+async def test_new_requests_do_not_wait_longer_than_patience() -> None:
+    async with a_system(patience_s=0.3) as system, anyio.create_task_group() as tasks:
+        system.prefill.pop().crash()
+        await eventually(lambda: not system.serving.readiness().ready, "not ready")
+        streams = [Stream(system.serving, a_request()) for _ in range(2)]
+        for stream in streams:
+            tasks.start_soon(stream.run)
+        for stream in streams:
+            await stream.end()
+            assert isinstance(stream.failure, NoWorkerAvailable)
+            assert stream.failure.retry_after_s
+        with pytest.raises(NoWorkerAvailable, match="no prefill worker"), anyio.fail_after(0.1):
+            await system.tokens(a_request())
+        await system.idle()
 
 
 async def test_a_restarted_decode_rank_serves_the_next_request() -> None:
