@@ -178,7 +178,11 @@ class _UvicornExchange:
         descriptor = self._connection.idle_descriptor()
         if descriptor is None:
             return None
-        self._lent, self._recall = os.dup(descriptor), recall
+        try:
+            self._lent = os.dup(descriptor)
+        except OSError:  # this process has as many as it may: the borrower can do without
+            return None
+        self._recall = recall
         return self._lent
 
     def end_loan(self, unsent: bytes, *, wrote: bool) -> None:

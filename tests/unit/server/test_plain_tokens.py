@@ -1,6 +1,7 @@
 """Streams over HTTP whose tokens the step writer writes: the client sees no difference."""
 
 import asyncio
+import errno
 import json
 import socket
 from collections.abc import AsyncGenerator
@@ -134,6 +135,22 @@ async def test_a_client_that_reads_late_gets_all_of_it() -> None:
                     received += part
     assert writer.full == 1
     assert text_of(events_of_chunks(received.partition(b"\r\n\r\n")[2])) == expected
+
+
+async def test_a_gateway_without_descriptors_to_spare_does_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_descriptor: int) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    async with a_server(None) as (_, url):
+        expected = await events(url, a_body(**CHAT))
+    writer = a_writer()
+    async with a_server(writer) as (_, url):
+        monkeypatch.setattr("server.exchange.os.dup", refuse)
+        assert await events(url, a_body(**CHAT)) == expected
+        monkeypatch.undo()
+    assert writer.written == 0
 
 
 async def test_ticks_do_not_come_between() -> None:
