@@ -1,6 +1,7 @@
 """The gateway's process: the HTTP API in front, the cluster behind, one event loop for both."""
 
 import gc
+import resource
 import signal
 import socket
 from collections.abc import Generator
@@ -33,6 +34,7 @@ log = get_log(__name__)
 
 BACKLOG = 2048  # connects of a burst wait here; clients give up after 5 s
 KEEP_ALIVE_S = 75
+OPEN_FILES = 65_536
 GC_THRESHOLDS = (50_000, 10, 10)
 
 
@@ -42,6 +44,7 @@ def run(settings: GatewaySettings, scheduler: SchedulerSettings) -> int:
     Raises:
         ConfigError: a file, an address or a setting is wrong; nothing has been served.
     """
+    allow_open_files()
     text = load_model_text(Path(settings.model.path))
     anyio.run(_serve, settings, scheduler, text, backend_options={"use_uvloop": True})
     return 0
@@ -113,6 +116,16 @@ async def _serve(settings: GatewaySettings, scheduler: SchedulerSettings, text: 
                 await server.serve(sockets=listeners)
                 tasks.cancel_scope.cancel()
             background.cancel_scope.cancel()
+
+
+def allow_open_files() -> None:
+    """As many as we may have, up to ``OPEN_FILES``: shells and supervisors often allow 1024 at first,
+    and a stream has two, its connection and what is lent of it.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _spare_the_collector() -> None:

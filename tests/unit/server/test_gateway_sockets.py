@@ -1,11 +1,13 @@
 """What a gateway listens on, alone and beside others."""
 
+import multiprocessing
+import resource
 import socket
 
 import pytest
 
 from protocol.errors import ConfigError
-from server.gateway import bound
+from server.gateway import allow_open_files, bound
 from server.settings import GatewaySettings
 
 
@@ -33,3 +35,15 @@ def test_several_gateways_share_a_port_and_each_may_have_one_of_its_own() -> Non
             assert listening(both) == [shared, settings.process_port]
             with pytest.raises(ConfigError, match=f":{settings.process_port}: "), bound(settings):
                 pass
+
+
+@pytest.mark.parametrize("soft", [64, 256])
+def test_a_gateway_may_open_as_many_files_as_it_can(soft: int) -> None:
+    with multiprocessing.get_context("spawn").Pool(1) as process:
+        assert process.apply(limit_after, (soft, 256)) == 256
+
+
+def limit_after(soft: int, hard: int) -> int:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    allow_open_files()
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
