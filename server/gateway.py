@@ -119,7 +119,7 @@ async def _serve(settings: GatewaySettings, scheduler: SchedulerSettings, text: 
 
 
 def allow_open_files() -> None:
-    """As many as we may have, up to ``OPEN_FILES``: shells and supervisors often allow 1024 at first,
+    """As many as we may have, up to ``OPEN_FILES``: shells and supervisors often allow 1024 first,
     and a stream has two, its connection and what is lent of it.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
