@@ -103,7 +103,8 @@ class PrefillLoop:
     # From any thread -----------------------------------------------------------------------------
 
     def post(self, peer: bytes, message: ToPrefill) -> None:
-        self._inbox.put(lambda: self._hear(peer, message))
+        arrived = time.monotonic()  # a step may pass before it is heard
+        self._inbox.put(lambda: self._hear(peer, message, arrived))
 
     def drain(self) -> None:
         def start_draining() -> None:
@@ -166,18 +167,17 @@ class PrefillLoop:
             self._scheduler.books(), self._pool, self._source.totals(), draining=self._draining
         )
 
-    def _hear(self, peer: bytes, message: ToPrefill) -> None:
-        now = time.monotonic()
-        self._clients.heard(peer, now)
+    def _hear(self, peer: bytes, message: ToPrefill, arrived: float) -> None:
+        self._clients.heard(peer, arrived)
         match message:
             case Prefill():
-                self._accept(peer, message, now)
+                self._accept(peer, message, arrived)
             case Cancel(ref=ref):
                 self._cancel(ref)
             case GatewayAlive():
                 pass
 
-    def _accept(self, peer: bytes, message: Prefill, now: float) -> None:
+    def _accept(self, peer: bytes, message: Prefill, arrived: float) -> None:
         request = message.request
         if request.ref in self._held:
             return  # told twice; the answer is on its way
@@ -187,7 +187,7 @@ class PrefillLoop:
             try:
                 push = self._source.open(message.grant)
                 try:
-                    self._scheduler.add(request, now, now + message.remaining_s)
+                    gives_way = self._scheduler.add(request, arrived, arrived + message.remaining_s)
                 except ServingError as error:
                     push.abort(str(error), lambda: None)
                     raise
@@ -198,7 +198,9 @@ class PrefillLoop:
             self._answer(peer, self._failure(request.ref, error, stage="prefill"))
             return
         self._clients.own(peer, request.ref)
-        self._held[request.ref] = Held(request=request, push=push, arrived_at=now)
+        self._held[request.ref] = Held(request=request, push=push, arrived_at=arrived)
+        if gives_way is not None:
+            self._fail(gives_way, self._scheduler.queue_full(), stage="prefill")
 
     def _check(self, request: GenerateRequest) -> None:
         if self._draining:

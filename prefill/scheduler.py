@@ -1,27 +1,26 @@
 """Which prompt tokens the next prefill step computes: queue, chunks, blocks. No torch, no I/O.
 
-Prompts are served in order of arrival; a prompt behind another one only gets what the ones before
-it leave of a step's token budget, and none starts behind one that waits for blocks, so nothing
-starves. A prompt takes all its blocks when it starts, so whatever has started can finish. Its
-blocks stay pinned until ``release``, and every chunk starts at a block boundary. The scheduler
-does not know models, transfers or clocks. All calls come from one thread.
+Prompts are served in the order of their turns (``prefill.queue``); a prompt behind another one only
+gets what the ones before it leave of a step's token budget, and none starts behind one that waits
+for blocks, so nothing starves. A prompt takes all its blocks when it starts, so whatever has
+started can finish. Its blocks stay pinned until ``release``, and every chunk starts at a block
+boundary. The scheduler does not know models, transfers or clocks. All calls come from one thread.
 """
 
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from typing import Literal
 
 from engine.kvcache.block_pool import BlockPool
 from engine.kvcache.block_table import BlockTable, blocks_for
 from engine.kvcache.prefix_index import PrefixIndex
+from prefill.queue import Prompt, PromptQueue
 from protocol.errors import ContextLengthExceeded, Overloaded
 from protocol.ids import AttemptRef, BlockId
 from protocol.prefix import block_hashes
 from protocol.requests import GenerateRequest
-
-Phase = Literal["waiting", "computing", "computed", "withdrawn"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,29 +86,6 @@ class PrefillBooks:
     prefix_hit_tokens: int  # those of them that were not computed anew
 
 
-@dataclass(slots=True, kw_only=True)
-class _Prompt:
-    request: GenerateRequest
-    tokens: tuple[int, ...]  # the prompt, and what earlier attempts wrote
-    arrived_s: float
-    deadline_s: float | None
-    hashes: list[bytes]
-    matchable: list[bytes]  # hashes of the blocks that may be prefix hits
-    table: BlockTable
-    phase: Phase = "waiting"
-    computed: int = 0  # tokens whose KV is in the blocks, prefix hits included
-    given: int = 0  # and those of steps that are not complete
-    hits: int = 0  # blocks
-    pushed: int = 0  # blocks that some chunk has named final
-    blocked_on: bytes | None = None  # a block that another prompt is computing
-    in_steps: int = 0  # that are not complete
-    release_after_steps: bool = False
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.tokens)
-
-
 class PrefillScheduler:
     """Chunks for one prefill worker.
 
@@ -137,9 +113,8 @@ class PrefillScheduler:
         self._block_tokens = block_tokens
         self._fingerprint = fingerprint
         self._limits = limits
-        self._waiting: dict[AttemptRef, _Prompt] = {}  # in order of arrival
-        self._computing: dict[AttemptRef, _Prompt] = {}  # in order of arrival
-        self._pinned: dict[AttemptRef, _Prompt] = {}
+        self._queue = PromptQueue()  # not computed yet
+        self._pinned: dict[AttemptRef, Prompt] = {}
         self._in_flight: dict[bytes, AttemptRef] = {}  # blocks being computed, by whom
         self._steps: deque[PrefillStep] = deque()  # not complete, the oldest first
         self._prompt_tokens = 0
@@ -147,16 +122,19 @@ class PrefillScheduler:
 
     def __contains__(self, ref: AttemptRef) -> bool:
         """Whether anything waits, is computed or is held for this attempt."""
-        return ref in self._waiting or ref in self._computing or ref in self._pinned
+        return ref in self._queue or ref in self._pinned
 
     def add(
         self, request: GenerateRequest, arrived_s: float, deadline_s: float | None = None
-    ) -> None:
+    ) -> AttemptRef | None:
         """Queue a prompt. Times are the caller's clock's; ``expire`` compares with them.
+
+        Returns:
+            The waiting prompt of another account that left a full queue for it, if one had to.
 
         Raises:
             ContextLengthExceeded: the prompt can never fit into this worker's blocks.
-            Overloaded: the queue is full.
+            Overloaded: the queue is full, and nobody has to leave it for this one.
         """
         ref, tokens = request.ref, request.context_token_ids
         num_tokens = len(tokens)
@@ -169,18 +147,19 @@ class PrefillScheduler:
                 f"the prompt has {num_tokens} tokens; a prefill worker here has room for {room}",
                 stage="queue",
             )
-        if len(self._waiting) >= self._limits.max_queued_requests:
-            raise Overloaded(
-                f"the prefill queue is full ({self._limits.max_queued_requests} requests)",
-                stage="queue",
-            )
+        gives_way = None
+        if self._queue.num_waiting >= self._limits.max_queued_requests:
+            gives_way = self._queue.last_behind(request)
+            if gives_way is None:
+                raise self.queue_full()
+            self.cancel(gives_way)
         hashes = block_hashes(
             tokens,
             block_tokens=self._block_tokens,
             namespace=request.namespace,
             fingerprint=self._fingerprint,
         )
-        self._waiting[ref] = _Prompt(
+        prompt = Prompt(
             request=request,
             tokens=tokens,
             arrived_s=arrived_s,
@@ -189,6 +168,15 @@ class PrefillScheduler:
             matchable=hashes[: _matchable_tokens(request) // self._block_tokens],
             table=BlockTable(self._block_tokens),
         )
+        self._queue.add(prompt)
+        return gives_way
+
+    def queue_full(self) -> Overloaded:
+        """What whoever is not let into the queue, or has to leave it, is told."""
+        return Overloaded(
+            f"the prefill queue is full ({self._limits.max_queued_requests} requests)",
+            stage="queue",
+        )
 
     def cancel(self, ref: AttemptRef) -> bool:
         """Compute no more of a prompt, in whatever phase; unknown ones are ignored.
@@ -196,9 +184,13 @@ class PrefillScheduler:
         Returns:
             Whether blocks are held: the caller then stops its push and calls ``release``.
         """
-        if self._waiting.pop(ref, None) is not None:
-            return False
-        prompt = self._computing.pop(ref, None) or self._pinned.get(ref)
+        prompt = self._queue.find(ref)
+        if prompt is not None:
+            self._queue.remove(ref)
+            if prompt.phase == "waiting":
+                return False
+        else:
+            prompt = self._pinned.get(ref)
         if prompt is None:
             return False
         self._withdraw(prompt)
@@ -217,8 +209,8 @@ class PrefillScheduler:
         For each, call ``release`` as after ``cancel``; it is harmless where no blocks are held.
         """
         late = [
-            ref
-            for ref, prompt in chain(self._waiting.items(), self._computing.items())
+            prompt.request.ref
+            for prompt in self._queue
             if prompt.deadline_s is not None and prompt.deadline_s <= now_s
         ]
         for ref in late:
@@ -229,21 +221,21 @@ class PrefillScheduler:
         """The next batch, within ``max_batch_tokens`` and ``max_batch_sequences``."""
         budget = self._limits.max_batch_tokens
         chunks: list[Chunk] = []
+        no_blocks = False
         # a bound on how far past deferred prompts a step looks
-        waiting = islice(self._waiting.values(), self._limits.max_batch_sequences)
-        for prompt in [*self._computing.values(), *waiting]:
+        for prompt in self._queue.turns(most_waiting=self._limits.max_batch_sequences):
             if budget == 0 or len(chunks) == self._limits.max_batch_sequences:
                 break
             if prompt.phase == "waiting":
-                started = self._start(prompt, budget)
-                if started == "no blocks":
-                    break
-                if started == "not now":
+                started = "no blocks" if no_blocks else self._start(prompt, budget)
+                no_blocks = started == "no blocks"
+                if started != "started":
                     continue
             start, stop = prompt.given, self._chunk_end(prompt.given, prompt.num_tokens, budget)
             if stop == start:
                 continue
             chunks.append(self._chunk(prompt, start, stop))
+            self._queue.charge(prompt, stop - start)
             budget -= stop - start
         step = PrefillStep(chunks=tuple(chunks))
         if chunks:
@@ -261,7 +253,7 @@ class PrefillScheduler:
         assert step is self._steps[0], "complete the oldest step"
         self._steps.popleft()
         for chunk in step.chunks:
-            prompt = self._computing.get(chunk.ref) or self._pinned[chunk.ref]
+            prompt = self._find(chunk.ref)
             prompt.in_steps -= 1
             if prompt.phase == "computing":
                 self._advance(prompt, chunk)
@@ -276,7 +268,7 @@ class PrefillScheduler:
         """
         prompt = self._pinned.get(ref)
         if prompt is None:
-            assert ref not in self._computing, f"{ref} is still being computed"
+            assert ref not in self._queue, f"{ref} is not computed yet"
             return
         if prompt.in_steps:
             prompt.release_after_steps = True
@@ -285,39 +277,41 @@ class PrefillScheduler:
         self._pool.release(prompt.table.take_all())
 
     def books(self) -> PrefillBooks:
-        unfinished = chain(self._waiting.values(), self._computing.values())
+        waiting = self._queue.num_waiting
         return PrefillBooks(
-            waiting=len(self._waiting),
-            computing=len(self._computing),
+            waiting=waiting,
+            computing=len(self._queue) - waiting,
             pinned=len(self._pinned),
-            queued_tokens=sum(prompt.num_tokens - prompt.computed for prompt in unfinished),
+            queued_tokens=sum(prompt.num_tokens - prompt.computed for prompt in self._queue),
             prompt_tokens=self._prompt_tokens,
             prefix_hit_tokens=self._hit_tokens,
         )
 
     def cached_tokens(self, ref: AttemptRef) -> int:
         """How many tokens of a started prompt were prefix hits; it is not released yet."""
-        prompt = self._computing.get(ref) or self._pinned[ref]
-        return prompt.hits * self._block_tokens
+        return self._find(ref).hits * self._block_tokens
+
+    def _find(self, ref: AttemptRef) -> Prompt:
+        return self._queue.find(ref) or self._pinned[ref]
 
     def check(self) -> None:
         """Assert that the pool's books balance and that every owner is one of the prompts here."""
         self._pool.check()
         holders: dict[BlockId, int] = {}
-        for prompt in chain(self._computing.values(), self._pinned.values()):
+        for prompt in chain(self._queue, self._pinned.values()):
             for block in prompt.table.blocks:
                 holders[block] = holders.get(block, 0) + 1
         assert len(holders) == self._pool.num_held, "blocks are held by nobody known"
         for block, count in holders.items():
             assert self._pool.owners(block) == count, f"block {block} has a wrong owner count"
 
-    def _start(self, prompt: _Prompt, budget: int) -> Literal["started", "not now", "no blocks"]:
+    def _start(self, prompt: Prompt, budget: int) -> Literal["started", "not now", "no blocks"]:
         """Give a waiting prompt all its blocks, prefix hits first, if it can use the budget."""
-        if prompt.blocked_on in self._in_flight:
+        if prompt.blocked_on is not None and self._is_coming(prompt.blocked_on, prompt):
             return "not now"
         matching = self._index.num_matching(prompt.matchable)
         missing = prompt.matchable[matching : matching + 1]
-        if missing and missing[0] in self._in_flight:
+        if missing and self._is_coming(missing[0], prompt):
             prompt.blocked_on = missing[0]  # computed once, by whoever came first
             return "not now"
         computed = matching * self._block_tokens
@@ -335,16 +329,22 @@ class PrefillScheduler:
         self._hit_tokens += computed
         for name in prompt.hashes[len(hits) :]:
             self._in_flight.setdefault(name, prompt.request.ref)
-        del self._waiting[prompt.request.ref]
-        self._computing[prompt.request.ref] = prompt
+        self._queue.started(prompt)
         return "started"
+
+    def _is_coming(self, block: bytes, prompt: Prompt) -> bool:
+        """Whether somebody computes the block whom ``prompt`` can wait for: one of a lower priority
+        may have to wait for others.
+        """
+        owner = self._queue.find(self._in_flight[block]) if block in self._in_flight else None
+        return owner is not None and owner.request.priority >= prompt.request.priority
 
     def _chunk_end(self, start: int, num_tokens: int, budget: int) -> int:
         if num_tokens - start <= budget:
             return num_tokens
         return start + budget // self._block_tokens * self._block_tokens
 
-    def _chunk(self, prompt: _Prompt, start: int, stop: int) -> Chunk:
+    def _chunk(self, prompt: Prompt, start: int, stop: int) -> Chunk:
         final = stop == prompt.num_tokens
         final_blocks = blocks_for(stop, self._block_tokens)
         first_block, prompt.pushed = prompt.pushed, final_blocks
@@ -364,7 +364,7 @@ class PrefillScheduler:
             scored=prompt.request.sampling.prompt_logprobs is not None,
         )
 
-    def _advance(self, prompt: _Prompt, chunk: Chunk) -> None:
+    def _advance(self, prompt: Prompt, chunk: Chunk) -> None:
         first, last = chunk.start // self._block_tokens, chunk.stop // self._block_tokens
         hashes = prompt.hashes[first:last]
         self._index.insert(hashes, prompt.table.blocks[first:last])
@@ -372,15 +372,15 @@ class PrefillScheduler:
         prompt.computed = chunk.stop
         if chunk.final:
             prompt.phase = "computed"
-            del self._computing[chunk.ref]
+            self._queue.remove(chunk.ref)
             self._pinned[chunk.ref] = prompt
 
-    def _withdraw(self, prompt: _Prompt) -> None:
+    def _withdraw(self, prompt: Prompt) -> None:
         prompt.phase = "withdrawn"
         self._pinned[prompt.request.ref] = prompt
         self._land(prompt, prompt.hashes)
 
-    def _land(self, prompt: _Prompt, hashes: Sequence[bytes]) -> None:
+    def _land(self, prompt: Prompt, hashes: Sequence[bytes]) -> None:
         """``prompt`` does not compute these blocks any more: they are done or never will be."""
         for name in hashes:
             if self._in_flight.get(name) == prompt.request.ref:

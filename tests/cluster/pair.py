@@ -113,7 +113,7 @@ class Pair:
     requests: int = 0
 
     def a_request(
-        self, prompt: Iterable[int], max_tokens: int, **sampling: float
+        self, prompt: Iterable[int], max_tokens: int, caller: str = "", **sampling: float
     ) -> GenerateRequest:
         self.requests += 1
         params = SamplingParams(**({"temperature": 0.0} | sampling))  # type: ignore[arg-type]
@@ -124,6 +124,7 @@ class Pair:
             prompt_token_ids=tuple(prompt),
             sampling=params,
             stop=StopConditions(max_tokens=max_tokens),
+            caller=caller,
         )
 
     def reserve(self, request: GenerateRequest) -> Grant:
@@ -166,7 +167,7 @@ def running_pair(
     transport: str = "auto",
     decode_blocks: int = 64,
     prefill_blocks: int = 64,
-    max_batch_tokens: int = 64,
+    max_queued_requests: int = 1024,
     split_dense_experts: int = 0,
     mirrored: bool = False,
     meeting: Meeting | None = None,
@@ -191,7 +192,7 @@ def running_pair(
     gateway = Gateway()
     model = loaded(0)
     prefill, prefill_scheduler = _prefill(
-        model, gateway, prefill_blocks, max_batch_tokens, transport, mirrored=mirrored
+        model, gateway, prefill_blocks, max_queued_requests, transport, mirrored=mirrored
     )
     decode, decode_scheduler = _decode(
         loaded(split_dense_experts) if split_dense_experts else model,
@@ -224,7 +225,7 @@ def _prefill(
     model: LoadedModel,
     gateway: Gateway,
     num_blocks: int,
-    max_batch_tokens: int,
+    max_queued_requests: int,
     transport: str,
     *,
     mirrored: bool,
@@ -241,7 +242,7 @@ def _prefill(
         index,
         block_tokens=BLOCK_TOKENS,
         fingerprint="f",
-        limits=PrefillLimits(max_batch_tokens=max_batch_tokens),
+        limits=PrefillLimits(max_batch_tokens=64, max_queued_requests=max_queued_requests),
     )
     loop = PrefillLoop(
         worker=worker,

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from engine.backends import alone
 from engine.collectives import ExpertGroup, StepGroup
-from tests.cluster.pair import BLOCK_TOKENS, running_pair
+from protocol.messages import Prefill, RequestFailed
+from tests.cluster.pair import BLOCK_TOKENS, PEER, WAIT_S, running_pair
 
 NEW_TOKENS = 24
 Checkpoints = Callable[[str], Path]
@@ -165,6 +166,29 @@ def test_a_cancel_at_any_moment_frees_everything(tiny_checkpoint: Checkpoints) -
         decoding = pair.start(pair.a_request(prompt, 200))
         pair.gateway.wait_for(lambda g: len(g.tokens[decoding]) > 3)
         pair.cancel(decoding)
+        pair.assert_nothing_is_held()
+
+
+def test_who_leaves_a_full_queue_for_another_caller_is_told_and_holds_nothing(
+    tiny_checkpoint: Checkpoints,
+) -> None:
+    with running_pair(tiny_checkpoint("llama"), max_queued_requests=2) as pair:
+        (prompt,) = prompts(pair.model.config.vocab_size, [40])
+        flood = [pair.a_request(prompt, 2, caller="flood") for _ in range(8)]
+        quiet = pair.a_request(prompt, 2, caller="quiet")
+        grants = [pair.reserve(request) for request in (*flood, quiet)]
+        for request, grant in zip((*flood, quiet), grants, strict=True):
+            pair.prefill.post(PEER, Prefill(request=request, grant=grant, remaining_s=WAIT_S))
+        pair.finish(quiet.ref)
+        pair.gateway.wait_for(lambda g: len(g.failed) + len(g.finished) == len(grants))
+        told = {
+            message.ref
+            for message in pair.gateway.messages
+            if isinstance(message, RequestFailed) and message.error.code == "overloaded"
+        }
+        assert told == set(pair.gateway.failed)
+        for ref in pair.gateway.failed:
+            pair.cancel(ref)
         pair.assert_nothing_is_held()
 
 

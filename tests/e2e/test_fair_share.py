@@ -31,8 +31,10 @@ def start_with_keys(start: Start, tmp_path: Path) -> StartWithKeys:
     return partial(start, "smollm2", *FLAGS, "--api-keys-file", str(keys))
 
 
-def ask(system: LocalSystem, caller: str, max_tokens: int) -> httpx.Response:
-    body = {"model": "smollm2", "prompt": "Once", "max_tokens": max_tokens, "ignore_eos": True}
+def ask(
+    system: LocalSystem, caller: str, max_tokens: int, *, prompt: str = "Once"
+) -> httpx.Response:
+    body = {"model": "smollm2", "prompt": prompt, "max_tokens": max_tokens, "ignore_eos": True}
     headers = {"authorization": f"Bearer {caller}-key"}
     return httpx.post(f"{system.url}/v1/completions", json=body, headers=headers, timeout=250)
 
@@ -73,3 +75,19 @@ def test_a_flood_that_fills_a_rank_does_not_hold_up_another_key_there(
     )
     assert [answer.status_code for answer in answers] == [200] * requests
     assert {answer.json()["usage"]["completion_tokens"] for answer in answers} == {200}
+
+
+def test_a_flood_of_long_prompts_does_not_hold_up_another_key_at_prefill(
+    start_with_keys: StartWithKeys,
+) -> None:
+    system, requests = start_with_keys("--kv-cache", "1GiB", *ONE_RANK), 16
+    prompts = [f"{number} " + "sheep on the hill, " * 300 for number in range(requests)]
+    with ThreadPoolExecutor(requests) as pool:
+        flood = [pool.submit(ask, system, "flood", 1, prompt=prompt) for prompt in prompts]
+        eventually(lambda: any(one.done() for one in flood), "an answer", within_s=100)
+        quiet = [ask(system, "quiet", 1) for _ in range(3)]
+        unfinished = sum(not one.done() for one in flood)
+        answers = [one.result() for one in flood]
+    assert [answer.status_code for answer in quiet] == [200] * len(quiet)
+    assert unfinished > requests // 2, f"{unfinished} of the flood were left"
+    assert [answer.status_code for answer in answers] == [200] * requests

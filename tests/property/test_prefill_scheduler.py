@@ -7,6 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from engine.kvcache.block_pool import BlockPool
 from engine.kvcache.prefix_index import PrefixIndex
 from prefill.scheduler import PrefillLimits, PrefillScheduler, PrefillStep
+from protocol.errors import Overloaded
 from protocol.ids import AttemptRef, BlockId
 from protocol.requests import GenerateRequest
 from tests.support.generation import a_request
@@ -14,7 +15,7 @@ from tests.support.generation import a_request
 BLOCK_TOKENS = 2
 NUM_BLOCKS = 10
 NUM_STAGES = 3
-LIMITS = PrefillLimits(max_batch_tokens=5, max_batch_sequences=3, max_queued_requests=50)
+LIMITS = PrefillLimits(max_batch_tokens=5, max_batch_sequences=3, max_queued_requests=5)
 
 
 class PrefillMachine(RuleBasedStateMachine):
@@ -39,11 +40,25 @@ class PrefillMachine(RuleBasedStateMachine):
         self.steps: deque[PrefillStep] = deque()  # in the stages, the oldest first
         self.count = 0
 
-    @rule(tail=st.lists(st.integers(0, 1), min_size=1, max_size=17), now=st.integers(0, 9))
-    def add(self, tail: list[int], now: int) -> None:
-        request = a_request(f"r{self.count}", prompt=tail)
+    @rule(
+        tail=st.lists(st.integers(0, 1), min_size=1, max_size=17),
+        now=st.integers(0, 9),
+        caller=st.sampled_from("abc"),
+        priority=st.integers(0, 1),
+    )
+    def add(self, tail: list[int], now: int, caller: str, priority: int) -> None:
+        request = a_request(f"r{self.count}", prompt=tail, caller=caller, priority=priority)
         self.count += 1
-        self.scheduler.add(request, float(now), float(now))
+        try:
+            gives_way = self.scheduler.add(request, float(now), float(now))
+        except Overloaded:
+            assert self.scheduler.books().waiting == LIMITS.max_queued_requests
+            return
+        if gives_way is not None:
+            other = self.requests.pop(gives_way)
+            assert gives_way not in self.computed
+            assert (other.caller, other.priority) != (caller, priority)
+            assert other.priority <= priority
         self.requests[request.ref] = request
 
     @precondition(lambda self: len(self.steps) < NUM_STAGES)

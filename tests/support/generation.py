@@ -18,6 +18,8 @@ def a_request(
     stop_token_ids: Sequence[int] = (),
     namespace: str = DEFAULT_NAMESPACE,
     attempt: int = 0,
+    caller: str = "",
+    priority: int = 0,
 ) -> GenerateRequest:
     return GenerateRequest(
         request_id=RequestId(name),
@@ -29,4 +31,6 @@ def a_request(
             max_tokens=max_tokens, min_tokens=min_tokens, stop_token_ids=tuple(stop_token_ids)
         ),
         namespace=namespace,
+        caller=caller,
+        priority=priority,
     )

@@ -1,34 +1,10 @@
 import pytest
 
-from engine.kvcache.block_pool import BlockPool
-from engine.kvcache.prefix_index import PrefixIndex
-from prefill.scheduler import Chunk, PrefillLimits, PrefillScheduler, PrefillStep
+from prefill.scheduler import Chunk, PrefillScheduler
 from protocol.errors import ContextLengthExceeded, Overloaded
 from protocol.ids import AttemptRef
 from tests.support.generation import a_request
-
-BLOCK_TOKENS = 4
-
-
-def a_scheduler(
-    num_blocks: int = 64,
-    *,
-    max_batch_tokens: int = 16,
-    max_batch_sequences: int = 8,
-    max_queued_requests: int = 100,
-) -> PrefillScheduler:
-    pool = BlockPool(num_blocks)
-    return PrefillScheduler(
-        pool,
-        PrefixIndex(pool),
-        block_tokens=BLOCK_TOKENS,
-        fingerprint="f",
-        limits=PrefillLimits(
-            max_batch_tokens=max_batch_tokens,
-            max_batch_sequences=max_batch_sequences,
-            max_queued_requests=max_queued_requests,
-        ),
-    )
+from tests.support.prefill_books import a_scheduler, ranges, run
 
 
 def add(
@@ -45,17 +21,6 @@ def add(
     request = a_request(name, prompt=range(start, start + num_tokens), namespace=namespace)
     scheduler.add(request, 0.0, deadline_s)
     return request.ref
-
-
-def ranges(step: PrefillStep) -> list[tuple[str, int, int]]:
-    return [(chunk.ref.request_id, chunk.start, chunk.stop) for chunk in step.chunks]
-
-
-def run(scheduler: PrefillScheduler) -> list[tuple[str, int, int]]:
-    step = scheduler.schedule()
-    scheduler.complete(step)
-    scheduler.check()
-    return ranges(step)
 
 
 def only_chunk(scheduler: PrefillScheduler) -> Chunk:
