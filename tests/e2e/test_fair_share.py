@@ -85,7 +85,7 @@ def test_a_flood_of_long_prompts_does_not_hold_up_another_key_at_prefill(
     with ThreadPoolExecutor(requests) as pool:
         flood = [pool.submit(ask, system, "flood", 1, prompt=prompt) for prompt in prompts]
         eventually(lambda: any(one.done() for one in flood), "an answer", within_s=100)
-        quiet = [ask(system, "quiet", 1) for _ in range(3)]
+        quiet = [ask(system, "quiet", 1, prompt=f"{n} " + "dogs " * 100) for n in range(3)]
         unfinished = sum(not one.done() for one in flood)
         answers = [one.result() for one in flood]
     assert [answer.status_code for answer in quiet] == [200] * len(quiet)
