@@ -44,6 +44,7 @@ from benchmarks.local_system import free_port
 from benchmarks.report import Bar, print_report
 from benchmarks.sse_load import Load, run_load
 from deploy.demo import demo_weights
+from runtime.collector import spare_the_collector
 from runtime.settings import BusSettings, ModelSettings
 from server.gateway import run as run_gateway
 from server.settings import GatewaySettings, SchedulerSettings
@@ -126,7 +127,11 @@ def main() -> int:
     plan = QUICK if chosen.quick else FULL
     figures: dict[str, float] = {}
     with ExitStack() as stack:
-        client = stack.enter_context(ProcessPoolExecutor(1, multiprocessing.get_context("spawn")))
+        client = stack.enter_context(
+            ProcessPoolExecutor(
+                1, multiprocessing.get_context("spawn"), initializer=spare_the_collector
+            )
+        )
         systems = {
             name: stack.enter_context(serve())
             for name, serve in (
@@ -317,6 +322,7 @@ def _workers(scheduler: str) -> None:
         async with serve_workers(scheduler, [SimulatedPrefill(fabric=fabric, pace=pace), *ranks]):
             await anyio.sleep_forever()
 
+    spare_the_collector()
     anyio.run(serve, backend_options={"use_uvloop": True})
 
 

@@ -22,6 +22,7 @@ import orjson
 import psutil
 
 from benchmarks.child import child, wait_for_port
+from runtime.collector import spare_the_collector
 
 FRAME_BYTES = 65_536  # more than any frame has
 FIRST, NEXT, LAST = range(3)
@@ -116,6 +117,7 @@ def keep_pace(
     """A stream's first token comes by itself ``first_token_s`` after it was asked for, the others
     in the steps of one of the ranks.
     """
+    spare_the_collector()
     bodies: dict[int, bytes] = {}
     asked: deque[tuple[float, int]] = deque()  # when due, stream
     running: list[dict[int, int]] = [{} for _ in range(ranks)]  # tokens left, by stream

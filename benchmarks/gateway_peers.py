@@ -16,6 +16,8 @@ import uvloop
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
 
+from runtime.collector import spare_the_collector
+
 MAX_TOKENS = re.compile(rb'"max_(?:completion_)?tokens": ?(\d+)')
 
 
@@ -101,6 +103,7 @@ def serve_mock(port: int, first_token_s: float, step_s: float) -> None:
         )
         await server.serve_forever()
 
+    spare_the_collector()
     uvloop.run(serve())
 
 

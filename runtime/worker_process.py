@@ -15,6 +15,7 @@ import msgspec
 
 from protocol.codec import Decoder
 from runtime.bus import Listener
+from runtime.collector import spare_the_collector
 from runtime.keys import ClusterKey
 from runtime.log import get_log
 from runtime.mailbox import Outbox
@@ -82,6 +83,7 @@ class WorkerProcess(Generic[M]):
         async with Listener.bind(address, self._family, key=self._key) as listener:
             outbox: Outbox[ToPeer] = Outbox()
             engine, registration = self._make_engine(listener.address, outbox)
+            spare_the_collector()
             try:
                 async with anyio.create_task_group() as tasks:
                     tasks.start_soon(_receive, listener, engine)
@@ -130,6 +132,7 @@ async def serve_until_told(engine: DrainableLoop, drain_s: float) -> None:
                 await anext(signals)
             engine.stop()
 
+    spare_the_collector()
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(drain_when_told)

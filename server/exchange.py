@@ -128,7 +128,7 @@ class _UvicornExchange:
     )
 
     def __init__(self, cycle: RequestResponseCycle, connection: TurnTransport) -> None:
-        self._cycle = cycle
+        self._cycle: RequestResponseCycle | None = cycle  # until it is over
         self._connection = connection
         self._on_change: Callable[[], None] | None = None
         self._write: Callable[[bytes], None] | None = None  # once a body has begun
@@ -140,11 +140,18 @@ class _UvicornExchange:
 
     @property
     def over(self) -> bool:
-        return self._cycle.response_complete
+        return self._cycle is None or self._cycle.response_complete
+
+    def let_go(self) -> None:
+        """Of uvicorn's cycle, which has the exchange in its scope. Were both to hold the other, all
+        that the request was would be left to the collector, which stops every stream to find it.
+        """
+        self._cycle = None
 
     def listen(self, on_change: Callable[[], None] | None) -> None:
         self._on_change = on_change
-        self._cycle.flow.resume_reading()  # a hang-up is read; a large body may have paused it
+        if self._cycle is not None:
+            self._cycle.flow.resume_reading()  # a hang-up is read; a large body may have paused it
 
     def has_been_quiet(self) -> bool:
         self._call_in_loan()
@@ -156,6 +163,7 @@ class _UvicornExchange:
         self.clear, self.lost = clear, lost
         if lost:
             self._write = _discard
+            self.let_go()
         if self._on_change is not None:
             self._on_change()
 
@@ -169,7 +177,8 @@ class _UvicornExchange:
     def _begin(self) -> Callable[[bytes], None]:
         cycle = self._cycle
         # HEAD has no body.
-        self._write = cycle.transport.write if cycle.chunked_encoding else _discard
+        has_body = cycle is not None and cycle.chunked_encoding
+        self._write = self._connection.write if has_body else _discard
         return self._write
 
     def lend(self, recall: Callable[[], None]) -> int | None:
@@ -199,7 +208,7 @@ class _UvicornExchange:
 
     def abort(self) -> None:
         self._call_in_loan()
-        self._cycle.transport.abort()
+        self._connection.abort()
 
 
 def _discard(_data: bytes) -> None:
@@ -261,7 +270,7 @@ class ExchangeProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         if self.cycle is not before:  # else it is an upgrade, which is no request
             exchange = _UvicornExchange(self.cycle, self._connection)
-            self._exchanges = [e for e in self._exchanges if not e.over] + [exchange]
+            self._exchanges.append(exchange)
             extensions: dict[str, Any] = self.scope.setdefault("extensions", {})
             extensions[_EXTENSION] = exchange
 
@@ -273,6 +282,10 @@ class ExchangeProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        over = [exchange for exchange in self._exchanges if exchange.over]
+        self._exchanges = [exchange for exchange in self._exchanges if exchange not in over]
+        for exchange in over:
+            exchange.let_go()
         if self._body_is_open and self.cycle.response_complete and not self.transport.is_closing():
             self._rest_due = self.loop.call_later(REST_WITHIN_S, self._cut_rest)
 

@@ -1,6 +1,5 @@
 """The gateway's process: the HTTP API in front, the cluster behind, one event loop for both."""
 
-import gc
 import resource
 import signal
 import socket
@@ -13,6 +12,7 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 
 from protocol.errors import ConfigError
+from runtime.collector import spare_the_collector
 from runtime.keys import load_key
 from runtime.log import get_log
 from runtime.reporting import report
@@ -35,7 +35,9 @@ log = get_log(__name__)
 BACKLOG = 2048  # connects of a burst wait here; clients give up after 5 s
 KEEP_ALIVE_S = 75
 OPEN_FILES = 65_536
-GC_THRESHOLDS = (50_000, 10, 10)
+# Requests leave no cycles (tests/unit/server/test_garbage.py), and every stream stops while they
+# are looked for: 10 ms at a time, for as many objects as 100 streams that begin at once.
+GC_THRESHOLDS = (20_000, 50, 10)
 
 
 def run(settings: GatewaySettings, scheduler: SchedulerSettings) -> int:
@@ -106,7 +108,7 @@ async def _serve(settings: GatewaySettings, scheduler: SchedulerSettings, text: 
                     timeout_graceful_shutdown=max(1, round(settings.process.drain_s)),
                 )
             )
-            _spare_the_collector()
+            spare_the_collector(*GC_THRESHOLDS)
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(_stop_on_signal, server)
                 for listener in listeners:
@@ -126,13 +128,6 @@ def allow_open_files() -> None:
     most = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
-def _spare_the_collector() -> None:
-    """Requests leave next to no cycles behind; looking for them was a twentieth of the CPU."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(*GC_THRESHOLDS)
 
 
 class _Server(uvicorn.Server):

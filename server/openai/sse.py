@@ -157,6 +157,7 @@ class EventStream:
         finally:
             clock.cancel()
             self._exchange.listen(None)
+            self._gathered = None  # nobody is there for it; it holds what holds this stream
         assert self._ended_by is not None
         return self._ended_by
 
