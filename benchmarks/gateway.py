@@ -15,7 +15,10 @@ are those of all turns together. Added time to first token is the difference fro
 
 How much a system call costs differs several times over between machines, so each run also measures
 its own floor (``benchmarks.gateway_floor``): a process that only receives and sends what a gateway
-must. The gateway's ratios to it and to the router say more of the gateway than its milliseconds do.
+must. It also measures the plainest gateway in Python that does the work
+(``benchmarks.gateway_plain``), whose cost on the machine that the bars come from is known: where
+that takes three times as long, 12 ms there are 36 here. The gateway's ratios to these and to the
+router say more of it than its milliseconds do.
 
 The full form then sends 100,000 short requests and watches the gateway's resident memory: what it
 has grown by over the last four fifths of them, after everything that is kept is full.
@@ -40,6 +43,7 @@ import psutil
 from benchmarks.child import READY_WITHIN_S, child, wait_for_port
 from benchmarks.gateway_floor import floor_process
 from benchmarks.gateway_peers import serve_mock, serve_pass_through
+from benchmarks.gateway_plain import ELSEWHERE_MS, plain_process
 from benchmarks.local_system import free_port
 from benchmarks.report import Bar, print_report
 from benchmarks.sse_load import Load, run_load
@@ -73,13 +77,20 @@ MAX_CHATS = 512  # different ones; then they come again
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     concurrencies: tuple[int, ...]
+    pass_through_at: tuple[int, ...]  # of these; it takes longest
     turns: int
     rounds: int  # streams a connection, in a turn
     memory_requests: int  # after which memory is to be what it was; 0 leaves that out
 
 
-QUICK = Plan(concurrencies=BARS_AT, turns=2, rounds=2, memory_requests=0)
-FULL = Plan(concurrencies=(1, 16, *BARS_AT), turns=5, rounds=4, memory_requests=100_000)
+QUICK = Plan(concurrencies=BARS_AT, pass_through_at=(64,), turns=2, rounds=2, memory_requests=0)
+FULL = Plan(
+    concurrencies=(1, 16, *BARS_AT),
+    pass_through_at=(1, 16, *BARS_AT),
+    turns=5,
+    rounds=4,
+    memory_requests=100_000,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,6 +149,7 @@ def main() -> int:
                 ("direct", direct),
                 ("gateway", gateway),
                 ("floor", floor),
+                ("plain", plain),
                 ("httpx", pass_through),
             )
         }
@@ -145,19 +157,23 @@ def main() -> int:
             router = stack.enter_context(sglang_router(chosen.sglang_router))
             systems["sglang_router"] = router
         for concurrency in plan.concurrencies:
-            found = {name: Figures([]) for name in systems}
+            found = {
+                name: Figures([])
+                for name in systems
+                if name != "httpx" or concurrency in plan.pass_through_at
+            }
             for turn in range(plan.turns + 1):
-                for name, system in systems.items():
-                    slow = name == "httpx"
+                for name, figures_of in found.items():
+                    slow, warm_up = name == "httpx", turn == 0
                     if slow and turn != 1:
-                        continue  # one turn of it says enough, and lasts longest
-                    rounds = plan.rounds // 2 if slow else plan.rounds
-                    measured = measure(client, system, concurrency, rounds)
-                    if turn > 0:  # the first one warms up
-                        found[name].turns.append(measured)
-            for name in systems:
-                keep(figures, f"{name}_c{concurrency}", found[name], found["direct"])
-            for name in ("floor", "sglang_router"):
+                        continue  # one turn of it says enough
+                    rounds = plan.rounds // 2 if slow or warm_up else plan.rounds
+                    measured = measure(client, systems[name], concurrency, rounds)
+                    if not warm_up:
+                        figures_of.turns.append(measured)
+            for name, figures_of in found.items():
+                keep(figures, f"{name}_c{concurrency}", figures_of, found["direct"])
+            for name in ("floor", "plain", "sglang_router"):
                 if name in found:
                     ratio = found["gateway"].cpu_by(found[name])
                     figures[f"gateway_c{concurrency}_cpu_by_{name}"] = round(ratio, 2)
@@ -173,6 +189,11 @@ def bars_of(figures: dict[str, float]) -> Generator[Bar]:
             f"gateway CPU ms per 1000 tokens at concurrency {concurrency}",
             figures[name],
             at_most=CPU_MS_PER_1000_TOKENS,
+        )
+        yield Bar(
+            f"gateway CPU by the plainest gateway's at concurrency {concurrency}",
+            figures[f"gateway_c{concurrency}_cpu_by_plain"],
+            at_most=round(CPU_MS_PER_1000_TOKENS / ELSEWHERE_MS[concurrency], 2),
         )
     for percent, limit_ms in ADDED_TTFT_MS.items():
         name = f"gateway_c{ADDED_TTFT_AT}_added_ttft_p{percent}_ms"
@@ -258,6 +279,15 @@ def floor() -> Generator[System]:
     port = free_port()
     with floor_process(
         port, tokens=TOKENS, first_token_s=FIRST_TOKEN_S, step_s=STEP_S, ranks=DECODE_RANKS
+    ) as process:
+        yield System(url=f"http://127.0.0.1:{port}", process=process)
+
+
+@contextmanager
+def plain() -> Generator[System]:
+    port = free_port()
+    with plain_process(
+        port, first_token_s=FIRST_TOKEN_S, step_s=STEP_S, ranks=DECODE_RANKS
     ) as process:
         yield System(url=f"http://127.0.0.1:{port}", process=process)
 

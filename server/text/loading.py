@@ -4,7 +4,8 @@ No model code is run and nothing is fetched. A missing or malformed file is a ``
 names the file and what would help.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -70,21 +71,43 @@ def _folder_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     return template
 
 
+def gguf_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer inside a GGUF file, as the library has it.
+
+    Raises:
+        ConfigError: the file is not readable, or its tokenizer is of another kind.
+    """
+    return _tokenizer_of(_gguf_fields(path), where=path)
+
+
 def _from_gguf(path: Path) -> ModelText:
+    field = _gguf_fields(path)
+    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token"}
+    ids = {name: field(f"tokenizer.ggml.{key}_token_id") for key, name in names.items()}
+    tokens: list[str] = field("tokenizer.ggml.tokens")
+    return _model_text(
+        _tokenizer_of(field, where=path),
+        template=field("tokenizer.chat_template"),
+        special_tokens={name: tokens[i] for name, i in ids.items() if i is not None},
+        defaults=_defaults({}, ids["eos_token"], where=path),
+    )
+
+
+def _gguf_fields(path: Path) -> Callable[[str], Any]:
     from gguf import GGUFReader  # half a second of import that folders need not pay
 
     try:
         fields = GGUFReader(path).fields
     except (ValueError, OSError, IndexError) as error:
         raise ConfigError(f"{path} is not a readable GGUF file: {error}") from error
+    return cache(lambda name: fields[name].contents() if name in fields else None)
 
-    def field(name: str) -> Any:
-        return fields[name].contents() if name in fields else None
 
+def _tokenizer_of(field: Callable[[str], Any], *, where: Path) -> Tokenizer:
     kind = (field("tokenizer.ggml.model"), field("tokenizer.ggml.pre"))
     if kind[0] != "gpt2" or kind[1] not in _PRE_TOKENIZERS:
         raise ConfigError(
-            f"{path}: tokenizer {kind[0]}/{kind[1]} is not supported; supported are gpt2 with "
+            f"{where}: tokenizer {kind[0]}/{kind[1]} is not supported; supported are gpt2 with "
             f"{', '.join(sorted(_PRE_TOKENIZERS))}: serve the model's Hugging Face folder instead"
         )
     tokens: list[str] = field("tokenizer.ggml.tokens")
@@ -98,15 +121,7 @@ def _from_gguf(path: Path) -> ModelText:
         if token_type in (_GGUF_CONTROL, _GGUF_USER_DEFINED):
             special = token_type == _GGUF_CONTROL
             tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)])
-    names = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token"}
-    ids = {name: field(f"tokenizer.ggml.{key}_token_id") for key, name in names.items()}
-    special_tokens = {name: tokens[i] for name, i in ids.items() if i is not None}
-    return _model_text(
-        tokenizer,
-        template=field("tokenizer.chat_template"),
-        special_tokens=special_tokens,
-        defaults=_defaults({}, ids["eos_token"], where=path),
-    )
+    return tokenizer
 
 
 _PRE_TOKENIZERS = {
