@@ -4,6 +4,7 @@ The invariant: once load has begun the folder holds every request that has ended
 by hand a report of them too. It knows neither options nor what is printed.
 """
 
+import asyncio
 import secrets
 import signal
 from contextlib import ExitStack
@@ -13,7 +14,7 @@ from time import monotonic_ns
 import anyio
 import msgspec
 
-from capacity.load.address import resolve
+from capacity.load.address import Address, resolve
 from capacity.load.client import Client
 from capacity.load.crew import crew_of
 from capacity.load.energy import EnergyMeter
@@ -38,6 +39,7 @@ REQUESTS_FILE = "requests.jsonl"
 METRICS_FILE = "server-metrics.jsonl"
 FRESH_NONCE = "fresh"
 _SCRAPE_S = 2.0
+_PATIENCE_S = 3.0  # of a person who sees nothing
 
 
 async def run_bench(plan: Plan, view: View) -> Summary:
@@ -57,7 +59,7 @@ async def run_bench(plan: Plan, view: View) -> Summary:
     zero_ns = monotonic_ns()
     run = Run(plan=plan, view=view, zero_ns=zero_ns)
     async with crew_of(plan.workers) as crew:
-        found = await probe(plan_address, plan.api, with_nonce=bool(nonce))
+        found = await _probe(plan_address, plan, view, with_nonce=bool(nonce))
         try:
             plan.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -125,6 +127,15 @@ async def run_bench(plan: Plan, view: View) -> Summary:
         write_parquet(run.records, plan.out)
     write_report(summary, run.records, plan.objectives, plan.out)
     return summary
+
+
+async def _probe(address: Address, plan: Plan, view: View, *, with_nonce: bool) -> Found:
+    notice = f"waiting for the first answer of {plan.address.url}"
+    said = asyncio.get_running_loop().call_later(_PATIENCE_S, view.say, notice)
+    try:
+        return await probe(address, plan.api, with_nonce=with_nonce)
+    finally:
+        said.cancel()
 
 
 def _check_trace(plan: Plan) -> None:

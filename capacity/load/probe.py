@@ -23,7 +23,8 @@ _OK = 200
 _UNAUTHORISED = (401, 403)
 _REFUSES_FIELDS = ("http 400", "http 422")
 _SHORT_WORDS, _LONG_WORDS = 16, 144
-_PROBE_TIMEOUT_S = 60.0
+_LIST_WITHIN_S = 10.0  # nothing is computed for it
+_ANSWER_WITHIN_S = 60.0  # a cold server compiles kernels for its first one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +42,9 @@ async def probe(address: Address, wanted: Api, *, with_nonce: bool) -> Found:
     Raises:
         ServerUnusable: it does not answer, or not as an OpenAI-compatible server would.
     """
-    client = Client(address, wanted, timeout_s=_PROBE_TIMEOUT_S)
+    models = await _models(address, wanted)
+    client = Client(address, wanted, timeout_s=_ANSWER_WITHIN_S)
     try:
-        models = await _models(client, address)
         model = wanted.model or models[0]
         if models and model not in models and wanted.model:
             raise ServerUnusable(f"no model {model!r} at {address.url}; it has {', '.join(models)}")
@@ -65,12 +66,15 @@ async def probe(address: Address, wanted: Api, *, with_nonce: bool) -> Found:
     )
 
 
-async def _models(client: Client, address: Address) -> tuple[str, ...]:
+async def _models(address: Address, wanted: Api) -> tuple[str, ...]:
+    client = Client(address, wanted, timeout_s=_LIST_WITHIN_S)
     try:
         status, body = await client.get("/v1/models")
     except Broken as broken:
         hint = "; is it an https URL, or --ca-file missing?" if _speaks_tls(broken) else ""
         raise ServerUnusable(f"{address.url}: {broken.failure}: {broken}{hint}") from None
+    finally:
+        client.pool.close()
     if status in _UNAUTHORISED:
         raise ServerUnusable(f"{address.url} wants an API key (http {status}): --api-key-file FILE")
     models: list[str] = []
@@ -79,7 +83,7 @@ async def _models(client: Client, address: Address) -> tuple[str, ...]:
             models = [str(model["id"]) for model in orjson.loads(body)["data"]]
         except (orjson.JSONDecodeError, KeyError, TypeError):
             models = []
-    if not models and not client.api.model:
+    if not models and not wanted.model:
         raise ServerUnusable(
             f"{address.url}/v1/models lists no model (http {status}); is this an OpenAI-compatible "
             "server? If it is, name the model: --model NAME"
